@@ -1,0 +1,1 @@
+"""PPO for Qwen2 language models, in JAX and Flax."""

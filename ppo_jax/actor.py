@@ -1,0 +1,139 @@
+"""From prompts to scored episodes: the compiled rollout, then the task's reward function."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ppo_jax.models.heads import PolicyValueNetwork
+from ppo_jax.rollout import Rollout, rollout
+from qwen_env import mdp
+from qwen_env.errors import UsageError
+from qwen_env.prompts import Prompt
+from qwen_env.task import Episode, Outcome, TextTask
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """B finished episodes and what they came to."""
+
+    rollout: Rollout  # arrays on the device
+    episodes: Sequence[Episode]
+    outcomes: Sequence[Outcome]
+    rollout_s: float  # wall time, seconds
+    score_s: float
+
+    @property
+    def scores(self) -> np.ndarray:
+        """float32 [B]."""
+        return np.array([outcome.reward for outcome in self.outcomes], np.float32)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response tokens of all rows."""
+        return sum(len(e.prompt.ids) + len(e.completion_ids) for e in self.episodes)
+
+
+class Actor:
+    """Lets a network respond to prompts of a task. Compiles once for each batch size.
+
+    Args:
+        network: fixes the architecture; its parameters are given at each call.
+        task: prompts, rules and reward; its vocabulary is the network's.
+        temperature: of sampling.
+
+    Raises:
+        UsageError: the network does not fit the task.
+    """
+
+    def __init__(self, network: PolicyValueNetwork, task: TextTask, temperature: float):
+        if task.rules.vocab_size != network.config.vocab_size:
+            raise UsageError(
+                f"The task has {task.rules.vocab_size} actions, but the model's vocabulary has "
+                f"{network.config.vocab_size} ids; make the task with the model's vocab_size."
+            )
+        if task.rules.max_length > network.config.max_position_embeddings:
+            raise UsageError(
+                f"max_prompt_length + max_new_tokens is {task.rules.max_length}, but the model "
+                f"has {network.config.max_position_embeddings} positions; lower one of them."
+            )
+        graphdef = nnx.graphdef(network)
+        self.task = task
+
+        def compiled(
+            params: nnx.State, ids: jax.Array, length: jax.Array, key: jax.Array, greedy: bool
+        ) -> Rollout:
+            return rollout(
+                nnx.merge(graphdef, params),
+                ids,
+                length,
+                key,
+                rules=task.rules,
+                temperature=temperature,
+                greedy=greedy,
+            )
+
+        self._rollout = jax.jit(compiled, static_argnames="greedy")
+
+    def respond(
+        self, params: nnx.State, prompts: Sequence[Prompt], key: jax.Array, *, greedy: bool = False
+    ) -> Episodes:
+        """Write a response to each prompt and score them all in one call of the reward function.
+
+        Raises:
+            RewardError: the reward function raised, or its answer cannot be a reward.
+        """
+        start = time.perf_counter()
+        first = self.task.initial_state(prompts)
+        result = self._rollout(
+            params,
+            jnp.asarray(first.tokens[:, : self.task.rules.max_prompt_length]),
+            jnp.asarray(first.prompt_length),
+            key,
+            greedy=greedy,
+        )
+        end: mdp.State = jax.device_get(result.state)
+        rolled_out = time.perf_counter()
+        episodes = [
+            Episode(
+                prompt,
+                end.tokens[row, end.prompt_length[row] : end.length[row]],
+                "eos" if end.terminated[row] else "length",
+            )
+            for row, prompt in enumerate(prompts)
+        ]
+        outcomes = self.task.evaluate(episodes)
+        scored = time.perf_counter()
+        return Episodes(result, episodes, outcomes, rolled_out - start, scored - rolled_out)
+
+    def respond_to_all(
+        self,
+        params: nnx.State,
+        prompts: Sequence[Prompt],
+        key: jax.Array,
+        *,
+        batch_size: int,
+        greedy: bool = False,
+    ) -> tuple[list[Episode], list[Outcome]]:
+        """Any number of prompts, `batch_size` at a time; the last batch is filled up."""
+        episodes: list[Episode] = []
+        outcomes: list[Outcome] = []
+        for start in range(0, len(prompts), batch_size):
+            batch = list(prompts[start : start + batch_size])
+            filled = batch + batch[-1:] * (batch_size - len(batch))
+            done = self.respond(params, filled, jax.random.fold_in(key, start), greedy=greedy)
+            episodes += done.episodes[: len(batch)]
+            outcomes += done.outcomes[: len(batch)]
+        return episodes, outcomes
+
+
+def component_means(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Means of the named components that the reward function reported; the plain score is none."""
+    rows = [outcome.info["reward_components"] for outcome in outcomes]
+    return {
+        name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != "score"
+    }

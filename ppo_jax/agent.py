@@ -1,0 +1,205 @@
+"""PPOAgent: a policy, its optimizer, and the loop that trains one with the other.
+
+    prompts -> rollout (compiled) -> scores (reward function) -> prepare, update (compiled)
+
+It touches no files: entry points save what it yields.
+"""
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ppo_jax.actor import Actor, Episodes, component_means
+from ppo_jax.config import TrainConfig
+from ppo_jax.learner import Learner, TrainState, learning_rate_schedule, make_optimizer
+from ppo_jax.models.heads import PolicyValueNetwork
+from ppo_jax.models.response import sampling_logits
+from qwen_env import mdp
+from qwen_env.errors import UsageError
+from qwen_env.prompts import Prompt
+from qwen_env.task import Episode, Outcome, TextTask
+
+# What a key is used for is folded into it, so that no two uses share a stream.
+_ROLLOUT, _SHUFFLE, _EVALUATE, _ACT = range(4)
+
+
+class Choice(NamedTuple):
+    """An action, its log-probability, and the value of the state it was chosen in."""
+
+    action: np.ndarray  # int32 [...]
+    logprob: np.ndarray  # float32 [...]
+    value: np.ndarray  # float32 [...]
+
+
+class TooManyNonfiniteUpdates(UsageError):
+    """Loss or gradient was not finite too many times in a row; the state is still the last good."""
+
+
+class PPOAgent:
+    """PPO (arXiv:1707.06347) on a text task.
+
+    Args:
+        network: the policy to train; as it is now it is also the reference model.
+        task: prompts, rules and reward; its vocabulary is the network's.
+        config: the settings.
+        num_iterations: iterations of the whole run, over which the learning rate is scheduled.
+
+    Raises:
+        UsageError: the network does not fit the task.
+    """
+
+    def __init__(
+        self, network: PolicyValueNetwork, task: TextTask, config: TrainConfig, num_iterations: int
+    ):
+        graphdef, params = nnx.split(network)
+        self.task = task
+        self.config = config
+        self.num_iterations = num_iterations
+        self.actor = Actor(network, task, config.ppo.temperature)
+        self.learner = Learner(
+            graphdef=graphdef,
+            optimizer=make_optimizer(config.optimizer),
+            learning_rate=learning_rate_schedule(config.optimizer, num_iterations),
+            rules=task.rules,
+            config=config.ppo,
+            remat=config.run.remat,
+        )
+        self.ref_params = params
+        # Updates donate the state's buffers, so the policy must not share the reference's.
+        self.state: TrainState = self.learner.init(jax.tree.map(jnp.copy, params), config.run.seed)
+        self._prepare = jax.jit(self.learner.prepare)
+        self._update = jax.jit(self.learner.update, donate_argnums=0)
+        self._act = jax.jit(
+            functools.partial(_act, graphdef, rules=task.rules, temperature=config.ppo.temperature),
+            static_argnames="greedy",
+        )
+        self._num_choices = 0
+
+    @property
+    def iteration(self) -> int:
+        """Iterations done."""
+        return int(self.state.iteration)
+
+    @property
+    def network(self) -> PolicyValueNetwork:
+        """The policy as it is now, on the state's own arrays: the next update consumes them."""
+        return nnx.merge(self.learner.graphdef, self.state.params)
+
+    def choose_action(self, observation: dict[str, np.ndarray], *, greedy: bool = False) -> Choice:
+        """Choose a token for an observation of `QwenText-v0`, or for a batch of them."""
+        key = jax.random.fold_in(self._key(_ACT), self._num_choices)
+        self._num_choices += 1
+        is_single = np.ndim(observation["length"]) == 0
+        tokens, prompt_length, length = (
+            jnp.asarray(observation[name])[None] if is_single else jnp.asarray(observation[name])
+            for name in ("input_ids", "prompt_length", "length")
+        )
+        chosen = self._act(self.state.params, tokens, prompt_length, length, key, greedy=greedy)
+        return Choice(*(np.asarray(x[0] if is_single else x) for x in chosen))
+
+    def evaluate(
+        self, prompts: Sequence[Prompt], *, greedy: bool
+    ) -> tuple[list[Episode], list[Outcome]]:
+        """Respond to any number of prompts and score the responses; nothing is learnt."""
+        return self.actor.respond_to_all(
+            self.state.params,
+            prompts,
+            self._key(_EVALUATE),
+            batch_size=min(self.config.ppo.batch_size, len(prompts)),
+            greedy=greedy,
+        )
+
+    def collect(self) -> Episodes:
+        """This iteration's episodes: its share of the prompts, answered by the present policy."""
+        indices = prompt_indices(
+            self.config.run.seed, self.iteration, self.config.ppo.batch_size, len(self.task.prompts)
+        )
+        prompts = [self.task.prompts[i] for i in indices]
+        return self.actor.respond(self.state.params, prompts, self._key(_ROLLOUT))
+
+    def update(self, episodes: Episodes) -> dict[str, float]:
+        """Learn from `episodes`, which the present policy wrote; returns the metrics."""
+        start = time.perf_counter()
+        batch, prepared = self._prepare(
+            self.state.params, self.ref_params, episodes.rollout, jnp.asarray(episodes.scores)
+        )
+        self.state, updated = self._update(self.state, batch, self._key(_SHUFFLE))
+        metrics = {name: float(x) for name, x in jax.device_get(prepared | updated).items()}
+        return metrics | {"time/update_s": time.perf_counter() - start}
+
+    def learn(self) -> Iterator[tuple[Episodes, dict[str, float]]]:
+        """Iterate until `num_iterations` are done in all; yields each one's episodes and metrics.
+
+        Raises:
+            TooManyNonfiniteUpdates: see `OptimizerConfig.max_nonfinite_updates`.
+            RewardError: the reward function failed; the state is that of the last iteration.
+        """
+        limit = self.config.optimizer.max_nonfinite_updates
+        while self.iteration < self.num_iterations:
+            start = time.perf_counter()
+            episodes = self.collect()
+            metrics = self.update(episodes)
+            seconds = time.perf_counter() - start
+            components = component_means(episodes.outcomes)
+            yield (
+                episodes,
+                {
+                    "iteration": self.iteration,
+                    **metrics,
+                    **{f"reward/{name}": mean for name, mean in components.items()},
+                    "time/rollout_s": episodes.rollout_s,
+                    "time/score_s": episodes.score_s,
+                    "time/iteration_s": seconds,
+                    "throughput/tokens_per_s": episodes.num_tokens / seconds,
+                },
+            )
+            if (in_a_row := int(self.state.nonfinite_in_a_row)) >= limit:
+                raise TooManyNonfiniteUpdates(
+                    f"The loss or its gradient was not finite in {in_a_row} updates in a row, up "
+                    f"to iteration {self.iteration}; lower learning_rate, or look at the rewards."
+                )
+
+    def _key(self, use: int) -> jax.Array:
+        root = jax.random.wrap_key_data(self.state.root_key)
+        return jax.random.fold_in(jax.random.fold_in(root, self.state.iteration), use)
+
+
+def prompt_indices(seed: int, iteration: int, batch_size: int, count: int) -> list[int]:
+    """The prompts of an iteration: consecutive slices of one shuffled pass after another.
+
+    A pure function of its arguments, so a resumed run neither repeats nor skips a prompt.
+    """
+    places = range(iteration * batch_size, (iteration + 1) * batch_size)
+    passes = {place // count for place in places}
+    orders = {p: np.random.default_rng([seed, p]).permutation(count) for p in passes}
+    return [int(orders[place // count][place % count]) for place in places]
+
+
+def _act(
+    graphdef: nnx.GraphDef[PolicyValueNetwork],
+    params: nnx.State,
+    tokens: jax.Array,
+    prompt_length: jax.Array,
+    length: jax.Array,
+    key: jax.Array,
+    *,
+    rules: mdp.Rules,
+    temperature: float,
+    greedy: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Action, log-probability and value [B] for each row's next token."""
+    network = nnx.merge(graphdef, params)
+    hidden, _ = network.backbone(tokens, jnp.arange(tokens.shape[1]) < length[:, None])
+    hidden = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
+    allowed = mdp.action_mask(length - prompt_length, rules, jnp)
+    logits = sampling_logits(network.logits(hidden), allowed, temperature)
+    action = jnp.argmax(logits, -1) if greedy else jax.random.categorical(key, logits)
+    log_p = jax.nn.log_softmax(logits)
+    logprob = jnp.take_along_axis(log_p, action[:, None], axis=-1)[:, 0]
+    return action.astype(jnp.int32), logprob, network.value_head(hidden)

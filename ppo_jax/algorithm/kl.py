@@ -1,0 +1,74 @@
+"""Estimates of a Kullback-Leibler divergence from the log-probabilities of sampled actions.
+
+KL(p‖q) = E_p[log p - log q] sums over the whole vocabulary; the sampled token alone gives an
+estimate. k1, k2 and k3 are from John Schulman's note "Approximating KL Divergence" (2020,
+http://joschu.net/blog/kl-approx.html).
+"""
+
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from ppo_jax.algorithm.masking import masked_mean, zero_invalid
+from qwen_env.errors import UsageError
+
+KlEstimator = Literal["k1", "k2", "k3", "reference"]
+
+
+def kl_estimate(
+    log_p: Float[Array, "*shape"], log_q: Float[Array, "*shape"], estimator: KlEstimator
+) -> Float[Array, "*shape"]:
+    """One estimate of KL(p‖q) for every action, each drawn from p. With k1 = log p - log q:
+
+        "k1"         k1                     unbiased; negative as often as not
+        "k2"         k1² / 2                biased, low variance, never negative
+        "k3"         exp(-k1) - 1 + k1      unbiased, low variance, never negative
+        "reference"  k1 · exp(-k1)          has expectation -KL(q‖p): kept for comparison
+
+    The last is what the reference algorithm calls its approximate KL, (old - new) · ratio. The
+    ratio turns the expectation under p = old into one under q = new, where log p - log q averages
+    to minus a KL: it is never expected to exceed a positive target.
+
+    Args:
+        log_p: log-probability of the action under the distribution that it was drawn from.
+        log_q: its log-probability under the other one.
+
+    Raises:
+        UsageError: `estimator` has another name.
+    """
+    k1 = jnp.asarray(log_p, jnp.float32) - jnp.asarray(log_q, jnp.float32)
+    match estimator:
+        case "k1":
+            return k1
+        case "k2":
+            return jnp.square(k1) / 2
+        case "k3":
+            return jnp.expm1(-k1) + k1
+        case "reference":
+            return k1 * jnp.exp(-k1)
+    raise UsageError(
+        f"There is no KL estimator {estimator!r}; choose one of {', '.join(get_args(KlEstimator))}."
+    )
+
+
+def approx_kl(
+    old_logprobs: Float[Array, "*shape"],
+    new_logprobs: Float[Array, "*shape"],
+    mask: Bool[Array, "*shape"],
+    estimator: KlEstimator = "k3",
+    *,
+    denominator: Float[Array, ""] | float | None = None,
+) -> Float[Array, ""]:
+    """Mean estimate of KL(old‖new) a token, in nats, over the valid actions drawn from `old`.
+
+    Args:
+        old_logprobs, new_logprobs: log-probabilities of the actions under the policy that chose
+            them and under the policy as it is now.
+        mask: True where an action is real.
+        estimator: see `kl_estimate`.
+        denominator: see `masked_mean`.
+    """
+    old, new = zero_invalid(old_logprobs, mask), zero_invalid(new_logprobs, mask)
+    return masked_mean(kl_estimate(old, new, estimator), mask, denominator=denominator)

@@ -1,0 +1,113 @@
+"""The PPO objective (Schulman et al. 2017, arXiv:1707.06347), as losses to be minimised.
+
+Every loss is a sum over valid tokens divided by `denominator`, the number of valid tokens in the
+minibatch. Cut into micro-batches, a minibatch has the same loss and gradient if each micro-batch
+gets the minibatch's count and the results are added; None counts the tokens at hand.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from ppo_jax.algorithm.masking import masked_mean, zero_invalid
+from qwen_env.errors import UsageError
+
+
+class PolicyLoss(NamedTuple):
+    """`clip_fraction` is the share of valid tokens whose ratio lies outside 1 ± clip_range."""
+
+    loss: Float[Array, ""]
+    clip_fraction: Float[Array, ""]
+
+
+def clipped_policy_loss(
+    new_logprobs: Float[Array, "*shape"],
+    old_logprobs: Float[Array, "*shape"],
+    advantages: Float[Array, "*shape"],
+    mask: Bool[Array, "*shape"],
+    *,
+    clip_range: float = 0.2,
+    denominator: Float[Array, ""] | float | None = None,
+) -> PolicyLoss:
+    """The clipped surrogate, with ρₜ = exp(new - old) and ε = clip_range:
+
+        L = -mean min(ρₜ Aₜ, clip(ρₜ, 1-ε, 1+ε) Aₜ)
+
+    Its gradient is 0 for a token that has already moved by more than ε the way its advantage
+    points: ρₜ > 1+ε with Aₜ > 0, ρₜ < 1-ε with Aₜ < 0.
+
+    Args:
+        new_logprobs: log-probabilities of the actions under the policy that is being trained.
+        old_logprobs: the same under the policy that chose them; data, as are the advantages.
+        advantages: Aₜ.
+        mask: True where an action is real.
+        clip_range: ε.
+        denominator: see the top of this file.
+    """
+    chex.assert_equal_shape([new_logprobs, old_logprobs, advantages, mask])
+    ratio = jnp.exp(zero_invalid(new_logprobs, mask) - zero_invalid(old_logprobs, mask))
+    advantages = zero_invalid(advantages, mask)
+    unclipped = ratio * advantages
+    clipped = jnp.clip(ratio, 1 - clip_range, 1 + clip_range) * advantages
+    # Not jnp.minimum: where the two are equal, the gradient is the first one's, not a mixture.
+    surrogate = jnp.where(unclipped <= clipped, unclipped, clipped)
+    outside = jnp.abs(ratio - 1) > clip_range
+    return PolicyLoss(
+        loss=-masked_mean(surrogate, mask, denominator=denominator),
+        clip_fraction=masked_mean(outside, mask, denominator=denominator),
+    )
+
+
+def value_loss(
+    values: Float[Array, "*shape"],
+    returns: Float[Array, "*shape"],
+    mask: Bool[Array, "*shape"],
+    *,
+    old_values: Float[Array, "*shape"] | None = None,
+    clip_range: float | None = None,
+    denominator: Float[Array, ""] | float | None = None,
+) -> Float[Array, ""]:
+    """Mean of (Vₜ - Gₜ)², without a factor 1/2: `total_loss` weighs it.
+
+    With `old_values` and `clip_range` (both or neither), the mean of the larger of that and
+    (Vₜᶜ - Gₜ)², where Vₜᶜ is Vₜ kept within clip_range of its old value.
+
+    Args:
+        values: Vₜ, the value head's present output.
+        returns: Gₜ, data.
+        mask: True where a step is real.
+        old_values: the values that `returns` were made with; data.
+        clip_range: in units of value.
+        denominator: see the top of this file.
+
+    Raises:
+        UsageError: only one of `old_values` and `clip_range` is given.
+    """
+    chex.assert_equal_shape([values, returns, mask])
+    values, returns = zero_invalid(values, mask), zero_invalid(returns, mask)
+    error = jnp.square(values - returns)
+    if (old_values is None) != (clip_range is None):
+        raise UsageError("Value clipping needs both old_values and clip_range; give both or none.")
+    if old_values is not None and clip_range is not None:
+        old_values = zero_invalid(old_values, mask)
+        clipped_values = jnp.clip(values, old_values - clip_range, old_values + clip_range)
+        error = jnp.maximum(error, jnp.square(clipped_values - returns))
+    return masked_mean(error, mask, denominator=denominator)
+
+
+def total_loss(
+    policy_loss: Float[Array, ""],
+    value_loss: Float[Array, ""],
+    entropy: Float[Array, ""],
+    *,
+    value_coef: float,
+    entropy_coef: float,
+) -> Float[Array, ""]:
+    """policy_loss + value_coef · value_loss - entropy_coef · entropy.
+
+    `entropy` is the mean entropy of the policy at the valid tokens, in nats: it is rewarded.
+    """
+    return policy_loss + value_coef * value_loss - entropy_coef * entropy

@@ -1,0 +1,77 @@
+"""Statistics over the valid entries of an array.
+
+A response is shorter than the array that holds it, so every array of tokens travels with a `mask`
+that is True where an entry is real. What stands elsewhere is unspecified, NaN and infinity
+included, and `NaN * 0` is NaN: so it is replaced before any arithmetic, never multiplied away.
+"""
+
+import chex
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float
+
+_WHITEN_EPSILON = 1e-8
+
+
+def zero_invalid(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`x` in float32 where `mask` is True, 0 elsewhere.
+
+    The gradient with respect to an invalid entry is exactly 0, and whatever is computed from the
+    result sees a finite number there, so that no NaN is born on the way back either.
+    """
+    chex.assert_equal_shape([x, mask])
+    return jnp.where(jnp.asarray(mask, bool), jnp.asarray(x, jnp.float32), 0.0)
+
+
+def masked_mean(
+    x: Float[Array, "*shape"],
+    mask: Bool[Array, "*shape"],
+    *,
+    denominator: Float[Array, ""] | float | None = None,
+) -> Float[Array, ""]:
+    """Mean of the valid entries, Σ mask·x / Σ mask; 0 when none is valid.
+
+    Args:
+        x: any shape.
+        mask: True where `x` is valid.
+        denominator: what to divide by instead of Σ mask. With the number of valid entries of the
+            whole minibatch, the results of its micro-batches add up to the minibatch's mean,
+            however it was cut.
+
+    Returns:
+        float32 scalar.
+    """
+    total = jnp.sum(zero_invalid(x, mask))
+    count = jnp.sum(jnp.asarray(mask, bool)) if denominator is None else jnp.asarray(denominator)
+    return total / jnp.where(count == 0, 1, count).astype(jnp.float32)
+
+
+def masked_var(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
+    """Population variance (divided by n, not n - 1) of the valid entries; 0 when none is valid."""
+    return masked_mean(jnp.square(_centre(x, mask)), mask)
+
+
+def masked_whiten(
+    x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], *, shift_mean: bool = True
+) -> Float[Array, "*shape"]:
+    """Scale the valid entries to unit (population) variance: (x - μ) / √(σ² + 1e-8).
+
+    Args:
+        x: any shape.
+        mask: True where `x` is valid.
+        shift_mean: move the mean to 0, as for advantages. False puts μ back after scaling, as for
+            rewards, whose mean says whether an episode was worth having.
+
+    Returns:
+        float32, shaped like `x`; 0 where `mask` is False.
+    """
+    centred = _centre(x, mask)
+    scaled = centred * lax.rsqrt(masked_mean(jnp.square(centred), mask) + _WHITEN_EPSILON)
+    return scaled if shift_mean else zero_invalid(scaled + masked_mean(x, mask), mask)
+
+
+def _centre(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """x - μ. Centred twice: the first mean is off by the rounding of a long sum, which a constant
+    `x` would show as a spread of its own."""
+    once = zero_invalid(x - masked_mean(x, mask), mask)
+    return zero_invalid(once - masked_mean(once, mask), mask)

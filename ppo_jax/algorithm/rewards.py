@@ -1,0 +1,48 @@
+"""From one score an episode to one reward a token."""
+
+from typing import Literal
+
+import chex
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from ppo_jax.algorithm.kl import kl_estimate
+from ppo_jax.algorithm.masking import zero_invalid
+
+
+def token_rewards(
+    score: Float[Array, "B"],
+    logprobs: Float[Array, "B T"],
+    ref_logprobs: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    kl_coef: Float[Array, ""] | float,
+    estimator: Literal["k1", "k2", "k3"] = "k1",
+) -> Float[Array, "B T"]:
+    """The score where the episode ends, less a penalty for leaving the reference model:
+
+        rₜ = [t is the last valid step] · score - β klₜ        t = 0, ..., T-1
+
+    where klₜ estimates KL(policy‖reference) from the token that was chosen at t, and β = kl_coef.
+    Summed over an episode, k1 makes the penalty β (log π(response) - log π_ref(response)).
+
+    Args:
+        score: the reward function's answer for each episode.
+        logprobs: log-probabilities of the chosen tokens under the policy that chose them.
+        ref_logprobs: the same under the reference model, at the same temperature.
+        mask: True where a token is real. A row without any has no rewards.
+        kl_coef: β, reward a nat.
+        estimator: see `ppo_jax.algorithm.kl.kl_estimate`.
+
+    Returns:
+        float32 [B, T]; 0 where `mask` is False.
+    """
+    chex.assert_rank([score, logprobs, ref_logprobs, mask], [1, 2, 2, 2])
+    chex.assert_equal_shape([logprobs, ref_logprobs, mask])
+    chex.assert_equal_shape_prefix([logprobs, score], 1)
+    mask = jnp.asarray(mask, bool)
+    kl = kl_estimate(zero_invalid(logprobs, mask), zero_invalid(ref_logprobs, mask), estimator)
+    seen = jnp.cumsum(mask, axis=1)
+    is_last = mask & (seen == seen[:, -1:])
+    return zero_invalid(jnp.where(is_last, score[:, None], 0.0) - kl_coef * kl, mask)

@@ -1,0 +1,245 @@
+"""Every setting of a run, and the presets.
+
+One frozen dataclass a concern; each field is a flag of `python -m ppo_jax.train` under its own
+name, and its comment is the flag's help.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ppo_jax.algorithm import KlEstimator
+from qwen_env import pocket
+from qwen_env.errors import UsageError
+from qwen_env.prompts import Overflow
+
+Schedule = Literal["constant", "linear", "cosine"]
+ComputeType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What is trained on what."""
+
+    model: str = str(pocket.POLICY_FOLDER)
+    """Model to train: a folder in Hugging Face layout, a hub id, or a .gguf file."""
+    prompts: str = str(pocket.TRAIN_PROMPTS)
+    """Training prompts: a .jsonl file whose objects hold "prompt" (text) or "messages" (a chat)."""
+    eval_prompts: str | None = str(pocket.HELDOUT_PROMPTS)
+    """Held-out prompts (.jsonl); None sets the last tenth of the training prompts aside."""
+    reward: str = f"flax:{pocket.REWARD_FOLDER}"
+    """Reward: "package.module:callable", "hf:MODEL", "flax:FOLDER" (a Qwen2 reward model that runs
+    on the device), or a weighted sum such as "1.0 * a.b:c + 0.5 * d.e:f"."""
+    gold_reward: str | None = None
+    """A second reward that is reported and never trained on."""
+    max_prompt_length: int = pocket.MAX_PROMPT_LENGTH
+    """P, the prompt limit, in tokens."""
+    max_new_tokens: int = pocket.MAX_NEW_TOKENS
+    """T, the response limit, in tokens."""
+    min_new_tokens: int = 0
+    """No end-of-sequence token before this many tokens."""
+    prompt_overflow: Overflow = "error"
+    """What to do with a prompt over the limit."""
+    chat: bool = False
+    """Wrap each prompt in the tokenizer's chat template, as a user's message."""
+    system_prompt: str | None = None
+    """System message of every chat that has none of its own."""
+    missing_eos_penalty: float = 0.0
+    """Taken off the score of a response that the limit cut off."""
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """The algorithm."""
+
+    batch_size: int = 64
+    """B, episodes an iteration."""
+    temperature: float = 1.0
+    """Of sampling, and so of every log-probability."""
+    kl_coef: float = 0.05
+    """β: weight of the KL penalty against the reference model, a token."""
+    kl_penalty: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the KL penalty in the reward."""
+    gamma: float = 1.0
+    """γ, the discount a token."""
+    gae_lambda: float = 0.95
+    """λ of generalized advantage estimation."""
+    whiten_advantages: bool = True
+    """Scale the batch's advantages to mean 0, variance 1."""
+    num_epochs: int = 4
+    """Passes over the batch an iteration, if the KL early stop does not end them."""
+    num_minibatches: int = 1
+    """Optimizer steps a pass."""
+    num_microbatches: int = 1
+    """Parts a minibatch is computed in, to save memory; the result does not depend on it."""
+    clip_range: float = 0.2
+    """ε: the ratio is clipped to 1 ± ε."""
+    value_clip_range: float | None = None
+    """Clip of the value's change, in units of value; None does not clip."""
+    value_coef: float = 0.1
+    """Weight of the value loss."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    target_kl: float | None = None
+    """Stop an iteration's updates once KL(old ‖ new) exceeds this many nats a token; None never."""
+    target_kl_estimator: KlEstimator = "k3"
+    """Estimator of that KL."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    schedule: Schedule = "linear"
+    """How the learning rate falls to zero over the run."""
+    warmup_iterations: int = 0
+    """Iterations over which the learning rate rises from zero."""
+    adam_b1: float = 0.9
+    """Decay of the first moment."""
+    adam_b2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-5
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the matrices; norms and biases have none."""
+    max_grad_norm: float = 1.0
+    """Global norm that gradients are clipped to."""
+    max_nonfinite_updates: int = 5
+    """Non-finite losses or gradients in a row (each is skipped) that stop the run."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long, how often, with what precision."""
+
+    num_iterations: int | None = None
+    """Iterations in all; None makes num_prompt_epochs passes over the prompts."""
+    num_prompt_epochs: int = 3
+    """Passes over the training prompts, where num_iterations is None."""
+    seed: int = 0
+    """Root of every random choice."""
+    dtype: ComputeType = "float32"
+    """Compute type; parameters are kept in float32."""
+    remat: bool = False
+    """Recompute activations in the backward pass instead of keeping them: slower, smaller."""
+    eval_every: int = 10
+    """Iterations between evaluations on the held-out prompts."""
+    eval_size: int = 64
+    """Held-out prompts an evaluation uses."""
+    save_every: int = 25
+    """Iterations between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        ppo, run, optimizer, task = self.ppo, self.run, self.optimizer, self.task
+        pieces = ppo.num_minibatches * ppo.num_microbatches
+        if ppo.batch_size % max(pieces, 1):
+            raise UsageError(
+                f"batch_size ({ppo.batch_size}) must be a multiple of num_minibatches x "
+                f"num_microbatches ({ppo.num_minibatches} x {ppo.num_microbatches})."
+            )
+        at_least: dict[str, tuple[float | None, float]] = {
+            "batch_size": (ppo.batch_size, 1),
+            "num_minibatches": (ppo.num_minibatches, 1),
+            "num_microbatches": (ppo.num_microbatches, 1),
+            "num_epochs": (ppo.num_epochs, 1),
+            "num_iterations": (run.num_iterations, 1),
+            "num_prompt_epochs": (run.num_prompt_epochs, 1),
+            "eval_every": (run.eval_every, 1),
+            "eval_size": (run.eval_size, 1),
+            "save_every": (run.save_every, 1),
+            "keep_checkpoints": (run.keep_checkpoints, 1),
+            "max_nonfinite_updates": (optimizer.max_nonfinite_updates, 1),
+            "warmup_iterations": (optimizer.warmup_iterations, 0),
+            "kl_coef": (ppo.kl_coef, 0),
+            "weight_decay": (optimizer.weight_decay, 0),
+            "missing_eos_penalty": (task.missing_eos_penalty, 0),
+        }
+        for name, (value, least) in at_least.items():
+            if value is not None and value < least:
+                raise UsageError(f"{name} is {value}; it must be at least {least}.")
+        above_zero: dict[str, float | None] = {
+            "temperature": ppo.temperature,
+            "clip_range": ppo.clip_range,
+            "value_clip_range": ppo.value_clip_range,
+            "target_kl": ppo.target_kl,
+            "learning_rate": optimizer.learning_rate,
+            "max_grad_norm": optimizer.max_grad_norm,
+        }
+        for name, value in above_zero.items():
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} is {value}; it must be above 0.")
+        for name, value in (("gamma", ppo.gamma), ("gae_lambda", ppo.gae_lambda)):
+            if not 0 <= value <= 1:
+                raise UsageError(f"{name} is {value}; it must lie between 0 and 1.")
+
+
+PRESETS: dict[str, TrainConfig] = {
+    # The embedded task on a CPU, in a couple of minutes.
+    "pocket": TrainConfig(
+        task=TaskConfig(gold_reward="qwen_env.rewards.sentiment:pocket_sentiment"),
+        optimizer=OptimizerConfig(learning_rate=3e-4),
+        run=RunConfig(num_iterations=100),
+    ),
+    # The hyperparameters of the reference algorithm.
+    "qwen2.5-0.5b": TrainConfig(
+        task=TaskConfig(
+            model="Qwen/Qwen2.5-0.5B",
+            prompts="prompts.jsonl",
+            eval_prompts=None,
+            max_prompt_length=256,
+            max_new_tokens=256,
+        ),
+        ppo=PPOConfig(
+            batch_size=4,
+            gamma=0.99,
+            gae_lambda=0.95,
+            clip_range=0.2,
+            value_coef=0.5,
+            entropy_coef=0.01,
+            num_epochs=4,
+            target_kl=0.01,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-5, max_grad_norm=0.5),
+        run=RunConfig(num_prompt_epochs=3),
+    ),
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """The preset called `name`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def as_json(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """What `config.json` of a run folder holds."""
+    return dataclasses.asdict(config)
+
+
+def from_json(content: dict[str, dict[str, Any]]) -> TrainConfig:
+    """The inverse of `as_json`."""
+    return TrainConfig(
+        task=TaskConfig(**content["task"]),
+        ppo=PPOConfig(**content["ppo"]),
+        optimizer=OptimizerConfig(**content["optimizer"]),
+        run=RunConfig(**content["run"]),
+    )

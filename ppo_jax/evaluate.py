@@ -1,0 +1,111 @@
+"""Score a model: `python -m ppo_jax.evaluate --model FOLDER --prompts FILE --reward SPEC`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ppo_jax import cli
+from ppo_jax.actor import Actor
+from ppo_jax.evaluation import evaluation_means
+from ppo_jax.models import load_pretrained
+from ppo_jax.rewards import load_training_reward
+from qwen_env import pocket
+from qwen_env.errors import UsageError
+from qwen_env.prompts import Overflow
+from qwen_env.task import make_task
+from qwen_env.tokenizer import load_tokenizer
+
+PROG = "python -m ppo_jax.evaluate"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Score a Qwen2's completions of prompts, decoded greedily and sampled."""
+
+    model: str = str(pocket.POLICY_FOLDER)
+    """A folder in Hugging Face layout, a .gguf file, or a hub id."""
+    prompts: str = str(pocket.HELDOUT_PROMPTS)
+    """Prompts: a .jsonl file whose objects hold "prompt" (text) or "messages" (a chat)."""
+    reward: str = f"flax:{pocket.REWARD_FOLDER}"
+    """Reward: "package.module:callable", "hf:MODEL", "flax:FOLDER", or a weighted sum."""
+    gold_reward: str | None = None
+    """A second reward, reported beside the first."""
+    max_prompt_length: int = 256
+    """P, the prompt limit, in tokens."""
+    max_new_tokens: int = pocket.MAX_NEW_TOKENS
+    """T, the response limit, in tokens."""
+    prompt_overflow: Overflow = "error"
+    """What to do with a prompt over the limit."""
+    chat: bool = False
+    """Wrap each prompt in the model's chat template, as a user's message."""
+    system_prompt: str | None = None
+    """System message of every chat that has none of its own."""
+    temperature: float = 1.0
+    """Of the sampled pass."""
+    batch_size: int = 16
+    """Prompts decoded at one time."""
+    seed: int = 0
+    """Of the sampled pass."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with cli.errors_as_sentences():
+        arguments = cli.parse(Arguments, sys.argv[1:] if argv is None else argv, prog=PROG)
+        cli.keep_compiled_programs()
+        passes = evaluate(arguments)
+        if arguments.json:
+            print(json.dumps(passes))
+            return
+        table = Table(*["", *passes], box=box.SIMPLE)
+        for name in passes["greedy"]:
+            table.add_row(name, *(f"{means[name]:.4f}" for means in passes.values()))
+        Console().print(table)
+
+
+def evaluate(arguments: Arguments) -> dict[str, dict[str, float]]:
+    """Means of the greedy and the sampled pass; see `ppo_jax.evaluation.evaluation_means`.
+
+    Raises:
+        UsageError: an argument, the model, the prompts or the reward is wrong.
+    """
+    if arguments.batch_size < 1:
+        raise UsageError(f"batch_size is {arguments.batch_size}; it must be at least 1.")
+    network = load_pretrained(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
+    task = make_task(
+        tokenizer=tokenizer,
+        prompts=arguments.prompts,
+        reward=load_training_reward(arguments.reward, tokenizer, arguments.gold_reward),
+        max_prompt_length=arguments.max_prompt_length,
+        max_new_tokens=arguments.max_new_tokens,
+        vocab_size=network.config.vocab_size,
+        chat_template=True if arguments.chat else None,
+        system_prompt=arguments.system_prompt,
+        prompt_overflow=arguments.prompt_overflow,
+    )
+    actor = Actor(network, task, arguments.temperature)
+    return {
+        name: evaluation_means(
+            actor.respond_to_all(
+                nnx.state(network),
+                task.prompts,
+                jax.random.key(arguments.seed),
+                batch_size=min(arguments.batch_size, len(task.prompts)),
+                greedy=greedy,
+            )[1]
+        )
+        for name, greedy in (("greedy", True), ("sampled", False))
+    }
+
+
+if __name__ == "__main__":
+    main()

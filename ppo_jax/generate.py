@@ -1,0 +1,111 @@
+"""Talk to a model: `python -m ppo_jax.generate --model runs/pocket/final "The plot was"`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import jax
+import numpy as np
+import tyro
+from flax import nnx
+
+from ppo_jax import cli
+from ppo_jax.actor import Actor
+from ppo_jax.models import load_pretrained
+from qwen_env import pocket
+from qwen_env.errors import UsageError
+from qwen_env.prompts import load_prompts
+from qwen_env.rewards import RewardBatch
+from qwen_env.task import make_task
+from qwen_env.tokenizer import load_tokenizer
+
+PROG = "python -m ppo_jax.generate"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Complete prompts with a Qwen2."""
+
+    prompts: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT ...")]
+    """What to complete; each one is answered."""
+    model: str = str(pocket.POLICY_FOLDER)
+    """A folder in Hugging Face layout, a .gguf file, or a hub id."""
+    max_new_tokens: int = 64
+    """Response limit, in tokens."""
+    greedy: bool = False
+    """Always take the most probable token."""
+    temperature: float = 1.0
+    """Of sampling."""
+    seed: int = 0
+    """Of sampling."""
+    chat: bool = False
+    """Wrap each prompt in the model's chat template, as a user's message."""
+    json: bool = False
+    """Print one object a line: prompt, completion, finish_reason."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with cli.errors_as_sentences():
+        arguments = cli.parse(Arguments, sys.argv[1:] if argv is None else argv, prog=PROG)
+        cli.keep_compiled_programs()
+        for record in generate(arguments):
+            if arguments.json:
+                print(json.dumps(record, ensure_ascii=False))
+            else:
+                print(
+                    record["completion"] if arguments.chat else "".join(list(record.values())[:2])
+                )
+
+
+def generate(arguments: Arguments) -> list[dict[str, str]]:
+    """One record a prompt: `prompt`, `completion`, `finish_reason`.
+
+    Raises:
+        UsageError: an argument or the model is wrong.
+    """
+    if not arguments.prompts:
+        raise UsageError(f"There is no prompt; give one or more: {PROG} --model FOLDER 'The plot'.")
+    if not arguments.temperature > 0:
+        raise UsageError(
+            f"temperature is {arguments.temperature}; it must be above 0 (--greedy is its limit)."
+        )
+    network = load_pretrained(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
+    chat_template = True if arguments.chat else None
+    prompts = load_prompts(
+        arguments.prompts,
+        tokenizer,
+        max_prompt_length=network.config.max_position_embeddings,
+        chat_template=chat_template,
+    )
+    task = make_task(
+        tokenizer=tokenizer,
+        prompts=arguments.prompts,
+        reward=_nothing,
+        max_prompt_length=max(len(prompt.ids) for prompt in prompts),
+        max_new_tokens=arguments.max_new_tokens,
+        vocab_size=network.config.vocab_size,
+        chat_template=chat_template,
+    )
+    actor = Actor(network, task, arguments.temperature)
+    done = actor.respond(
+        nnx.state(network), task.prompts, jax.random.key(arguments.seed), greedy=arguments.greedy
+    )
+    return [
+        {
+            "prompt": prompt,
+            "completion": outcome.info["completion"],
+            "finish_reason": outcome.info["finish_reason"],
+        }
+        for prompt, outcome in zip(arguments.prompts, done.outcomes, strict=True)
+    ]
+
+
+def _nothing(batch: RewardBatch) -> np.ndarray:
+    return np.zeros(len(batch), np.float32)
+
+
+if __name__ == "__main__":
+    main()

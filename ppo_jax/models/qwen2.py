@@ -1,0 +1,257 @@
+"""Qwen2, as Flax NNX modules.
+
+A decoder of L pre-norm layers: grouped-query attention with rotary positions and biases on q, k
+and v, then a SwiGLU MLP. The layers are one `DecoderLayer` whose arrays carry a leading L axis;
+training and prefill scan over it, so compile time does not grow with depth.
+
+Weights are stored `[out, in]`, as Hugging Face stores them and as XLA:CPU multiplies them fastest.
+Norms, softmax and rotary angles are computed in float32 whatever the compute type.
+
+Shapes: B batch, Q query positions, S key positions, D hidden, F MLP width, H heads, K KV heads,
+G = H / K query heads a KV head, N head size, V vocabulary, L layers.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from ppo_jax.models.config import Qwen2Config
+
+INITIALIZER_STD = 0.02
+
+
+class KeyValue(NamedTuple):
+    """The attention inputs that one layer keeps for later tokens."""
+
+    key: Float[Array, "B K S N"]
+    value: Float[Array, "B K S N"]
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of the rotary angles at each query position, in float32."""
+
+    cos: Float[Array, "B Q N"]
+    sin: Float[Array, "B Q N"]
+
+
+def rotary_angles(positions: Int[Array, "B Q"], config: Qwen2Config) -> Rotary:
+    """RoPE (arXiv:2104.09864) in the rotate-halves form: angle_i = position * theta^(-2i/N)."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    angles = positions[..., None].astype(jnp.float32) * config.rope_theta**-exponents
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return Rotary(jnp.cos(angles), jnp.sin(angles))
+
+
+def _rotate(x: Float[Array, "B heads Q N"], rotary: Rotary) -> Float[Array, "B heads Q N"]:
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    cos, sin = rotary.cos[:, None], rotary.sin[:, None]
+    return (x * cos + rotated * sin).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """y = x Wᵀ (+ b), with W stored `[out, in]`."""
+
+    def __init__(
+        self, in_size: int, out_size: int, *, bias: bool, rngs: nnx.Rngs, param_dtype: DTypeLike
+    ):
+        shape = (out_size, in_size)
+        self.weight = nnx.Param(
+            INITIALIZER_STD * jax.random.normal(rngs.params(), shape, param_dtype)
+        )
+        self.bias = nnx.Param(jnp.zeros((out_size,), param_dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x²) + ε) · w, in float32."""
+
+    def __init__(self, size: int, eps: float, *, param_dtype: DTypeLike):
+        self.weight = nnx.Param(jnp.ones((size,), param_dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * scale).astype(x.dtype) * self.weight[...].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention: G query heads share each KV head."""
+
+    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
+        def linear(in_size: int, out_size: int, bias: bool) -> Linear:
+            return Linear(in_size, out_size, bias=bias, rngs=rngs, param_dtype=param_dtype)
+
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = linear(config.hidden_size, query_size, bias=True)
+        self.k_proj = linear(config.hidden_size, key_size, bias=True)
+        self.v_proj = linear(config.hidden_size, key_size, bias=True)
+        self.o_proj = linear(query_size, config.hidden_size, bias=False)
+        self.head_dim = config.head_dim
+
+    def __call__(
+        self,
+        x: Float[Array, "B Q D"],
+        rotary: Rotary,
+        mask: Bool[Array, "B Q S"],
+        past: KeyValue | None = None,
+        slot: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B Q D"], KeyValue]:
+        """Attend to this call's keys or, given `past`, to `past` with them written at `slot`."""
+        query = _rotate(self._heads(self.q_proj(x)), rotary)
+        new = KeyValue(_rotate(self._heads(self.k_proj(x)), rotary), self._heads(self.v_proj(x)))
+        if past is None:
+            kept = new
+        else:
+            kept = KeyValue(
+                *(
+                    jax.lax.dynamic_update_slice_in_dim(old, now.astype(old.dtype), slot, axis=2)
+                    for old, now in zip(past, new, strict=True)
+                )
+            )
+        mixed = _attend(query, kept, mask)
+        return self.o_proj(jnp.swapaxes(mixed, 1, 2).reshape(*x.shape[:2], -1)), kept
+
+    def _heads(self, x: Float[Array, "B Q HN"]) -> Float[Array, "B heads Q N"]:
+        return jnp.swapaxes(x.reshape(*x.shape[:2], -1, self.head_dim), 1, 2)
+
+
+def _attend(
+    query: Float[Array, "B H Q N"], kept: KeyValue, mask: Bool[Array, "B Q S"]
+) -> Float[Array, "B H Q N"]:
+    """softmax(q·k / √N) v. A query whose keys are all masked gets their mean, not NaN."""
+    batch, heads, queries, size = query.shape
+    kv_heads = kept.key.shape[1]
+    # One matrix product a KV head: its G query heads are rows beside their positions.
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads * queries, size)
+    logits = jnp.einsum("BKRN,BKSN->BKRS", grouped, kept.key, preferred_element_type=jnp.float32)
+    logits = logits.reshape(batch, heads, queries, -1) / math.sqrt(size)
+    logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    weights = weights.reshape(batch, kv_heads, heads // kv_heads * queries, -1)
+    return jnp.einsum("BKRS,BKSN->BKRN", weights, kept.value).reshape(query.shape)
+
+
+class MLP(nnx.Module):
+    """SwiGLU: W_down (silu(W_gate x) ⊙ W_up x)."""
+
+    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
+        def linear(in_size: int, out_size: int) -> Linear:
+            return Linear(in_size, out_size, bias=False, rngs=rngs, param_dtype=param_dtype)
+
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: Float[Array, "B Q D"]) -> Float[Array, "B Q D"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
+        self.input_layernorm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype
+        )
+        self.self_attn = Attention(config, rngs=rngs, param_dtype=param_dtype)
+        self.post_attention_layernorm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype
+        )
+        self.mlp = MLP(config, rngs=rngs, param_dtype=param_dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B Q D"],
+        rotary: Rotary,
+        mask: Bool[Array, "B Q S"],
+        past: KeyValue | None = None,
+        slot: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B Q D"], KeyValue]:
+        attended, kept = self.self_attn(self.input_layernorm(x), rotary, mask, past, slot)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), kept
+
+
+class Qwen2(nnx.Module):
+    """The backbone: embeddings, L layers, final norm, and the output projection if untied.
+
+    Args:
+        dtype: the compute type of activations and matrix products.
+        param_dtype: the type the parameters are kept in.
+    """
+
+    def __init__(
+        self,
+        config: Qwen2Config,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        def table() -> nnx.Param[Array]:
+            shape = (config.vocab_size, config.hidden_size)
+            return nnx.Param(INITIALIZER_STD * jax.random.normal(rngs.params(), shape, param_dtype))
+
+        @nnx.split_rngs(splits=config.num_hidden_layers)
+        @nnx.vmap
+        def stacked_layers(rngs: nnx.Rngs) -> DecoderLayer:
+            return DecoderLayer(config, rngs=rngs, param_dtype=param_dtype)
+
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.embed_tokens = table()
+        self.layers = stacked_layers(rngs)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
+        self.lm_head = None if config.tie_word_embeddings else table()
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B S"],
+        attention_mask: Bool[Array, "B S"],
+        *,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "B S D"], KeyValue]:
+        """Hidden states after the final norm, and every layer's keys and values ([L, B, K, S, N]).
+
+        With padding on the right, states at real positions do not depend on the padding. `remat`
+        recomputes each layer's activations in the backward pass instead of keeping them.
+        """
+        positions = jnp.maximum(jnp.cumsum(attention_mask, axis=-1) - 1, 0)
+        rotary = rotary_angles(positions, self.config)
+        size = input_ids.shape[1]
+        causal = jnp.arange(size)[:, None] >= jnp.arange(size)
+        mask = causal & attention_mask.astype(bool)[:, None, :]
+        graphdef, layers = nnx.split(self.layers)
+
+        def apply_layer(x: Array, layer: nnx.State) -> tuple[Array, KeyValue]:
+            return nnx.merge(graphdef, layer)(x, rotary, mask)
+
+        if remat:
+            apply_layer = jax.checkpoint(apply_layer, prevent_cse=False)
+        x, kept = jax.lax.scan(apply_layer, self.embed(input_ids), layers)
+        return self.norm(x), kept
+
+    def unstacked_layers(self) -> list[DecoderLayer]:
+        """The L layers apart, for a decode loop: sliced once instead of at every token."""
+        graphdef, layers = nnx.split(self.layers)
+        return [
+            nnx.merge(graphdef, jax.tree.map(lambda array, index=i: array[index], layers))
+            for i in range(self.config.num_hidden_layers)
+        ]
+
+    def embed(self, input_ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        return self.embed_tokens[...][input_ids].astype(self.dtype)
+
+    @property
+    def unembedding(self) -> Float[Array, "V D"]:
+        """The output projection: the embedding table itself where the two are tied."""
+        table = self.embed_tokens if self.lm_head is None else self.lm_head
+        return table[...]

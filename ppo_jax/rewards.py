@@ -1,0 +1,98 @@
+"""Rewards that need the learner's side: a Flax reward model, and a gold score to watch."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ppo_jax.models import load_reward_model
+from qwen_env.errors import UsageError
+from qwen_env.rewards import RewardBatch, RewardFn, Scores, load_reward, score
+from qwen_env.tokenizer import Tokenizer, load_tokenizer
+
+FLAX_PREFIX = "flax:"
+_LENGTH_BUCKET = 64
+
+
+def load_training_reward(spec: str, tokenizer: Tokenizer, gold: str | None = None) -> RewardFn:
+    """The reward function that `spec` names, reporting `gold` beside it where there is one.
+
+    Args:
+        spec: as in `qwen_env.rewards.load_reward`, or `"flax:FOLDER"`.
+        tokenizer: the policy's.
+        gold: likewise; its scores become the component `"gold"`.
+
+    Raises:
+        UsageError: no such reward, or one of its files is wrong.
+    """
+
+    def load(spec: str) -> RewardFn:
+        if spec.startswith(FLAX_PREFIX):
+            return FlaxReward(spec.removeprefix(FLAX_PREFIX), tokenizer)
+        return load_reward(spec)
+
+    reward = load(spec)
+    return reward if gold is None else WithGold(reward, load(gold))
+
+
+class FlaxReward:
+    """A Qwen2 sequence-classification reward model, run by our own port on the device.
+
+    Where it shares the policy's vocabulary it reads the tokens as they were chosen, the
+    end-of-sequence id included; otherwise the text, in its own tokens.
+
+    Args:
+        folder: a folder in Hugging Face layout, or a hub id.
+        policy_tokenizer: the policy's.
+    """
+
+    def __init__(self, folder: str, policy_tokenizer: Tokenizer):
+        self.__qualname__ = FLAX_PREFIX + folder  # what messages call it
+        graphdef, self._params = nnx.split(load_reward_model(folder))
+        self._score = jax.jit(lambda params, ids, mask: nnx.merge(graphdef, params)(ids, mask))
+        self._tokenizer = load_tokenizer(folder)
+        ours, theirs = self._tokenizer.backend, policy_tokenizer.backend
+        self._shares_vocabulary = ours.get_vocab() == theirs.get_vocab()
+
+    def __call__(self, batch: RewardBatch) -> np.ndarray:
+        sequences = self._sequences(batch)
+        longest = max(map(len, sequences))
+        # Few widths, so that few programs are compiled.
+        width = -(-longest // _LENGTH_BUCKET) * _LENGTH_BUCKET
+        ids = np.zeros((len(sequences), width), np.int32)
+        for row, sequence in zip(ids, sequences, strict=True):
+            row[: len(sequence)] = sequence
+        lengths = np.array([len(sequence) for sequence in sequences])
+        mask = np.arange(width) < lengths[:, None]
+        return np.asarray(self._score(self._params, jnp.asarray(ids), jnp.asarray(mask)))
+
+    def _sequences(self, batch: RewardBatch) -> Sequence[Sequence[int] | np.ndarray]:
+        if self._shares_vocabulary:
+            return [
+                np.concatenate(ids)
+                for ids in zip(batch.prompt_ids, batch.completion_ids, strict=True)
+            ]
+        texts = [p + c for p, c in zip(batch.prompts, batch.completions, strict=True)]
+        return [self._tokenizer.encode(text) for text in texts]
+
+
+class WithGold:
+    """A reward function that reports a second one as its component `"gold"`.
+
+    The gold score is what the reward stands for; a policy that earns more of one and less of the
+    other over-optimises. It is never trained on.
+    """
+
+    def __init__(self, reward: RewardFn, gold: RewardFn):
+        self._reward, self._gold = reward, gold
+
+    def __call__(self, batch: RewardBatch) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
+        scores: Scores = score(self._reward, batch)
+        gold = score(self._gold, batch)
+        if "gold" in scores.components:
+            raise UsageError(
+                "The reward already has a component named 'gold'; leave out gold_reward."
+            )
+        return scores.values, {**scores.components, "gold": gold.values}

@@ -1,0 +1,130 @@
+"""Sampling inside the MDP, compiled: one prefill, then a token a step for all rows at once.
+
+The transition is `qwen_env.mdp.step`, the same lines that drive the Gymnasium environment. The
+loop stops as soon as every row has ended.
+
+Shapes: B batch, P prompt limit, T response limit, S = P + T, V vocabulary, D hidden.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ppo_jax.models.heads import PolicyValueNetwork
+from ppo_jax.models.qwen2 import DecoderLayer, KeyValue, rotary_angles
+from ppo_jax.models.response import sampling_logits
+from qwen_env import mdp
+
+
+class Rollout(NamedTuple):
+    """B finished episodes."""
+
+    state: mdp.State
+    logprobs: Float[Array, "B T"]  # of the tokens as they were drawn; 0 beyond the response
+
+
+class _Carry(NamedTuple):
+    step: Int[Array, ""]  # response tokens written to every running row
+    token: Int[Array, "B"]  # the last of them
+    state: mdp.State
+    cache: tuple[KeyValue, ...]
+    logprobs: Float[Array, "B T"]
+
+
+def rollout(
+    network: PolicyValueNetwork,
+    prompt_ids: Int[Array, "B P"],
+    prompt_length: Int[Array, "B"],
+    key: PRNGKeyArray,
+    *,
+    rules: mdp.Rules,
+    temperature: float = 1.0,
+    greedy: bool = False,
+) -> Rollout:
+    """Write a response behind every prompt.
+
+    Tokens are drawn from softmax(logits / temperature) over the allowed ids, or are the most
+    probable ones if `greedy`; `logprobs` are under that same distribution either way.
+    """
+    layers = network.backbone.unstacked_layers()
+
+    def choose(hidden: Array, carry: _Carry) -> _Carry:
+        """Draw token number `carry.step` of the response from its predecessor's hidden state."""
+        allowed = mdp.action_mask(mdp.response_length(carry.state), rules, jnp)
+        logits = sampling_logits(network.logits(hidden), allowed, temperature)
+        if greedy:
+            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        else:
+            step_key = jax.random.fold_in(key, carry.step)
+            token = jax.random.categorical(step_key, logits).astype(jnp.int32)
+        chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+        logprob = chosen - jax.nn.logsumexp(logits, axis=-1)
+        logprob = jnp.where(mdp.has_ended(carry.state), 0.0, logprob)
+        return _Carry(
+            step=carry.step + 1,
+            token=token,
+            state=mdp.step(carry.state, token, rules, jnp),
+            cache=carry.cache,
+            logprobs=jax.lax.dynamic_update_slice_in_dim(
+                carry.logprobs, logprob[:, None], carry.step, axis=1
+            ),
+        )
+
+    def is_running(carry: _Carry) -> Array:
+        return ~mdp.has_ended(carry.state).all()
+
+    def advance(carry: _Carry) -> _Carry:
+        hidden, cache = _decode(network, layers, carry, rules)
+        return choose(hidden, carry._replace(cache=cache))
+
+    state = mdp.initial_state(prompt_ids, prompt_length, rules, jnp)
+    hidden, cache = _prefill(network, state, rules)
+    start = _Carry(
+        step=jnp.zeros((), jnp.int32),
+        token=jnp.zeros_like(state.length),
+        state=state,
+        cache=cache,
+        logprobs=jnp.zeros((state.length.shape[0], rules.max_new_tokens), jnp.float32),
+    )
+    end = jax.lax.while_loop(is_running, advance, choose(hidden, start))
+    return Rollout(end.state, end.logprobs)
+
+
+def _prefill(
+    network: PolicyValueNetwork, state: mdp.State, rules: mdp.Rules
+) -> tuple[Float[Array, "B D"], tuple[KeyValue, ...]]:
+    """The hidden state of each prompt's last token, and caches with room for the responses.
+
+    A cache has S slots: the prompt in the first P, response token t in slot P + t for every row,
+    so that a decode step writes one slot and not one a row. Angles use true positions.
+    """
+    prompts = state.tokens[:, : rules.max_prompt_length]
+    mask = mdp.attention_mask(state, jnp)[:, : rules.max_prompt_length]
+    hidden, stacked = network.backbone(prompts, mask)
+    last = (state.prompt_length - 1)[:, None, None]
+    room = [(0, 0), (0, 0), (0, rules.max_new_tokens), (0, 0)]
+    cache = tuple(
+        KeyValue(jnp.pad(stacked.key[i], room), jnp.pad(stacked.value[i], room))
+        for i in range(network.config.num_hidden_layers)
+    )
+    return jnp.take_along_axis(hidden, last, axis=1)[:, 0], cache
+
+
+def _decode(
+    network: PolicyValueNetwork, layers: list[DecoderLayer], carry: _Carry, rules: mdp.Rules
+) -> tuple[Float[Array, "B D"], tuple[KeyValue, ...]]:
+    """The hidden state of the token just written, and caches that hold it."""
+    index = carry.step - 1
+    rotary = rotary_angles((carry.state.prompt_length + index)[:, None], network.config)
+    slots = jnp.arange(rules.max_length)
+    is_prompt = slots < carry.state.prompt_length[:, None]
+    is_response = (slots >= rules.max_prompt_length) & (slots <= rules.max_prompt_length + index)
+    mask = (is_prompt | is_response)[:, None, :]
+    x = network.backbone.embed(carry.token)[:, None]
+    cache = []
+    for layer, past in zip(layers, carry.cache, strict=True):
+        x, kept = layer(x, rotary, mask, past, rules.max_prompt_length + index)
+        cache.append(kept)
+    return network.backbone.norm(x)[:, 0], tuple(cache)

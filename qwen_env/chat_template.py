@@ -1,0 +1,76 @@
+"""Chat templates: from messages to one string, as Hugging Face tokenizers do it.
+
+A template is untrusted text that came with a model, so it runs in jinja2's sandbox.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from qwen_env.errors import UsageError
+
+if TYPE_CHECKING:
+    import jinja2
+
+Message = Mapping[str, Any]
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Message],
+    *,
+    system_prompt: str | None = None,
+    add_generation_prompt: bool = True,
+    **variables: Any,
+) -> str:
+    """Render `messages` (mappings with `role` and `content`).
+
+    Args:
+        system_prompt: put first as a system message, unless the messages begin with one.
+        add_generation_prompt: end with what opens the assistant's turn.
+        variables: what else the template may use: `bos_token`, `tools`, `enable_thinking`, ...
+
+    Raises:
+        UsageError: the messages are malformed, or the template refuses them.
+    """
+    import jinja2
+
+    if not messages:
+        raise UsageError("messages is empty; a chat needs at least one message.")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise UsageError(
+                f"message {index} is {message!r}; a message is an object with 'role' and 'content'."
+            )
+    if system_prompt is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    try:
+        return _compile(template).render(
+            messages=messages, add_generation_prompt=add_generation_prompt, **variables
+        )
+    except jinja2.TemplateError as error:
+        raise UsageError(f"the chat template fails on these messages: {error}.") from error
+
+
+@lru_cache(maxsize=16)
+def _compile(template: str) -> "jinja2.Template":
+    import jinja2
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, indent: int | None = None) -> str:
+        # jinja2's own filter escapes for HTML, which prompts are not.
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template)

@@ -1,0 +1,20 @@
+"""Optional packages, imported where they are needed."""
+
+from importlib import import_module
+from types import ModuleType
+
+from gymnasium.error import DependencyNotInstalled
+
+
+def import_extra(module: str, extra: str) -> ModuleType:
+    """Import `module`, which the optional extra `extra` installs.
+
+    Raises:
+        DependencyNotInstalled: it is not there; the message holds the pip line.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise DependencyNotInstalled(
+            f"{module} is not installed; run: pip install 'qwen-ppo-jax[{extra}]'"
+        ) from error

@@ -1,0 +1,183 @@
+"""The token MDP: text generation as a Markov decision process, in pure functions.
+
+A state is a prompt with the response written so far behind it; an action is a token id; a
+transition writes the action at `length`. The episode is `terminated` by an end-of-sequence id and
+`truncated` by the response limit, never both. The reward is zero until the episode ends, so it is
+not part of the transition: see `qwen_env.rewards`.
+
+Every function takes the array namespace `xp` (`numpy` or `jax.numpy`) last, and any number of
+leading batch axes: the same lines drive the Gymnasium environments one step at a time and the
+compiled rollout of `ppo_jax`.
+
+Shapes: P prompt limit, T response limit, S = P + T, V vocabulary; `...` any batch axes.
+"""
+
+import functools
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qwen_env.errors import UsageError
+
+Array = Any  # a NumPy or a JAX array: the functions below are written for both
+
+PAD_TOKEN_ID = 0
+"""What `tokens` holds behind `length`. Lengths say what is real; no code compares ids with this."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The constants of the MDP. Hashable, so that a compiled function can take it statically.
+
+    `eos_token_ids` end the episode. `forbidden_token_ids` can never be chosen; ids of a padded
+    vocabulary that have no text belong here. No end-of-sequence id can be chosen before the
+    response holds `min_new_tokens` tokens.
+
+    Raises:
+        UsageError: a limit is out of range, an id is outside the vocabulary, or nothing is allowed.
+    """
+
+    max_prompt_length: int
+    max_new_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    forbidden_token_ids: tuple[int, ...] = ()
+    min_new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_length", "max_new_tokens", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise UsageError(
+                f"min_new_tokens is {self.min_new_tokens}; it must lie between 0 and "
+                f"max_new_tokens ({self.max_new_tokens})."
+            )
+        if not self.eos_token_ids:
+            raise UsageError(
+                "eos_token_ids is empty, so no episode could end by itself; "
+                "name at least one end-of-sequence id."
+            )
+        for name in ("eos_token_ids", "forbidden_token_ids"):
+            ids = _as_id_tuple(getattr(self, name))
+            object.__setattr__(self, name, ids)
+            if ids and not (ids[0] >= 0 and ids[-1] < self.vocab_size):
+                raise UsageError(
+                    f"{name} holds {ids[0] if ids[0] < 0 else ids[-1]}, which is outside the "
+                    f"vocabulary (0 to {self.vocab_size - 1})."
+                )
+        choosable = self.vocab_size - len(self.forbidden_token_ids)
+        if self.min_new_tokens:
+            choosable -= len(set(self.eos_token_ids) - set(self.forbidden_token_ids))
+        if choosable < 1:
+            raise UsageError(
+                "every token is forbidden; leave at least one id out of forbidden_token_ids "
+                "(and, with min_new_tokens above 0, one that is not an end-of-sequence id)."
+            )
+
+    @property
+    def max_length(self) -> int:
+        """S, the width of `State.tokens`."""
+        return self.max_prompt_length + self.max_new_tokens
+
+
+class State(NamedTuple):
+    """A batch of states. `tokens` is prompt then response, contiguous, padded on the right."""
+
+    tokens: Array  # int32 [..., S]
+    prompt_length: Array  # int32 [...]
+    length: Array  # int32 [...], prompt and response together
+    terminated: Array  # bool [...]
+    truncated: Array  # bool [...]
+
+
+def initial_state(prompt_ids: Array, prompt_length: Array, rules: Rules, xp: Any) -> State:
+    """The state before the first action.
+
+    Args:
+        prompt_ids: int [..., P], padded on the right with anything.
+        prompt_length: int [...], the number of real tokens, 1 to P.
+    """
+    prompt_ids = xp.asarray(prompt_ids, dtype=xp.int32)
+    prompt_length = xp.asarray(prompt_length, dtype=xp.int32)
+    is_real = _positions(rules.max_prompt_length, xp) < prompt_length[..., None]
+    response = xp.full((*prompt_ids.shape[:-1], rules.max_new_tokens), PAD_TOKEN_ID, xp.int32)
+    tokens = xp.concatenate([xp.where(is_real, prompt_ids, PAD_TOKEN_ID), response], axis=-1)
+    ended = xp.zeros(prompt_length.shape, dtype=bool)
+    return State(tokens.astype(xp.int32), prompt_length, prompt_length, ended, ended)
+
+
+def step(state: State, action: Array, rules: Rules, xp: Any) -> State:
+    """Append `action` (int [...]) to every row that has not ended; ended rows stay as they are."""
+    action = xp.int32(action)
+    ended = has_ended(state)
+    running = ~ended
+    slot = state.length * running - ended  # -1, which is no position, in rows that have ended
+    writes = _positions(rules.max_length, xp) == slot[..., None]
+    length = state.length + running
+    is_eos = _is_any_of(rules.eos_token_ids, action)
+    is_full = length - state.prompt_length >= rules.max_new_tokens
+    return State(
+        tokens=xp.where(writes, action[..., None], state.tokens),
+        prompt_length=state.prompt_length,
+        length=length,
+        terminated=state.terminated | (running & is_eos),
+        truncated=state.truncated | (running & is_full & ~is_eos),
+    )
+
+
+def has_ended(state: State) -> Array:
+    """bool [...]: terminated or truncated."""
+    return state.terminated | state.truncated
+
+
+def response_length(state: State) -> Array:
+    """int32 [...]: tokens written so far, the end-of-sequence id included."""
+    return state.length - state.prompt_length
+
+
+def attention_mask(state: State, xp: Any) -> Array:
+    """bool [..., S]: True on prompt and response."""
+    return _positions(state.tokens.shape[-1], xp) < state.length[..., None]
+
+
+def action_mask(num_written: Array, rules: Rules, xp: Any) -> Array:
+    """The actions that may be chosen.
+
+    Args:
+        num_written: int [...], response tokens written before the choice (`response_length`).
+
+    Returns:
+        bool [..., V], True where the action is allowed.
+    """
+    always, late = (xp.asarray(mask) for mask in _allowed_ids(rules))
+    if rules.min_new_tokens == 0:
+        return xp.broadcast_to(late, num_written.shape + late.shape)
+    return xp.where((num_written < rules.min_new_tokens)[..., None], always, late)
+
+
+def _positions(count: int, xp: Any) -> Array:
+    """int32 [count], the type of lengths: comparing two integer types costs NumPy a conversion."""
+    return xp.arange(count, dtype=xp.int32)
+
+
+def _as_id_tuple(ids: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted({int(i) for i in ids}))
+
+
+def _is_any_of(members: tuple[int, ...], ids: Array) -> Array:
+    """bool, shaped like `ids`; for the few end-of-sequence ids, cheaper than a set operation."""
+    return functools.reduce(operator.or_, (ids == member for member in members))
+
+
+@functools.cache
+def _allowed_ids(rules: Rules) -> tuple[np.ndarray, np.ndarray]:
+    """bool [V] twice: the ids allowed at every step, and those allowed from min_new_tokens on."""
+    late = np.ones(rules.vocab_size, dtype=bool)
+    late[list(rules.forbidden_token_ids)] = False
+    always = late.copy()
+    always[list(rules.eos_token_ids)] = False
+    return always, late

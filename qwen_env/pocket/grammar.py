@@ -1,0 +1,362 @@
+"""A small grammar of film reviews that knows how much each review likes its film.
+
+One table says everything: `RULES` are the productions, the `*_VALUES` and `*_FACTORS` tables beside
+them the words that carry meaning. `sample` expands the table at random; the recogniser is a regular
+expression compiled from the same table (no rule refers back to itself, so the language is
+regular). What the table cannot say, two conditions say for both, in `_is_coherent`:
+
+- two opinions of one review are about different things;
+- they agree in sign, unless a word of contrast ("but", "although", "still") joins them; then they
+  differ in sign.
+
+The sentiment of an opinion is the value of its word times the factor in front of it ("very",
+"not ... at all"). A review's is the mean of its opinions; under contrast the later one weighs more
+(0.6 against 0.4), because that is the one the reviewer ends on. Nothing is summed, so saying more,
+or saying it twice, gains nothing. Text that is no complete review of the grammar scores -1.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+OFF_GRAMMAR = -1.0
+"""The sentiment of text outside the grammar, cut-off reviews included: no review scores less."""
+
+CONTRAST_WEIGHTS = (0.4, 0.6)
+
+# ---------------------------------------------------------------- words that carry meaning
+
+_ANY_QUALITY = {
+    "good": 0.5, "decent": 0.35, "fine": 0.3, "impressive": 0.6,
+    "bad": -0.55, "bland": -0.35, "ordinary": -0.25, "weak": -0.5,
+}  # fmt: skip
+
+OPINION_VALUES: dict[str, dict[str, float]] = {
+    "story_quality": _ANY_QUALITY | {
+        "clever": 0.55, "gripping": 0.65, "touching": 0.6, "funny": 0.55,
+        "predictable": -0.45, "confusing": -0.5, "silly": -0.45, "boring": -0.6,
+    },
+    "acting_quality": _ANY_QUALITY | {
+        "convincing": 0.55, "charming": 0.6, "subtle": 0.45, "funny": 0.55,
+        "wooden": -0.6, "flat": -0.45, "lifeless": -0.65, "silly": -0.45,
+    },
+    "craft_quality": _ANY_QUALITY | {
+        "beautiful": 0.65, "rich": 0.45, "haunting": 0.55,
+        "clumsy": -0.5, "ugly": -0.6, "harsh": -0.45,
+    },
+    "tempo_quality": _ANY_QUALITY | {
+        "lively": 0.5, "gripping": 0.65, "smooth": 0.4,
+        "slow": -0.45, "boring": -0.6, "uneven": -0.4,
+    },
+    "many_quality": _ANY_QUALITY | {
+        "memorable": 0.6, "clever": 0.55, "charming": 0.6,
+        "cheap": -0.5, "silly": -0.45, "clumsy": -0.5,
+    },
+    "film_quality": {  # behind "a", so no vowel leads
+        "good": 0.5, "decent": 0.35, "clever": 0.55, "touching": 0.6, "charming": 0.6,
+        "bad": -0.55, "bland": -0.35, "weak": -0.5, "silly": -0.45, "boring": -0.6,
+    },
+    "extreme": {
+        "superb": 0.8, "wonderful": 0.78, "brilliant": 0.83,
+        "terrible": -0.83, "dreadful": -0.8, "horrible": -0.78,
+    },
+    "feeling": {
+        "loved": 0.8, "enjoyed": 0.6, "liked": 0.5, "admired": 0.55,
+        "hated": -0.8, "disliked": -0.5, "grew tired of": -0.5, "could not stand": -0.7,
+    },
+    "denied_feeling": {"enjoy": 0.6, "like": 0.5, "care for": 0.45},
+    "effect": {
+        "moved me": 0.7, "made me smile": 0.6, "won me over": 0.6, "kept me guessing": 0.55,
+        "left me cold": -0.55, "let me down": -0.6, "put me to sleep": -0.8, "bored me": -0.6,
+    },
+    "verdict": {
+        "I would happily watch it again": 0.7, "I would recommend it to anyone": 0.75,
+        "I left with a smile": 0.6, "it is well worth a look": 0.45, "I had a great time": 0.75,
+        "I would not watch it again": -0.5, "I would not recommend it to anyone": -0.75,
+        "I left before the end": -0.7, "it is not worth a look": -0.55,
+        "I want my money back": -0.8,
+    },
+}  # fmt: skip
+"""Category -> phrase -> value, in (-1, 1)."""
+
+DEGREE_FACTORS: dict[str, dict[str, float]] = {
+    "degree": {
+        "very": 1.35, "really": 1.25, "quite": 0.85, "rather": 0.8, "fairly": 0.7,
+        "not very": -0.6, "anything but": -0.9,
+    },
+    "plain_degree": {"very": 1.35, "really": 1.25, "rather": 0.8, "fairly": 0.7},
+    "extreme_degree": {"truly": 1.15, "simply": 1.1, "utterly": 1.2},
+    "not": {"not": -0.8},
+    "did_not": {"did not": -0.9},
+    "really": {"really": 1.2},
+}  # fmt: skip
+"""Category -> phrase -> factor on the opinion value that follows."""
+
+SUBJECTS: dict[str, tuple[str, ...]] = {
+    "story": ("plot", "story", "script", "ending", "dialogue"),
+    "acting": ("acting", "cast", "hero", "villain"),
+    "craft": ("music", "score", "camera work", "lighting"),
+    "tempo": ("pacing", "editing", "first act", "second half"),
+    "many": ("jokes", "songs", "effects", "characters", "action scenes"),
+    "film": ("it",),
+}
+"""What an opinion is about."""
+
+CONTRASTS: dict[str, tuple[str, ...]] = {
+    "but": ("but", "yet"),
+    "although": ("although",),
+    "still": ("still",),
+}
+
+# ---------------------------------------------------------------- productions
+
+_PREDICATE = (
+    "{{{0}_quality}}",
+    "{{degree}} {{{0}_quality}}",
+    "{{not}} {{{0}_quality}} at all",
+    "{{extreme}}",
+    "{{extreme_degree}} {{extreme}}",
+)
+_THINGS = ("story", "acting", "craft", "tempo", "many")
+
+RULES: dict[str, tuple[str, ...]] = {
+    "review": (
+        "{^opinion}{more}.",
+        "{^opening} {opinion}{more}.",
+        "{^scene} {opinion}{ending}.",
+        "{^although} {opinion}, {opinion}.",
+    ),
+    "more": ("{ending}", ", {joint} {opinion}"),
+    "joint": ("and", "{but}"),
+    "ending": ("", ". {^verdict}", ". {^still}, {verdict}"),
+    "opening": (
+        "for a {genre},",
+        "to my surprise,",
+        "all in all,",
+        "in the end,",
+        "for once,",
+        "after all the talk,",
+        "on a second viewing,",
+        "on the big screen,",
+    ),
+    "scene": (
+        "I watched this with {company} and",
+        "I saw this with {company} and",
+        "we saw this {occasion} and",
+        "we watched this {occasion} and",
+    ),
+    "company": ("my sister", "my brother", "my parents", "a friend", "two friends"),
+    "occasion": (
+        "last night",
+        "on a rainy Sunday",
+        "on a long flight",
+        "at home",
+        "in a full house",
+    ),
+    "genre": ("comedy", "thriller", "drama", "western", "musical", "mystery"),
+    "movie": ("film", "movie", "{genre}"),
+    "opinion": (
+        *(f"{{{thing}_opinion}}" for thing in _THINGS),
+        "{film} {film_is} a {film_praise} {movie}",
+        "I {feeling} the {thing}",
+        "I {really} {feeling} the {thing}",
+        "I {did_not} {denied_feeling} the {thing} at all",
+        "the {thing} {effect}",
+    ),
+    **{
+        f"{thing}_opinion": (
+            f"the {{{thing}}} {{{be}}} {{{thing}_predicate}}",
+            f"the {{{thing}}} in this {{movie}} {{{be}}} {{{thing}_predicate}}",
+            f"I found the {{{thing}}} {{{thing}_predicate}}",
+        )
+        for thing in _THINGS
+        for be in ("are" if thing == "many" else "is",)
+    },
+    **{f"{thing}_predicate": tuple(p.format(thing) for p in _PREDICATE) for thing in _THINGS},
+    "is": ("is", "was", "seemed", "felt"),
+    "are": ("are", "were", "seemed", "felt"),
+    "film_is": ("is", "was", "seemed"),
+    "film_praise": (
+        "{film_quality}",
+        "{plain_degree} {film_quality}",
+        "{extreme}",
+        "truly {extreme}",
+    ),
+    "thing": tuple(f"{{{thing}}}" for thing in _THINGS),
+}  # fmt: skip
+"""Symbol -> alternatives, each as likely as the next. `{x}` expands x; `{^x}` capitalises it.
+
+Words that carry meaning are not written here: their categories are symbols too (`ALTERNATIVES`).
+"""
+
+ALTERNATIVES: dict[str, tuple[str, ...]] = {
+    **RULES,
+    **{name: tuple(words) for name, words in (OPINION_VALUES | DEGREE_FACTORS).items()},
+    **SUBJECTS,
+    **CONTRASTS,
+}
+"""The whole context-free grammar: the rules and the words."""
+
+# ---------------------------------------------------------------- sampling
+
+
+def sample(rng: np.random.Generator) -> str:
+    """One review of one or two sentences, for example "The music felt rather bland." """
+    while True:
+        text, _ = _expand("{review}", rng)
+        if _is_coherent(meaning(text)):
+            return text
+
+
+def entropy(rng: np.random.Generator, num_samples: int = 20_000) -> float:
+    """The entropy of `sample` in nats a review, estimated from `num_samples` expansions.
+
+    An expansion is kept with probability Z, so a review has probability p / Z, where p is that of
+    its expansion (each text has one), and H = E[-log p | kept] + log Z.
+    """
+    drawn = [_expand("{review}", rng) for _ in range(num_samples)]
+    kept = [log_p for text, log_p in drawn if _is_coherent(meaning(text))]
+    return float(-np.mean(kept) + np.log(len(kept) / num_samples))
+
+
+_SYMBOL = re.compile(r"\{(\^?)(\w+)\}")
+
+
+def _parts(alternative: str) -> Iterator[tuple[str, bool, str]]:
+    """(literal, False, "") and ("", is capitalised, symbol) in the order of the text."""
+    position = 0
+    for match in _SYMBOL.finditer(alternative):
+        if match.start() > position:
+            yield alternative[position : match.start()], False, ""
+        yield "", bool(match[1]), match[2]
+        position = match.end()
+    if position < len(alternative):
+        yield alternative[position:], False, ""
+
+
+def _capitalise(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+_PARSED = {
+    symbol: tuple(tuple(_parts(alternative)) for alternative in alternatives)
+    for symbol, alternatives in ALTERNATIVES.items()
+}
+
+
+def _expand(alternative: str, rng: np.random.Generator) -> tuple[str, float]:
+    """A random text of `alternative`, and the log-probability of its choices."""
+    log_p = 0.0
+
+    def write(parts: tuple[tuple[str, bool, str], ...]) -> str:
+        nonlocal log_p
+        text = ""
+        for literal, is_capital, symbol in parts:
+            if symbol:
+                choices = _PARSED[symbol]
+                log_p -= float(np.log(len(choices)))
+                literal = write(choices[int(rng.random() * len(choices))])
+            text += _capitalise(literal) if is_capital else literal
+        return text
+
+    return write(tuple(_parts(alternative))), log_p
+
+
+# ---------------------------------------------------------------- recognition and meaning
+
+
+class Meaning(NamedTuple):
+    """What a text says, in its order. `start` is where the first opinion or degree word begins."""
+
+    subjects: tuple[str, ...]
+    opinions: tuple[float, ...]
+    is_contrast: bool
+    start: int
+
+
+def is_grammatical(text: str) -> bool:
+    """Whether `sample` can write exactly `text`."""
+    return _TABLE_TEXT.fullmatch(text) is not None and _is_coherent(meaning(text))
+
+
+def sentiment(text: str) -> float:
+    """How much `text` likes its film, from -1 to 1; `OFF_GRAMMAR` where it is no review."""
+    if _TABLE_TEXT.fullmatch(text) is None:
+        return OFF_GRAMMAR
+    said = meaning(text)
+    if not _is_coherent(said):
+        return OFF_GRAMMAR
+    if said.is_contrast:
+        return CONTRAST_WEIGHTS[0] * said.opinions[0] + CONTRAST_WEIGHTS[1] * said.opinions[1]
+    return sum(said.opinions) / len(said.opinions)
+
+
+def meaning(text: str) -> Meaning:
+    """The words of `text` that carry meaning; it need be no review."""
+    subjects: list[str] = []
+    opinions: list[float] = []
+    is_contrast = False
+    start = len(text)
+    factor = 1.0
+    for match in _MEANING_WORD.finditer(text):
+        word = _lower_initial(match[0])
+        if word in _SUBJECT_WORDS:
+            subjects.append(word)
+        elif word in _CONTRAST_WORDS:
+            is_contrast = True
+        else:
+            start = min(start, match.start())
+            if word in _FACTOR:
+                factor *= _FACTOR[word]
+            else:
+                opinions.append(factor * _VALUE[word])
+                factor = 1.0
+    return Meaning(tuple(subjects), tuple(opinions), is_contrast, start)
+
+
+def _is_coherent(said: Meaning) -> bool:
+    if len(set(said.subjects)) < len(said.subjects):
+        return False
+    if len(said.opinions) == 1:
+        return True
+    differ_in_sign = (said.opinions[0] > 0) != (said.opinions[1] > 0)
+    return differ_in_sign == said.is_contrast
+
+
+def _pattern(symbol: str, is_capital: bool = False) -> str:
+    """The regular expression of what `symbol` can write."""
+    branches = []
+    for parts in _PARSED[symbol]:
+        branch = ""
+        for i, (literal, capitalises, name) in enumerate(parts):
+            leads = is_capital and i == 0
+            if name:
+                branch += _pattern(name, capitalises or leads)
+            else:
+                branch += re.escape(_capitalise(literal) if leads else literal)
+        branches.append(branch)
+    return f"(?:{'|'.join(branches)})"
+
+
+def _lower_initial(text: str) -> str:
+    return text if text.startswith("I ") else text[0].lower() + text[1:]
+
+
+_TABLE_TEXT = re.compile(_pattern("review"))
+
+# A word means the same wherever it stands, so that one scan reads the meaning.
+_VALUE = {word: value for words in OPINION_VALUES.values() for word, value in words.items()}
+_FACTOR = {word: factor for words in DEGREE_FACTORS.values() for word, factor in words.items()}
+_SUBJECT_WORDS = frozenset(word for words in SUBJECTS.values() for word in words)
+_CONTRAST_WORDS = frozenset(word for words in CONTRASTS.values() for word in words)
+_MEANING_WORD = re.compile(
+    r"\b(?:"
+    + "|".join(
+        re.escape(form)
+        for word in sorted({*_VALUE, *_FACTOR, *_SUBJECT_WORDS, *_CONTRAST_WORDS}, key=len)[::-1]
+        for form in dict.fromkeys((word, _capitalise(word)))
+    )
+    + r")\b"
+)

@@ -1,0 +1,211 @@
+"""Where prompts come from: a jsonl file, a list, or a dataset, tokenised and checked once."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, overload
+
+import numpy as np
+
+from qwen_env.errors import UsageError
+from qwen_env.tokenizer import Tokenizer
+
+Overflow = Literal["error", "drop", "truncate_left"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    `text` is what was tokenised (a chat is already rendered), `ids` int32 [length] its tokens,
+    `row` the source's row with all its columns, `index` its place in the source or -1.
+    """
+
+    text: str
+    ids: np.ndarray
+    row: Mapping[str, Any]
+    index: int
+
+    def info(self) -> dict[str, Any]:
+        """What the environments tell about it at reset."""
+        return {"prompt": self.text, "prompt_index": self.index}
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Turns a row with `"prompt"` (text) or `"messages"` (a chat) into a `Prompt`.
+
+    `chat_template` decides how: `None` renders chats with the tokenizer's template and takes text
+    as it is; `True`, or a template, also wraps text as a user's message; `False` takes no chats.
+    Variables for the template may stand in the row as `"chat_template_kwargs"`. `system_prompt`
+    goes before every chat that has no system message of its own.
+    """
+
+    tokenizer: Tokenizer
+    max_prompt_length: int
+    overflow: Overflow = "error"
+    chat_template: bool | str | None = None
+    system_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.overflow not in get_args(Overflow):
+            raise UsageError(
+                f"prompt_overflow is {self.overflow!r}; it must be one of "
+                f"{', '.join(map(repr, get_args(Overflow)))}."
+            )
+
+    def encode(self, row: Mapping[str, Any] | str, index: int, place: str) -> Prompt | None:
+        """The prompt of `row`, or None where `overflow` drops it.
+
+        Args:
+            place: how messages call the row ("line 3 of prompts.jsonl").
+
+        Raises:
+            UsageError: the row has no prompt, an empty one, or one over the limit.
+        """
+        if isinstance(row, str):
+            row = {"prompt": row}
+        if not isinstance(row, Mapping):
+            raise UsageError(
+                f"{place} is a {type(row).__name__}; it must be text, or an object with "
+                "'prompt' or 'messages'."
+            )
+        text = self._text(row, place)
+        ids = np.array(self.tokenizer.encode(text), np.int32)
+        if not len(ids):
+            raise UsageError(f"{place} holds an empty prompt; a prompt needs at least one token.")
+        excess = len(ids) - self.max_prompt_length
+        if excess > 0:
+            if self.overflow == "drop":
+                return None
+            if self.overflow == "error":
+                raise UsageError(
+                    f"{place} holds a prompt of {len(ids)} tokens, over the limit of "
+                    f"{self.max_prompt_length}; raise max_prompt_length, or set prompt_overflow "
+                    "to 'drop' or 'truncate_left'."
+                )
+            ids = ids[excess:]
+            text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return Prompt(text, ids, row, index)
+
+    def _text(self, row: Mapping[str, Any], place: str) -> str:
+        if row.get("messages") is not None:
+            messages = row["messages"]
+            if self.chat_template is False:
+                raise UsageError(
+                    f"{place} holds chat messages, but chat_template is False; leave it out to "
+                    "use the tokenizer's template."
+                )
+        elif isinstance(prompt := row.get("prompt"), str):
+            if not self.chat_template:
+                if self.system_prompt is not None:
+                    raise UsageError(
+                        f"{place} is plain text, which takes no system_prompt; set chat_template "
+                        "to True to make it a user's message."
+                    )
+                return prompt
+            messages = [{"role": "user", "content": prompt}]
+        else:
+            raise UsageError(
+                f"{place} has neither 'prompt' (text) nor 'messages' (a list); its keys are "
+                f"{', '.join(map(repr, row)) or 'none'}."
+            )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                system_prompt=self.system_prompt,
+                chat_template=self.chat_template if isinstance(self.chat_template, str) else None,
+                **(row.get("chat_template_kwargs") or {}),
+            )
+        except UsageError as error:
+            raise UsageError(f"{place}: {error}") from error
+
+
+class PromptDataset(Sequence[Prompt]):
+    """Prompts that are ready to be sampled. Immutable."""
+
+    def __init__(self, prompts: Iterable[Prompt]) -> None:
+        self._prompts = tuple(prompts)
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> "PromptDataset": ...
+    def __getitem__(self, index: int | slice) -> "Prompt | PromptDataset":
+        if isinstance(index, slice):
+            return PromptDataset(self._prompts[index])
+        return self._prompts[index]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PromptDataset":
+        return self  # immutable, and it can be large
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self._prompts)
+
+
+def load_prompts(
+    source: Any,
+    tokenizer: Tokenizer,
+    *,
+    max_prompt_length: int,
+    overflow: Overflow = "error",
+    chat_template: bool | str | None = None,
+    system_prompt: str | None = None,
+) -> PromptDataset:
+    """Read, tokenise and check all the prompts of `source`.
+
+    Args:
+        source: the path of a `.jsonl` file, or an iterable (a list, a `datasets.Dataset`) of
+            texts or of rows; a row has `"prompt"` (text) or `"messages"` (a chat), and its other
+            columns reach the reward function.
+        overflow: what to do with a prompt over the limit: refuse it, drop it, or cut its left.
+        chat_template, system_prompt: see `PromptEncoder`.
+
+    Raises:
+        UsageError: a row is wrong (named by file and line, or by index), or there is none.
+    """
+    return encode_prompts(
+        source,
+        PromptEncoder(tokenizer, max_prompt_length, overflow, chat_template, system_prompt),
+    )
+
+
+def encode_prompts(source: Any, encoder: PromptEncoder) -> PromptDataset:
+    """`load_prompts` with an encoder that is there already."""
+    if isinstance(source, str | Path):
+        name, rows = str(source), _read_jsonl(Path(source).expanduser())
+    elif isinstance(source, Iterable) and not isinstance(source, Mapping):
+        name, rows = "prompts", ((f"prompts[{i}]", row) for i, row in enumerate(source))
+    else:
+        raise UsageError(
+            f"prompts is a {type(source).__name__}; give the path of a .jsonl file, a list of "
+            "texts or rows, or a datasets.Dataset."
+        )
+    encoded = (encoder.encode(row, index, place) for index, (place, row) in enumerate(rows))
+    dataset = PromptDataset(prompt for prompt in encoded if prompt is not None)
+    if not dataset:
+        limit = f" of at most {encoder.max_prompt_length} tokens"
+        raise UsageError(f"{name} holds no prompts{limit if encoder.overflow == 'drop' else ''}.")
+    return dataset
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each row and how messages call it. Blank lines are skipped."""
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; prompts are read from a .jsonl file.")
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                place = f"line {number} of {path}"
+                try:
+                    yield place, json.loads(line)
+                except ValueError as error:
+                    raise UsageError(f"{place} is not JSON: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: {error}.") from error

@@ -1,0 +1,37 @@
+"""An episode as text, for a terminal or a notebook."""
+
+from qwen_env.task import Outcome
+
+
+def render_episode(prompt: str, completion: str, outcome: Outcome | None) -> str:
+    """The episode so far: `prompt|completion`, and a last line once it has an outcome."""
+    if outcome is None:
+        # A character that is not complete yet decodes to a replacement character: wait for it.
+        return _printable(f"{prompt}|{completion}".rstrip("\ufffd"))
+    reason, length = outcome.info["finish_reason"], outcome.info["completion_length"]
+    ending = f"[{reason} after {length} tokens, reward {outcome.reward:+.3f}]"
+    return _printable(f"{prompt}|{completion}\n{ending}\n")
+
+
+class LiveText:
+    """Prints a text that grows: only what is new."""
+
+    def __init__(self) -> None:
+        self._shown = ""
+
+    def show(self, text: str) -> None:
+        if not text.startswith(self._shown):
+            self.finish()
+        print(text[len(self._shown) :], end="", flush=True)
+        self._shown = text
+
+    def finish(self) -> None:
+        """The next text begins on a line of its own."""
+        if self._shown and not self._shown.endswith("\n"):
+            print(flush=True)
+        self._shown = ""
+
+
+def _printable(text: str) -> str:
+    """Control characters, which a model may write and a terminal would obey, as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

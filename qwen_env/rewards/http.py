@@ -1,0 +1,125 @@
+"""A reward server: any process that answers one JSON request.
+
+The client sends `POST` with
+
+    {"prompts": [...], "completions": [...], "rows": [{...}, ...], "finish_reasons": [...]}
+
+(lists of one length; rows are the dataset's, finish reasons "eos" or "length"), and the server
+answers with status 200 and
+
+    {"rewards": [...], "components": {"name": [...], ...}}
+
+where `"components"`, reported beside the reward, may be left out.
+"""
+
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qwen_env.errors import UsageError
+from qwen_env.rewards.base import RewardBatch, RewardError
+from qwen_env.rewards.progress import with_progress
+
+_WORTH_RETRYING = (408, 425, 429, 500, 502, 503, 504)
+
+
+class HTTPReward:
+    """Asks the reward server at `url`.
+
+    Args:
+        batch_size: rows per request.
+        timeout: seconds to wait for an answer.
+        retries: further attempts after a connection that failed, a timeout, or an answer that
+            says "later" (429, 5xx); every other answer is final.
+        backoff: seconds before the first further attempt; doubled before each next one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        batch_size: int = 64,
+        timeout: float = 30.0,
+        retries: int = 3,
+        backoff: float = 1.0,
+    ) -> None:
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}; it must be at least 1.")
+        self.url = url
+        self.batch_size = batch_size
+        self.timeout = timeout
+        self.retries = retries
+        self.backoff = backoff
+
+    def __call__(self, batch: RewardBatch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The rewards, float32 [N], and the components that the server names.
+
+        Raises:
+            RewardError: the server cannot be reached, or its answer is not of the form above.
+        """
+        starts = range(0, len(batch), self.batch_size)
+        answers = [self._ask(batch, start) for start in with_progress(starts, "reward server")]
+        rewards = [reward for answer in answers for reward in answer["rewards"]]
+        names = answers[0].get("components", {}) if answers else {}
+        try:
+            components = {
+                name: np.concatenate([answer["components"][name] for answer in answers])
+                for name in names
+            }
+        except (KeyError, ValueError) as error:
+            raise RewardError(
+                f"The reward server {self.url} answered with components that differ from batch to "
+                f"batch ({error})."
+            ) from error
+        return np.array(rewards, np.float32), components
+
+    def _ask(self, batch: RewardBatch, start: int) -> dict[str, Any]:
+        part = slice(start, start + self.batch_size)
+        columns: dict[str, Sequence[Any]] = {
+            "prompts": batch.prompts[part],
+            "completions": batch.completions[part],
+            "rows": batch.rows[part],
+            "finish_reasons": batch.finish_reasons[part],
+        }
+        answer = self._post(json.dumps(columns).encode())
+        rewards = answer.get("rewards") if isinstance(answer, dict) else None
+        count = len(batch.prompts[part])
+        if not isinstance(rewards, list) or len(rewards) != count:
+            raise RewardError(
+                f"The reward server {self.url} must answer with an object whose 'rewards' are a "
+                f"list of {count} numbers; it answered {str(answer)[:200]}."
+            )
+        return answer
+
+    def _post(self, body: bytes) -> Any:
+        request = urllib.request.Request(
+            self.url, data=body, headers={"Content-Type": "application/json"}
+        )
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(self.backoff * 2 ** (attempt - 1))
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                    return json.loads(response.read())
+            except urllib.error.HTTPError as error:
+                text = error.read(200).decode(errors="replace").strip()
+                problem = f"answered {error.code} {error.reason}: {text}"
+                if error.code not in _WORTH_RETRYING:
+                    raise RewardError(f"The reward server {self.url} {problem}") from error
+            except (OSError, http.client.HTTPException) as error:  # no connection, or a broken one
+                problem = f"cannot be reached ({getattr(error, 'reason', error)})"
+            except ValueError as error:
+                raise RewardError(
+                    f"The reward server {self.url} answered with something that is not JSON: "
+                    f"{error}."
+                ) from error
+        raise RewardError(
+            f"The reward server {self.url} {problem}, {self.retries + 1} times; "
+            "start it, or raise timeout or retries."
+        )

@@ -1,0 +1,147 @@
+"""A Hugging Face sequence-classification model as the reward, run by `transformers`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_env.errors import UsageError
+from qwen_env.extras import import_extra
+from qwen_env.hub import resolve
+from qwen_env.rewards.base import RewardBatch
+from qwen_env.rewards.progress import with_progress
+
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+class HuggingFaceReward:
+    """Scores an episode with a reward model, its own tokenizer and its own chat template.
+
+    With a chat template, the model reads the row's `"messages"` (or its prompt, as a user's
+    message) and the completion as the assistant's answer; without one, prompt and completion as
+    one text. Batches are sorted by length, so that little is padded.
+
+    Args:
+        model: a folder, or a hub id; weights are read from safetensors only, and no code of the
+            repository is run.
+        label: of a classifier with several labels, the one whose logit is the reward.
+        device: a `torch` device; by default the GPU if there is one.
+        dtype: "float32", "bfloat16" or "float16".
+        batch_size: rows per forward pass.
+        max_length: tokens; longer texts lose their left end. By default, the model's limit.
+        use_chat_template: False reads prompt and completion as one text even so.
+
+    Raises:
+        UsageError: no such model, or not a reward model.
+        gymnasium.error.DependencyNotInstalled: `torch` or `transformers` is missing.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        label: str | None = None,
+        device: str | None = None,
+        dtype: str = "float32",
+        batch_size: int = 16,
+        max_length: int | None = None,
+        use_chat_template: bool = True,
+    ) -> None:
+        self._torch: Any = import_extra("torch", extra="torch")
+        transformers = import_extra("transformers", extra="torch")
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise UsageError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16.")
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}; it must be at least 1.")
+        folder = resolve(model, allow_patterns=_FILES)
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            self.model, loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError) as error:
+            raise UsageError(f"hf:{model} cannot be loaded: {error}") from error
+        if missing := sorted(loaded["missing_keys"]):
+            raise UsageError(
+                f"hf:{model} has no tensor {missing[0]!r}; it is not a sequence-classification "
+                "model, or not a complete one."
+            )
+        self._column = _label_column(self.model.config, label, str(model))
+        self.device = device or ("cuda" if self._torch.cuda.is_available() else "cpu")
+        self.model.to(self.device, getattr(self._torch, dtype)).eval()
+        self.batch_size = batch_size
+        self.max_length = max_length or getattr(self.model.config, "max_position_embeddings", None)
+        self.use_chat_template = use_chat_template and self.tokenizer.chat_template is not None
+        self.__qualname__ = f"hf:{model}"
+
+    def __call__(self, batch: RewardBatch) -> np.ndarray:
+        """The reward of each row, float32 [N]."""
+        if not len(batch):
+            return np.zeros(0, np.float32)
+        ids = [self._encode(batch, row) for row in range(len(batch))]
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        rewards = np.zeros(len(ids), np.float32)
+        for rows in with_progress(chunks, "scoring"):
+            rewards[rows] = self._forward([ids[row] for row in rows])
+        return rewards
+
+    def _encode(self, batch: RewardBatch, row: int) -> list[int]:
+        prompt, completion = batch.prompts[row], batch.completions[row]
+        if self.use_chat_template:
+            messages = [
+                *_messages(batch.rows[row], prompt),
+                {"role": "assistant", "content": completion},
+            ]
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+        else:
+            ids = self.tokenizer.encode(prompt + completion)
+        return ids if self.max_length is None else ids[-self.max_length :]
+
+    def _forward(self, rows: list[list[int]]) -> np.ndarray:
+        pad = self._pad_token_id(rows)
+        width = max(len(ids) for ids in rows)
+        input_ids = [ids + [pad] * (width - len(ids)) for ids in rows]
+        mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in rows]
+        tensor = self._torch.tensor
+        with self._torch.inference_mode():
+            logits = self.model(
+                input_ids=tensor(input_ids, device=self.device),
+                attention_mask=tensor(mask, device=self.device),
+            ).logits
+        return logits[:, self._column].float().cpu().numpy()
+
+    def _pad_token_id(self, rows: list[list[int]]) -> int:
+        """An id to pad with, told to the model.
+
+        Decoders read their score at the last token that is not `pad_token_id`, which is wrong for
+        a text that ends with it (many models pad with the end-of-sequence token); then any id
+        that ends none of the texts serves, since padding is masked.
+        """
+        last_ids = {ids[-1] for ids in rows}
+        pad = self.tokenizer.pad_token_id
+        if pad is None or pad in last_ids:
+            pad = next(i for i in range(len(last_ids) + 1) if i not in last_ids)
+        self.model.config.pad_token_id = pad
+        return pad
+
+
+def _messages(row: Mapping[str, Any], prompt: str) -> Sequence[Mapping[str, Any]]:
+    """The chat that led to the completion, before any chat template was applied."""
+    if row.get("messages") is not None:
+        return row["messages"]
+    return [{"role": "user", "content": row.get("prompt", prompt)}]
+
+
+def _label_column(config: Any, label: str | None, model: str) -> int:
+    if label is None:
+        if config.num_labels == 1:
+            return 0
+    elif label in config.label2id:
+        return int(config.label2id[label])
+    raise UsageError(
+        f"hf:{model} has the labels {', '.join(map(repr, config.label2id))}; name one of them as "
+        "label (in a string, 'hf:FOLDER?label=LABEL')."
+    )

@@ -1,0 +1,259 @@
+"""A text task: prompts, the rules of the game, and what a finished episode is worth.
+
+Everything that the single and the vector environment share, and nothing that changes while they
+are stepped.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, get_args
+
+import numpy as np
+from gymnasium import spaces
+
+from qwen_env import mdp, pocket
+from qwen_env.errors import UsageError
+from qwen_env.prompts import Overflow, Prompt, PromptDataset, PromptEncoder, encode_prompts
+from qwen_env.rewards import RewardBatch, RewardFn, load_reward, score
+from qwen_env.rewards.sentiment import pocket_sentiment
+from qwen_env.sampling import PromptSampler, Sampling
+from qwen_env.tokenizer import Tokenizer, load_tokenizer
+
+_RESET_OPTIONS = ("prompt", "messages", "prompt_index")
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A finished episode: the tokens as they were chosen, and how it ended ("eos", "length")."""
+
+    prompt: Prompt
+    completion_ids: np.ndarray
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an episode came to. `info` is that of its last step."""
+
+    reward: float
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """See `make_task`."""
+
+    tokenizer: Tokenizer
+    prompts: PromptDataset
+    prompt_encoder: PromptEncoder
+    sampling: Sampling
+    rules: mdp.Rules
+    reward: RewardFn
+    missing_eos_penalty: float
+
+    @property
+    def action_space(self) -> spaces.Discrete:
+        return spaces.Discrete(self.rules.vocab_size)
+
+    @property
+    def observation_space(self) -> spaces.Dict:
+        width, last_id = self.rules.max_length, self.rules.vocab_size - 1
+        return spaces.Dict(
+            {
+                "input_ids": spaces.Box(0, last_id, (width,), np.int32),
+                "attention_mask": spaces.Box(0, 1, (width,), np.int8),
+                "length": spaces.Box(1, width, (), np.int32),
+                "prompt_length": spaces.Box(1, self.rules.max_prompt_length, (), np.int32),
+            }
+        )
+
+    @cached_property
+    def _allowed(self) -> np.ndarray:
+        """bool [2, V]: the action masks before and from `min_new_tokens` on."""
+        return mdp.action_mask(np.array([0, self.rules.min_new_tokens]), self.rules, np)
+
+    def allows(self, tokens: Any, num_written: Any) -> Any:
+        """bool [...]: whether ids inside the vocabulary can be chosen after `num_written` others.
+
+        `mdp.action_mask`, looked up: it never costs more than the ids that are asked for.
+        """
+        is_late = num_written >= self.rules.min_new_tokens
+        return self._allowed[is_late * 1, tokens]
+
+    def why_not(self, token: int) -> str:
+        """One sentence on an action that cannot be taken."""
+        last = self.rules.vocab_size - 1
+        if not 0 <= token <= last:
+            return f"action {token} is outside the vocabulary; ids run from 0 to {last}."
+        return (
+            f"action {token} is forbidden here; action_mask() tells which of the ids 0 to {last} "
+            "are allowed."
+        )
+
+    def initial_state(self, prompts: Sequence[Prompt]) -> mdp.State:
+        """The states [N] before the first action."""
+        ids = np.zeros((len(prompts), self.rules.max_prompt_length), np.int32)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt.ids)] = prompt.ids
+        lengths = [len(prompt.ids) for prompt in prompts]
+        return mdp.initial_state(ids, lengths, self.rules, np)
+
+    def prompt_from_options(self, options: Mapping[str, Any] | None) -> Prompt | None:
+        """The prompt that the options of a reset name, if they name one.
+
+        Raises:
+            UsageError: an unknown option, two prompts at once, or a wrong value.
+        """
+        if not options:
+            return None
+        unknown = [key for key in options if key not in _RESET_OPTIONS]
+        if unknown or len(options) > 1:
+            raise UsageError(
+                f"reset got the options {', '.join(map(repr, options))}; "
+                f"it takes one of {', '.join(map(repr, _RESET_OPTIONS))}."
+            )
+        if "prompt_index" not in options:
+            encoder = self.prompt_encoder
+            if encoder.overflow == "drop":  # what was asked for is never dropped in silence
+                encoder = replace(encoder, overflow="error")
+            return encoder.encode(options, index=-1, place="the option of reset")
+        index = options["prompt_index"]
+        if not isinstance(index, int | np.integer) or not 0 <= index < len(self.prompts):
+            raise UsageError(
+                f"prompt_index is {index!r}; it must be an integer from 0 to "
+                f"{len(self.prompts) - 1}."
+            )
+        return self.prompts[int(index)]
+
+    def draw(self, sampler: PromptSampler, rng: np.random.Generator) -> Prompt:
+        """The next prompt of `sampler`."""
+        return self.prompts[sampler.draw(rng)]
+
+    def completion(self, state: mdp.State) -> str:
+        """The text written so far in `state` (of one environment)."""
+        return self.tokenizer.decode(state.tokens[state.prompt_length : state.length])
+
+    def evaluate(self, episodes: Sequence[Episode]) -> list[Outcome]:
+        """Score finished episodes in one call of the reward function.
+
+        Raises:
+            RewardError: the reward function raised, or its answer cannot be a reward.
+        """
+        completions = [self.tokenizer.decode(episode.completion_ids) for episode in episodes]
+        reasons = [episode.finish_reason for episode in episodes]
+        scores = score(
+            self.reward,
+            RewardBatch(
+                prompts=[episode.prompt.text for episode in episodes],
+                completions=completions,
+                prompt_ids=[episode.prompt.ids for episode in episodes],
+                completion_ids=[episode.completion_ids for episode in episodes],
+                rows=[episode.prompt.row for episode in episodes],
+                finish_reasons=reasons,
+            ),
+        )
+        rewards = scores.values
+        components = {"score": rewards, **scores.components}
+        if self.missing_eos_penalty:
+            penalties = np.where(np.array(reasons) == "length", -self.missing_eos_penalty, 0.0)
+            components["missing_eos_penalty"] = penalties
+            rewards = rewards + penalties
+        return [
+            Outcome(
+                reward=float(rewards[i]),
+                info={
+                    "completion": completions[i],
+                    "completion_length": len(episode.completion_ids),
+                    "finish_reason": episode.finish_reason,
+                    "reward_components": {k: float(v[i]) for k, v in components.items()},
+                },
+            )
+            for i, episode in enumerate(episodes)
+        ]
+
+
+def observe(state: mdp.State) -> dict[str, np.ndarray]:
+    """The observation of one state or of a batch: new arrays, which the caller may keep."""
+    return {
+        "input_ids": state.tokens.copy(),
+        "attention_mask": mdp.attention_mask(state, np).astype(np.int8),
+        "length": np.array(state.length),
+        "prompt_length": np.array(state.prompt_length),
+    }
+
+
+def episode_of(prompt: Prompt, state: mdp.State) -> Episode:
+    """The episode that ended in `state` (of one environment)."""
+    completion_ids = state.tokens[state.prompt_length : state.length].copy()
+    return Episode(prompt, completion_ids, "eos" if state.terminated else "length")
+
+
+def make_task(
+    *,
+    tokenizer: Any = None,
+    prompts: Any = None,
+    reward: Any = pocket_sentiment,
+    max_prompt_length: int = 32,
+    max_new_tokens: int = 32,
+    vocab_size: int | None = None,
+    eos_token_ids: int | Sequence[int] | None = None,
+    chat_template: bool | str | None = None,
+    system_prompt: str | None = None,
+    prompt_overflow: Overflow = "error",
+    sampling: Sampling = "uniform",
+    min_new_tokens: int = 0,
+    forbidden_token_ids: Sequence[int] = (),
+    missing_eos_penalty: float = 0.0,
+) -> TextTask:
+    """Build and check a task. The arguments are those of `QwenText-v0`; see `QwenTextEnv`.
+
+    Raises:
+        UsageError: an argument is wrong.
+    """
+    if sampling not in get_args(Sampling):
+        raise UsageError(
+            f"sampling is {sampling!r}; it must be one of "
+            f"{', '.join(map(repr, get_args(Sampling)))}."
+        )
+    if missing_eos_penalty < 0:
+        raise UsageError(
+            f"missing_eos_penalty is {missing_eos_penalty}; it is taken from the reward, so it "
+            "must not be negative."
+        )
+    tokenizer = load_tokenizer(pocket.POLICY_FOLDER if tokenizer is None else tokenizer)
+    if vocab_size is None:
+        vocab_size = tokenizer.vocab_size
+    elif vocab_size < tokenizer.vocab_size:
+        raise UsageError(
+            f"vocab_size is {vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids; "
+            "give the model's vocabulary size, or leave it out."
+        )
+    if eos_token_ids is None:
+        eos_token_ids = tokenizer.eos_token_ids
+    if isinstance(eos_token_ids, int | np.integer):
+        eos_token_ids = (eos_token_ids,)
+    without_text = set(range(vocab_size)) - tokenizer.ids
+    rules = mdp.Rules(
+        max_prompt_length=max_prompt_length,
+        max_new_tokens=max_new_tokens,
+        vocab_size=vocab_size,
+        eos_token_ids=tuple(eos_token_ids),
+        forbidden_token_ids=(*forbidden_token_ids, *without_text),
+        min_new_tokens=min_new_tokens,
+    )
+    encoder = PromptEncoder(
+        tokenizer, max_prompt_length, prompt_overflow, chat_template, system_prompt
+    )
+    return TextTask(
+        tokenizer=tokenizer,
+        prompts=encode_prompts(pocket.TRAIN_PROMPTS if prompts is None else prompts, encoder),
+        # A prompt that is asked for by name is never dropped in silence.
+        prompt_encoder=replace(encoder, overflow="error")
+        if encoder.overflow == "drop"
+        else encoder,
+        sampling=sampling,
+        rules=rules,
+        reward=load_reward(reward),
+        missing_eos_penalty=missing_eos_penalty,
+    )

@@ -1,0 +1,208 @@
+"""Text to token ids and back, with the few facts about special tokens that the task needs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from qwen_env.chat_template import Message, render_chat
+from qwen_env.errors import UsageError
+from qwen_env.hub import resolve
+
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+]
+"""What a Hugging Face folder may hold that says something about its tokenizer."""
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer`, its end-of-sequence ids and its chat template. Immutable.
+
+    Args:
+        backend: the tokenizer proper.
+        eos_token_ids: the ids that end a response; empty when the source names none.
+        config: what `tokenizer_config.json` holds: `eos_token`, `pad_token`, `bos_token`,
+            `chat_template`, ...
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        eos_token_ids: Sequence[int] = (),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.backend = backend
+        self.config: dict[str, Any] = dict(config or {})
+        self.eos_token_ids = tuple(int(i) for i in eos_token_ids)
+        self.ids: frozenset[int] = frozenset(backend.get_vocab(with_added_tokens=True).values())
+        """Every id that has text. A padded vocabulary has more."""
+        self.vocab_size: int = max(self.ids) + 1
+        self.chat_template: str | None = _default_template(self.config.get("chat_template"))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`. No token is added; special tokens written in the text are recognised."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; ids without text are left out."""
+        id_list = np.asarray(ids, dtype=np.int64).tolist()
+        return self.backend.decode(id_list, skip_special_tokens=skip_special_tokens)
+
+    def special_token(self, name: str) -> str | None:
+        """The text of `"eos_token"`, `"pad_token"`, `"bos_token"` or `"unk_token"`, if there."""
+        token = self.config.get(name)
+        return token.get("content") if isinstance(token, Mapping) else token
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._special_token_id("pad_token")
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._special_token_id("bos_token")
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        system_prompt: str | None = None,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **variables: Any,
+    ) -> str:
+        """The text of a chat; see `qwen_env.chat_template.render_chat`.
+
+        Args:
+            chat_template: used instead of the tokenizer's own.
+
+        Raises:
+            UsageError: there is no template, or it refuses the messages.
+        """
+        template = chat_template or self.chat_template
+        if template is None:
+            raise UsageError(
+                "the tokenizer has no chat template; pass one as chat_template, "
+                "or give prompts as plain text."
+            )
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        special_tokens = {n: token for n in names if (token := self.special_token(n)) is not None}
+        return render_chat(
+            template,
+            messages,
+            system_prompt=system_prompt,
+            add_generation_prompt=add_generation_prompt,
+            **(special_tokens | variables),
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, for `AutoTokenizer` and for us.
+
+        End-of-sequence ids beyond `eos_token` belong to `generation_config.json`, which is
+        written with the model.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.config
+        if "eos_token" not in config and self.eos_token_ids:
+            config["eos_token"] = self.backend.id_to_token(self.eos_token_ids[0])
+        self.backend.save(str(folder / "tokenizer.json"))
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def _special_token_id(self, name: str) -> int | None:
+        token = self.special_token(name)
+        return None if token is None else self.backend.token_to_id(token)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Tokenizer":
+        return self  # immutable, and Gymnasium deep-copies the arguments of an environment
+
+
+def load_tokenizer(source: Any) -> Tokenizer:
+    """The tokenizer that `source` names or is.
+
+    Args:
+        source: a folder in Hugging Face layout, a hub id, a `.gguf` file, a
+            `tokenizers.Tokenizer`, a fast tokenizer of `transformers`, or a `Tokenizer`.
+
+    Raises:
+        UsageError: it is none of these, or its files are missing or malformed.
+        gymnasium.error.DependencyNotInstalled: a `.gguf` file without the `gguf` package.
+    """
+    if isinstance(source, Tokenizer):
+        return source
+    if isinstance(source, tokenizers.Tokenizer):
+        return Tokenizer(source)
+    if isinstance(source, str | Path):
+        if Path(source).suffix == ".gguf":
+            from qwen_env.gguf_tokenizer import load_gguf_tokenizer
+
+            return load_gguf_tokenizer(source)
+        return _load_folder(resolve(source, allow_patterns=TOKENIZER_FILES))
+    if isinstance(getattr(source, "backend_tokenizer", None), tokenizers.Tokenizer):
+        return _from_transformers(source)
+    raise UsageError(
+        f"tokenizer is a {type(source).__name__}; give a folder, a hub id, a .gguf file, or a "
+        "tokenizer of the tokenizers or transformers packages."
+    )
+
+
+def _load_folder(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UsageError(
+            f"{folder} has no tokenizer.json; save the tokenizer there with transformers "
+            "(AutoTokenizer.from_pretrained(...).save_pretrained(folder)) to make one."
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust library raises bare Exceptions
+        raise UsageError(f"{path} is not a tokenizer: {error}.") from error
+    config = _read_json(folder / "special_tokens_map.json")
+    config |= _read_json(folder / "tokenizer_config.json")
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        config["chat_template"] = template.read_text(encoding="utf-8")
+    tokenizer = Tokenizer(backend, config=config)
+    for name in ("generation_config.json", "config.json"):
+        ids = _read_json(folder / name).get("eos_token_id")
+        if ids is not None:
+            ids = ids if isinstance(ids, list) else [ids]
+            return Tokenizer(backend, eos_token_ids=ids, config=config)
+    eos = tokenizer._special_token_id("eos_token")
+    return Tokenizer(backend, eos_token_ids=() if eos is None else (eos,), config=config)
+
+
+def _from_transformers(fast: Any) -> Tokenizer:
+    names = ("eos_token", "pad_token", "bos_token", "unk_token", "chat_template")
+    config = {name: value for name in names if (value := getattr(fast, name, None)) is not None}
+    ids = () if fast.eos_token_id is None else (fast.eos_token_id,)
+    return Tokenizer(fast.backend_tokenizer, eos_token_ids=ids, config=config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds a {type(content).__name__}; it must hold an object.")
+    return content
+
+
+def _default_template(template: Any) -> str | None:
+    """A template, or the one named "default" of the older form, a list of named templates."""
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        return named.get("default")
+    return template

@@ -1,0 +1,271 @@
+"""QwenTextVectorEnv: many episodes at once over the batched MDP, rewards scored in batches."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.error import InvalidAction, ResetNeeded
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from qwen_env import mdp
+from qwen_env.env import Observation
+from qwen_env.errors import UsageError
+from qwen_env.prompts import Prompt
+from qwen_env.rendering import render_episode
+from qwen_env.sampling import PromptSampler
+from qwen_env.task import Outcome, episode_of, make_task, observe
+
+
+class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
+    """`num_envs` copies of `QwenTextEnv` that are stepped together.
+
+    Row i of an environment with seed s is the single environment with seed s + i. The arguments
+    are those of `QwenTextEnv`, and these:
+
+    Args:
+        num_envs: the number of rows, N.
+        autoreset_mode: what happens to a row that ended, in Gymnasium's terms: it is reset by the
+            next step ("NextStep"), within the step that ended it ("SameStep", which puts the last
+            observation and info into `info["final_obs"]` and `info["final_info"]`), or by
+            `reset(options={"reset_mask": mask})` ("Disabled").
+        render_mode: None or "ansi".
+
+    The rows that end in one step are scored in one call of the reward function.
+    """
+
+    metadata = {  # noqa: RUF012
+        "render_modes": ["ansi"],
+        "render_fps": 30,
+        "autoreset_mode": AutoresetMode.NEXT_STEP,
+    }
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        render_mode: str | None = None,
+        **task_arguments: Any,
+    ) -> None:
+        if num_envs < 1:
+            raise UsageError(f"num_envs is {num_envs}; it must be at least 1.")
+        if render_mode not in (None, "ansi"):
+            raise UsageError(f"render_mode is {render_mode!r}; it must be None or 'ansi' here.")
+        try:
+            self.autoreset_mode = AutoresetMode(autoreset_mode)
+        except ValueError:
+            modes = ", ".join(repr(mode.value) for mode in AutoresetMode)
+            raise UsageError(
+                f"autoreset_mode is {autoreset_mode!r}; it must be one of {modes}."
+            ) from None
+        self.metadata = self.metadata | {"autoreset_mode": self.autoreset_mode}
+        self.num_envs = num_envs
+        self.render_mode = render_mode
+        self.task = make_task(**task_arguments)
+        self.single_action_space = self.task.action_space
+        self.single_observation_space = self.task.observation_space
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+
+        num_prompts = len(self.task.prompts)
+        self._samplers = [PromptSampler(num_prompts, self.task.sampling) for _ in range(num_envs)]
+        self._rngs = [seeding.np_random() for _ in range(num_envs)]
+        self._state: mdp.State | None = None
+        self._prompts: dict[int, Prompt] = {}  # by row, as are the outcomes
+        self._outcomes: dict[int, Outcome | None] = {}
+
+    @property  # type: ignore[misc]
+    def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
+        """The rows' generators."""
+        return tuple(rng for rng, _ in self._rngs)
+
+    @property
+    def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The rows' seeds."""
+        return tuple(seed for _, seed in self._rngs)
+
+    def reset(
+        self,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start new episodes.
+
+        Args:
+            seed: row i gets `seed + i`, or `seed[i]`.
+            options: `"reset_mask"` (bool [N]) chooses the rows, otherwise all are reset; the other
+                options are those of `QwenTextEnv.reset`, for every row that is reset.
+
+        Raises:
+            UsageError: the options are wrong.
+        """
+        options = dict(options or {})
+        mask = self._checked_mask(options.pop("reset_mask", None))
+        prompt = self.task.prompt_from_options(options)
+        seeds = self._seeds(seed)
+        rows = np.flatnonzero(mask).tolist()
+        for i in rows:
+            if seeds[i] is not None:
+                self._rngs[i] = seeding.np_random(seeds[i])
+                self._samplers[i].restart()
+        infos = self._start(rows, prompt)
+        return observe(self._started_state()), infos
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Append one token to every row; a row that "NextStep" resets ignores its action.
+
+        Raises:
+            gymnasium.error.InvalidAction: not an integer, outside the vocabulary, or forbidden.
+            gymnasium.error.ResetNeeded: before the first reset, or a row ended ("Disabled").
+            RewardError: the reward function failed.
+        """
+        state = self._started_state()
+        had_ended = mdp.has_ended(state)
+        if self.autoreset_mode is AutoresetMode.DISABLED and had_ended.any():
+            raise ResetNeeded(
+                f"the episode of row {np.flatnonzero(had_ended)[0]} has ended; "
+                "call reset(options={'reset_mask': mask})."
+            )
+        actions = self._checked_actions(actions, state, ~had_ended)
+        self._state = state = mdp.step(state, actions, self.task.rules, np)
+
+        rewards = np.zeros(self.num_envs)
+        ended = np.flatnonzero(mdp.has_ended(state) & ~had_ended).tolist()
+        infos = self._evaluate(ended, state, rewards)
+        if self.autoreset_mode is AutoresetMode.SAME_STEP:
+            terminations, truncations = state.terminated.copy(), state.truncated.copy()
+            if ended:
+                final_obs = np.full(self.num_envs, None)
+                final_obs[ended] = [observe(_row(state, i)) for i in ended]
+                is_final = terminations | truncations
+                infos = {
+                    "final_obs": final_obs,
+                    "_final_obs": is_final,
+                    "final_info": infos,
+                    "_final_info": is_final.copy(),
+                }
+            infos |= self._start(ended)
+        else:
+            infos |= self._start(np.flatnonzero(had_ended).tolist())
+            terminations, truncations = state.terminated.copy(), state.truncated.copy()
+        return observe(state), rewards, terminations, truncations, infos
+
+    def action_mask(self) -> np.ndarray:
+        """The actions allowed now, int8 [N, V]; `action_space.sample` takes it as a tuple.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first reset.
+        """
+        written = mdp.response_length(self._started_state())
+        return mdp.action_mask(written, self.task.rules, np).astype(np.int8)
+
+    def render(self) -> tuple[str, ...] | None:
+        """The episodes as text."""
+        if self.render_mode is None:
+            gym.logger.warn("render() needs a render_mode; make_vec(..., render_mode='ansi')")
+            return None
+        state = self._started_state()
+        return tuple(
+            render_episode(
+                self._prompts[i].text, self.task.completion(_row(state, i)), self._outcomes[i]
+            )
+            for i in range(self.num_envs)
+        )
+
+    def _started_state(self) -> mdp.State:
+        if self._state is None:
+            raise ResetNeeded("no episodes are going; call reset() first.")
+        return self._state
+
+    def _start(self, rows: list[int], prompt: Prompt | None = None) -> dict[str, Any]:
+        """Begin an episode in each of `rows`, with `prompt` or one drawn; return their infos."""
+        if not rows:
+            return {}
+        prompts = [prompt or self.task.draw(self._samplers[i], self._rngs[i][0]) for i in rows]
+        fresh = self.task.initial_state(prompts)
+        if self._state is None:
+            self._state = mdp.State(*(field.copy() for field in fresh))
+        else:
+            for field, value in zip(self._state, fresh, strict=True):
+                field[rows] = value
+        for i, new in zip(rows, prompts, strict=True):
+            self._prompts[i] = new
+            self._outcomes[i] = None
+        return _batch_infos([new.info() for new in prompts], rows, self.num_envs)
+
+    def _evaluate(self, rows: list[int], state: mdp.State, rewards: np.ndarray) -> dict[str, Any]:
+        """Score the episodes that ended in `rows` into `rewards`; return their infos."""
+        if not rows:
+            return {}
+        outcomes = self.task.evaluate([episode_of(self._prompts[i], _row(state, i)) for i in rows])
+        for i, outcome in zip(rows, outcomes, strict=True):
+            rewards[i] = outcome.reward
+            self._outcomes[i] = outcome
+        return _batch_infos([outcome.info for outcome in outcomes], rows, self.num_envs)
+
+    def _seeds(self, seed: int | Sequence[int | None] | None) -> Sequence[int | None]:
+        if seed is None:
+            return [None] * self.num_envs
+        if isinstance(seed, int | np.integer):
+            return [int(seed) + i for i in range(self.num_envs)]
+        if len(seed) != self.num_envs:
+            raise UsageError(f"seed holds {len(seed)} seeds for {self.num_envs} rows.")
+        return seed
+
+    def _checked_mask(self, mask: Any) -> np.ndarray:
+        if mask is None:
+            return np.ones(self.num_envs, dtype=bool)
+        shape = (self.num_envs,)
+        if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.shape != shape:
+            raise UsageError(f"reset_mask must be a NumPy array of bool of shape {shape}.")
+        if not mask.any():
+            raise UsageError("reset_mask chooses no row; set at least one of its values.")
+        if self._state is None and not mask.all():
+            raise UsageError("the first reset starts every row; leave reset_mask out.")
+        return mask
+
+    def _checked_actions(self, actions: Any, state: mdp.State, running: np.ndarray) -> np.ndarray:
+        tokens = np.asarray(actions)
+        if tokens.shape != (self.num_envs,) or not np.issubdtype(tokens.dtype, np.integer):
+            raise InvalidAction(
+                f"the actions are {tokens.dtype} of shape {tokens.shape}; they must be integers "
+                f"of shape ({self.num_envs},), from 0 to {self.task.rules.vocab_size - 1}."
+            )
+        is_id = (tokens >= 0) & (tokens < self.task.rules.vocab_size)
+        ids = np.where(is_id, tokens, 0)
+        is_allowed = is_id & self.task.allows(ids, mdp.response_length(state))
+        refused = np.flatnonzero(running & ~is_allowed)
+        if len(refused):
+            i = refused[0]
+            raise InvalidAction(f"row {i}: {self.task.why_not(int(tokens[i]))}")
+        return ids
+
+
+def _batch_infos(infos: list[dict[str, Any]], rows: list[int], num_envs: int) -> dict[str, Any]:
+    """The infos of `rows`, which share their keys, in Gymnasium's form for vector environments.
+
+    Each key holds an array over all rows, and `_key` the mask of those that have it.
+    """
+    mask = np.zeros(num_envs, dtype=bool)
+    mask[rows] = True
+    batch: dict[str, Any] = {}
+    for key, first in infos[0].items():
+        values = [info[key] for info in infos]
+        if isinstance(first, dict):
+            batch[key] = _batch_infos(values, rows, num_envs)
+        else:
+            is_number = isinstance(first, int | float)
+            batch[key] = np.zeros(num_envs, type(first)) if is_number else np.full(num_envs, None)
+            batch[key][rows] = values
+        batch[f"_{key}"] = mask.copy()
+    return batch
+
+
+def _row(state: mdp.State, i: int) -> mdp.State:
+    return mdp.State(*(field[i] for field in state))
