@@ -1,9 +1,17 @@
-"""Checkpoints from which a run continues exactly: one Orbax folder each, all or nothing.
+"""Checkpoints from which a run continues exactly: one folder each, complete or not there.
 
-Arrays are stored under the names of their places in the state, so that what does not fit can be
-named. Small facts that are no arrays (the best score so far) travel beside them as JSON.
+checkpoints/25/arrays/          the state's arrays, by Orbax, under the names of their places
+               checkpoint.json  facts that are no arrays (the best score so far), array shapes
+               manifest.json    a digest of every other file
+
+A checkpoint is written under another name and renamed once it is complete. Its digests are checked
+before it is read, so one that was damaged later is passed over for the one before it.
 """
 
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +22,8 @@ from ppo_jax.learner import TrainState
 from qwen_env.errors import UsageError
 
 Facts = dict[str, Any]
+
+_PARTIAL = ".partial"
 
 
 class Checkpoints:
@@ -26,61 +36,113 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         self.folder = folder.resolve()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=False
-        )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self.keep = keep
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for partial in self.folder.glob(f"*{_PARTIAL}"):
+            shutil.rmtree(partial)
 
-    def latest(self) -> int | None:
-        """Iteration of the latest complete checkpoint."""
-        return self._manager.latest_step()
+    def iterations(self) -> list[int]:
+        """Iterations that were saved, ascending."""
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
     def save(self, state: TrainState, facts: Facts) -> None:
         """Save under the state's iteration; nothing happens if that is saved already."""
-        iteration = int(state.iteration)
-        if iteration == self.latest():
+        complete = self.folder / str(int(state.iteration))
+        if complete.exists():
             return
-        arrays = ocp.args.StandardSave(_by_name(state))
-        self._manager.save(
-            iteration, args=ocp.args.Composite(state=arrays, facts=ocp.args.JsonSave(facts))
-        )
-        self._manager.wait_until_finished()
+        arrays = _by_name(state)
+        shapes = {name: list(array.shape) for name, array in arrays.items()}
+        partial = complete.with_name(complete.name + _PARTIAL)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial / "arrays", arrays)
+        _write_json(partial / "checkpoint.json", {"facts": facts, "shapes": shapes})
+        _write_json(partial / "manifest.json", _digests(partial))
+        partial.rename(complete)
+        for iteration in self.iterations()[: -self.keep]:
+            shutil.rmtree(self.folder / str(iteration))
 
-    def restore(self, like: TrainState) -> tuple[TrainState, Facts]:
-        """The latest checkpoint, with the structure, types and placement of `like`.
+    def restore(
+        self, like: TrainState, say: Callable[[str], None] = print
+    ) -> tuple[TrainState, Facts] | None:
+        """The latest undamaged checkpoint, or None where none was ever saved.
+
+        Args:
+            like: gives the structure, types and placement of the arrays.
+            say: is told of a damaged checkpoint, which is removed once an earlier one is found.
 
         Raises:
-            UsageError: an array is missing or has another shape: it is of another model.
+            UsageError: all checkpoints are damaged, or the latest is of another model.
         """
-        names = _by_name(like)
-        abstract = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            for name, x in names.items()
-        }
-        latest = self.latest()
-        stored = self._manager.item_metadata(latest).state
-        for name, wanted in abstract.items():
-            found = stored.tree.get(name) if hasattr(stored, "tree") else stored.get(name)
-            if found is None or tuple(found.shape) != wanted.shape:
-                raise UsageError(
-                    f"{self.folder / str(latest)}: {name} "
-                    + ("is missing" if found is None else f"has shape {tuple(found.shape)}")
-                    + f", but this model needs shape {wanted.shape}; resume with the model that "
-                    "the run was started with."
-                )
-        restored = self._manager.restore(
-            latest,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), facts=ocp.args.JsonRestore()
-            ),
-        )
-        leaves = [restored.state[name] for name in names]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), restored.facts
+        saved = self.iterations()
+        damaged: list[int] = []
+        while saved and (what := _damage(self.folder / str(saved[-1]))):
+            say(f"The checkpoint {self.folder / str(saved[-1])} is damaged: {what}.")
+            damaged.append(saved.pop())
+        if damaged and not saved:
+            raise UsageError(
+                f"Every checkpoint in {self.folder} is damaged, so the run cannot be resumed; "
+                "start another one in another --output-dir."
+            )
+        if not saved:
+            return None
+        for iteration in damaged:
+            shutil.rmtree(self.folder / str(iteration))
+        if damaged:
+            say(f"Continuing from iteration {saved[-1]} instead.")
+        return _read(self.folder / str(saved[-1]), like)
 
-    def close(self) -> None:
-        self._manager.close()
+
+def _read(folder: Path, like: TrainState) -> tuple[TrainState, Facts]:
+    content = json.loads((folder / "checkpoint.json").read_text())
+    wanted = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        for name, x in _by_name(like).items()
+    }
+    found: dict[str, list[int]] = content["shapes"]
+    for name in wanted | found:
+        if name not in found or name not in wanted or tuple(found[name]) != wanted[name].shape:
+            saved = f"has shape {tuple(found[name])}" if name in found else "is missing"
+            needed = f"shape {wanted[name].shape}" if name in wanted else "none of that name"
+            raise UsageError(
+                f"{folder}: the array {name} {saved}, but this model needs {needed}; resume with "
+                "the model that the run was started with."
+            )
+    with ocp.StandardCheckpointer() as checkpointer:
+        arrays = checkpointer.restore(folder / "arrays", wanted)
+    leaves = [arrays[name] for name in wanted]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), content["facts"]
 
 
 def _by_name(state: TrainState) -> dict[str, jax.Array]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """A digest of each file below `folder`, except the manifest."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != "manifest.json":
+            with path.open("rb") as file:
+                digests[name] = hashlib.file_digest(file, "blake2b").hexdigest()
+    return digests
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint."""
+    try:
+        expected = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return "manifest.json cannot be read"
+    found = _digests(folder)
+    for name, digest in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != digest:
+            return f"{name} was changed or cut off after it was written"
+    return None
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

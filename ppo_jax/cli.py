@@ -5,12 +5,13 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import jax
 import tyro
 from gymnasium.error import DependencyNotInstalled
 
+from ppo_jax.interruption import EXIT_STATUS
 from qwen_env.errors import UsageError
 
 Arguments = TypeVar("Arguments")
@@ -42,12 +43,23 @@ def parse(
 
 @contextlib.contextmanager
 def errors_as_sentences() -> Iterator[None]:
-    """Print an error that the user can mend on stderr, and exit with status 2."""
+    """Print an error that the user can mend on stderr, in one line, and exit with status 2."""
     try:
         yield
-    except (UsageError, DependencyNotInstalled, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except (UsageError, DependencyNotInstalled) as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}.")
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        raise SystemExit(EXIT_STATUS) from None
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def keep_compiled_programs() -> None:

@@ -6,12 +6,15 @@ name, and its comment is the flag's help.
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from ppo_jax.algorithm import KlEstimator
 from qwen_env import pocket
 from qwen_env.errors import UsageError
 from qwen_env.prompts import Overflow
+
+DATA = Path(__file__).parent / "data"
 
 Schedule = Literal["constant", "linear", "cosine"]
 ComputeType = Literal["float32", "bfloat16"]
@@ -166,10 +169,11 @@ class TrainConfig:
             "warmup_iterations": (optimizer.warmup_iterations, 0),
             "kl_coef": (ppo.kl_coef, 0),
             "weight_decay": (optimizer.weight_decay, 0),
+            "adam_eps": (optimizer.adam_eps, 0),
             "missing_eos_penalty": (task.missing_eos_penalty, 0),
         }
         for name, (value, least) in at_least.items():
-            if value is not None and value < least:
+            if value is not None and not value >= least:  # NaN is refused as well
                 raise UsageError(f"{name} is {value}; it must be at least {least}.")
         above_zero: dict[str, float | None] = {
             "temperature": ppo.temperature,
@@ -185,6 +189,14 @@ class TrainConfig:
         for name, value in (("gamma", ppo.gamma), ("gae_lambda", ppo.gae_lambda)):
             if not 0 <= value <= 1:
                 raise UsageError(f"{name} is {value}; it must lie between 0 and 1.")
+        for name, value in (("adam_b1", optimizer.adam_b1), ("adam_b2", optimizer.adam_b2)):
+            if not 0 <= value < 1:
+                raise UsageError(f"{name} is {value}; it must be at least 0 and below 1.")
+        if run.num_iterations is not None and optimizer.warmup_iterations >= run.num_iterations:
+            raise UsageError(
+                f"warmup_iterations ({optimizer.warmup_iterations}) must be below num_iterations "
+                f"({run.num_iterations}); otherwise the learning rate would never fall."
+            )
 
 
 PRESETS: dict[str, TrainConfig] = {
@@ -193,6 +205,20 @@ PRESETS: dict[str, TrainConfig] = {
         task=TaskConfig(gold_reward="qwen_env.rewards.sentiment:pocket_sentiment"),
         optimizer=OptimizerConfig(learning_rate=3e-4),
         run=RunConfig(num_iterations=100),
+    ),
+    # A real language model on a CPU: about ten minutes' worth of film reviews that end well.
+    "smollm2": TrainConfig(
+        task=TaskConfig(
+            model="models/SmolLM2-135M-Instruct.Q4_1.gguf",
+            prompts=str(DATA / "film_openings.jsonl"),
+            eval_prompts=str(DATA / "film_openings_heldout.jsonl"),
+            reward="qwen_env.rewards.sentiment:vader_compound",
+            max_prompt_length=24,
+            max_new_tokens=32,
+        ),
+        ppo=PPOConfig(batch_size=16, num_epochs=2, num_minibatches=2, kl_coef=0.02),
+        optimizer=OptimizerConfig(learning_rate=3e-5),
+        run=RunConfig(num_iterations=40, eval_every=10, eval_size=32, save_every=20),
     ),
     # The hyperparameters of the reference algorithm.
     "qwen2.5-0.5b": TrainConfig(

@@ -18,7 +18,7 @@ from ppo_jax.models import load_pretrained
 from ppo_jax.rewards import load_training_reward
 from qwen_env import pocket
 from qwen_env.errors import UsageError
-from qwen_env.prompts import Overflow
+from qwen_env.prompts import Overflow, load_prompts
 from qwen_env.task import make_task
 from qwen_env.tokenizer import load_tokenizer
 
@@ -37,8 +37,8 @@ class Arguments:
     """Reward: "package.module:callable", "hf:MODEL", "flax:FOLDER", or a weighted sum."""
     gold_reward: str | None = None
     """A second reward, reported beside the first."""
-    max_prompt_length: int = 256
-    """P, the prompt limit, in tokens."""
+    max_prompt_length: int | None = None
+    """P, the prompt limit, in tokens; None takes prompts of any length."""
     max_new_tokens: int = pocket.MAX_NEW_TOKENS
     """T, the response limit, in tokens."""
     prompt_overflow: Overflow = "error"
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.json:
             print(json.dumps(passes))
             return
-        table = Table(*["", *passes], box=box.SIMPLE)
+        table = Table("", *passes, box=box.SIMPLE_HEAD)
         for name in passes["greedy"]:
             table.add_row(name, *(f"{means[name]:.4f}" for means in passes.values()))
         Console().print(table)
@@ -79,32 +79,41 @@ def evaluate(arguments: Arguments) -> dict[str, dict[str, float]]:
     """
     if arguments.batch_size < 1:
         raise UsageError(f"batch_size is {arguments.batch_size}; it must be at least 1.")
-    network = load_pretrained(arguments.model)
+    if not arguments.temperature > 0:
+        raise UsageError(f"temperature is {arguments.temperature}; it must be above 0.")
+    limit = arguments.max_prompt_length
     tokenizer = load_tokenizer(arguments.model)
-    task = make_task(
-        tokenizer=tokenizer,
-        prompts=arguments.prompts,
-        reward=load_training_reward(arguments.reward, tokenizer, arguments.gold_reward),
-        max_prompt_length=arguments.max_prompt_length,
-        max_new_tokens=arguments.max_new_tokens,
-        vocab_size=network.config.vocab_size,
+    prompts = load_prompts(
+        arguments.prompts,
+        tokenizer,
+        max_prompt_length=sys.maxsize if limit is None else limit,
+        overflow=arguments.prompt_overflow,
         chat_template=True if arguments.chat else None,
         system_prompt=arguments.system_prompt,
-        prompt_overflow=arguments.prompt_overflow,
+    )
+    reward = load_training_reward(arguments.reward, tokenizer, arguments.gold_reward)
+    network = load_pretrained(arguments.model)
+    task = make_task(
+        tokenizer=tokenizer,
+        prompts=prompts,
+        reward=reward,
+        max_prompt_length=max(len(prompt.ids) for prompt in prompts),
+        max_new_tokens=arguments.max_new_tokens,
+        vocab_size=network.config.vocab_size,
     )
     actor = Actor(network, task, arguments.temperature)
-    return {
-        name: evaluation_means(
-            actor.respond_to_all(
-                nnx.state(network),
-                task.prompts,
-                jax.random.key(arguments.seed),
-                batch_size=min(arguments.batch_size, len(task.prompts)),
-                greedy=greedy,
-            )[1]
+
+    def means(*, greedy: bool) -> dict[str, float]:
+        _, outcomes = actor.respond_to_all(
+            nnx.state(network),
+            prompts,
+            jax.random.key(arguments.seed),
+            batch_size=min(arguments.batch_size, len(prompts)),
+            greedy=greedy,
         )
-        for name, greedy in (("greedy", True), ("sampled", False))
-    }
+        return evaluation_means(outcomes)
+
+    return {"greedy": means(greedy=True), "sampled": means(greedy=False)}
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ class Arguments:
     """Response limit, in tokens."""
     greedy: bool = False
     """Always take the most probable token."""
-    temperature: float = 1.0
-    """Of sampling."""
+    temperature: float | None = None
+    """Of sampling; 1 where it is not given."""
     seed: int = 0
     """Of sampling."""
     chat: bool = False
@@ -53,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for record in generate(arguments):
             if arguments.json:
                 print(json.dumps(record, ensure_ascii=False))
+            elif arguments.chat:
+                print(record["completion"])
             else:
-                print(
-                    record["completion"] if arguments.chat else "".join(list(record.values())[:2])
-                )
+                print(record["prompt"] + record["completion"])
 
 
 def generate(arguments: Arguments) -> list[dict[str, str]]:
@@ -65,33 +65,35 @@ def generate(arguments: Arguments) -> list[dict[str, str]]:
     Raises:
         UsageError: an argument or the model is wrong.
     """
+    temperature = _temperature(arguments)
     if not arguments.prompts:
         raise UsageError(f"There is no prompt; give one or more: {PROG} --model FOLDER 'The plot'.")
-    if not arguments.temperature > 0:
-        raise UsageError(
-            f"temperature is {arguments.temperature}; it must be above 0 (--greedy is its limit)."
-        )
-    network = load_pretrained(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
-    chat_template = True if arguments.chat else None
     prompts = load_prompts(
         arguments.prompts,
         tokenizer,
-        max_prompt_length=network.config.max_position_embeddings,
-        chat_template=chat_template,
+        max_prompt_length=sys.maxsize,
+        chat_template=True if arguments.chat else None,
     )
+    longest = max(len(prompt.ids) for prompt in prompts)
+    network = load_pretrained(arguments.model)
+    if longest + arguments.max_new_tokens > network.config.max_position_embeddings:
+        raise UsageError(
+            f"The longest prompt has {longest} tokens; with max_new_tokens "
+            f"({arguments.max_new_tokens}) that is more than the model's "
+            f"{network.config.max_position_embeddings} positions; lower max_new_tokens, or "
+            "shorten the prompt."
+        )
     task = make_task(
         tokenizer=tokenizer,
-        prompts=arguments.prompts,
+        prompts=prompts,
         reward=_nothing,
-        max_prompt_length=max(len(prompt.ids) for prompt in prompts),
+        max_prompt_length=longest,
         max_new_tokens=arguments.max_new_tokens,
         vocab_size=network.config.vocab_size,
-        chat_template=chat_template,
     )
-    actor = Actor(network, task, arguments.temperature)
-    done = actor.respond(
-        nnx.state(network), task.prompts, jax.random.key(arguments.seed), greedy=arguments.greedy
+    done = Actor(network, task, temperature).respond(
+        nnx.state(network), prompts, jax.random.key(arguments.seed), greedy=arguments.greedy
     )
     return [
         {
@@ -101,6 +103,18 @@ def generate(arguments: Arguments) -> list[dict[str, str]]:
         }
         for prompt, outcome in zip(arguments.prompts, done.outcomes, strict=True)
     ]
+
+
+def _temperature(arguments: Arguments) -> float:
+    if arguments.temperature is None:
+        return 1.0
+    if arguments.greedy:
+        raise UsageError("greedy and temperature exclude each other; leave one of them out.")
+    if not arguments.temperature > 0:
+        raise UsageError(
+            f"temperature is {arguments.temperature}; it must be above 0 (--greedy is its limit)."
+        )
+    return arguments.temperature
 
 
 def _nothing(batch: RewardBatch) -> np.ndarray:

@@ -156,7 +156,7 @@ class Learner:
             rows = order.reshape(num_minibatches, -1)[part]
             minibatch = jax.tree.map(lambda x: x[rows], batch)
             gradients, metrics = self._gradients(carry.params, minibatch)
-            metrics["policy/grad_norm"] = optax.global_norm(gradients)
+            metrics["policy/grad_norm"] = optax.tree.norm(gradients)
             stopped = jnp.zeros((), bool)
             if config.target_kl is not None:
                 stopped = metrics["policy/stop_kl"] > config.target_kl

@@ -11,8 +11,9 @@ the difference.
 Shapes: B batch, S sequence, V vocabulary, N texts.
 """
 
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 from jaxtyping import Array, Float
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ppo_jax.cli import errors_as_sentences, parse
 from ppo_jax.models import (
     PolicyValueNetwork,
     Qwen2Config,
@@ -304,7 +306,7 @@ def _fit(
         TextColumn("loss {task.fields[loss]:.3f}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(label, total=num_steps, loss=float("nan"))
         for i in range(num_steps):
             params, opt_state, value = step(params, opt_state, next(batches))
@@ -369,9 +371,12 @@ def scores_of(
     return np.asarray(score(params, encode(tokenizer, texts, ends=True)))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    for name, value in run(tyro.cli(Settings, description=__doc__)).items():
+    with errors_as_sentences():
+        arguments = sys.argv[1:] if argv is None else argv
+        report = run(parse(Settings, arguments, prog="python -m ppo_jax.pretrain_pocket"))
+    for name, value in report.items():
         print(f"{name:28} {value:.4g}")
 
 

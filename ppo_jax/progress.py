@@ -1,43 +1,57 @@
-"""What a person sees while a run goes on: a bar with the numbers to watch, evaluations, samples."""
+"""What a person sees while a run goes on: the numbers to watch, evaluations, samples.
 
-from collections.abc import Mapping, Sequence
+On a terminal, two live lines; piped into a file, plain lines. All on stderr.
+"""
+
+import datetime
+import time
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 _WATCHED = (
     ("score", "objective/score", "+.3f"),
     ("KL", "objective/kl", ".2f"),
     ("entropy", "policy/entropy", ".2f"),
     ("length", "rollout/length_mean", ".1f"),
-    ("tokens/s", "throughput/tokens_per_s", ",.0f"),
 )
+_QUIET_SECONDS = 10.0  # between two plain lines
+_SAMPLE_CHARACTERS = 400  # of a prompt with its completion, in a table of samples
 
 
 class Progress:
-    """Shows on stderr: a live bar on a terminal, plain lines at evaluations everywhere."""
+    """Shows a run of `total` iterations; numbers and time begin with the first that is done."""
 
-    def __init__(self, total: int, done: int):
-        self._console = Console(stderr=True, highlight=False)
-        self._bar = Bar(
-            TextColumn("[bold]PPO"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=self._console,
+    def __init__(
+        self,
+        total: int,
+        *,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._console = console or Console(stderr=True, highlight=False)
+        self.done = 0
+        self._total, self._clock = total, clock
+        self._numbers = ""
+        self._speed = ""
+        # The first iteration compiles: its time says nothing about the others'.
+        self._timed_from: tuple[int, float] | None = None
+        self._ends_at: float | None = None
+        self._last_line = -_QUIET_SECONDS
+        self._live = Live(
+            console=self._console, get_renderable=self._lines, refresh_per_second=4, transient=True
         )
-        self._task = self._bar.add_task("", total=total, completed=done, numbers="compiling ...")
-        self._total = total
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        if self._console.is_interactive:
+            self._live.start()
         return self
 
     def __exit__(
@@ -46,28 +60,85 @@ class Progress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        self._live.stop()
 
     def say(self, text: str) -> None:
+        """A line above the live ones."""
         self._console.print(text, markup=False, soft_wrap=True)
+
+    def doing(self, what: str) -> None:
+        """Show what is going on instead of the last numbers."""
+        self._numbers = what
 
     def iterated(self, metrics: Mapping[str, Any]) -> None:
         """Show the numbers of an iteration that is done."""
-        numbers = "  ".join(f"{name} {metrics[key]:{form}}" for name, key, form in _WATCHED)
-        self._bar.update(self._task, completed=metrics["iteration"], numbers=numbers)
+        now, self.done = self._clock(), metrics["iteration"]
+        if self._timed_from is None:
+            self._timed_from = self.done, now
+        else:
+            first, start = self._timed_from
+            mean = (now - start) / (self.done - first)  # evaluations included
+            self._ends_at = now + mean * (self._total - self.done)
+        self._numbers = "  ".join(f"{name} {metrics[key]:{form}}" for name, key, form in _WATCHED)
+        self._speed = f"{metrics['throughput/tokens_per_s']:,.0f} tokens/s"
+        is_due = now - self._last_line >= _QUIET_SECONDS or self.done == self._total
+        if is_due and not self._console.is_interactive:
+            self._last_line = now
+            self.say(f"iteration {self._count()}  {self._numbers}  {self._speed}  {self._left()}")
 
-    def evaluated(self, iteration: int, scores: Mapping[str, float]) -> None:
-        """One line of an evaluation's means."""
-        numbers = "  ".join(f"{name} {value:+.3f}" for name, value in scores.items())
-        self.say(f"iteration {iteration:>4}/{self._total}  held out: {numbers}")
+    def evaluated(self, iteration: int, means: Mapping[str, float]) -> None:
+        """One line of an evaluation's means, which are named as in `metrics.jsonl`."""
+        numbers = "  ".join(
+            f"{name} {means[f'sampled/{name}']:+.3f} (greedy {means[f'greedy/{name}']:+.3f})"
+            for name in ("score", "gold")
+            if f"sampled/{name}" in means
+        )
+        width = len(str(self._total))
+        self.say(f"held out after {iteration:>{width}}: {numbers}")
 
     def samples(self, title: str, samples: Sequence[Mapping[str, Any]]) -> None:
         """A table of prompts, completions and scores."""
-        table = Table(title=title, box=box.SIMPLE, title_justify="left", show_edge=False)
+        has_gold = any("gold" in sample["components"] for sample in samples)
+        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
         table.add_column("prompt and completion", overflow="fold")
-        table.add_column("score", justify="right")
+        table.add_column("score", justify="right", no_wrap=True)
+        if has_gold:
+            table.add_column("gold", justify="right", no_wrap=True)
         for sample in samples:
-            text = f"[dim]{escape(sample['prompt'])}[/]{escape(sample['completion'])}"
-            cut = "" if sample["finish_reason"] == "eos" else " [dim]...[/]"
-            table.add_row(text + cut, f"{sample['score']:+.2f}")
+            prompt = _printable(sample["prompt"])
+            completion = _printable(sample["completion"])
+            room = max(_SAMPLE_CHARACTERS - len(prompt), _SAMPLE_CHARACTERS // 2)
+            is_whole = sample["finish_reason"] == "eos" and len(completion) <= room
+            text = Text.assemble((prompt, "dim"), completion[:room], "" if is_whole else " ...")
+            gold = [f"{sample['components']['gold']:+.2f}"] if has_gold else []
+            table.add_row(text, f"{sample['score']:+.2f}", *gold)
         self._console.print(table)
+
+    def leave(self) -> None:
+        """Give the terminal back in order; the process ends in the middle of things."""
+        self._console.show_cursor(True)
+
+    def _lines(self) -> Group:
+        first = Table.grid(padding=(0, 2), expand=True)
+        first.add_column(no_wrap=True)
+        first.add_column(ratio=1)
+        first.add_column(justify="right", no_wrap=True)
+        bar = ProgressBar(total=self._total, completed=self.done, complete_style="cyan")
+        right = "  ".join(filter(None, (self._speed, self._left())))
+        first.add_row(f"PPO {self._count()}", bar, right)
+        return Group(first, Text(self._numbers, no_wrap=True, overflow="ellipsis"))
+
+    def _count(self) -> str:
+        return f"{self.done:>{len(str(self._total))}}/{self._total}"
+
+    def _left(self) -> str:
+        if self._ends_at is None:
+            return "ETA -:--:--"
+        seconds = max(round(self._ends_at - self._clock()), 0)
+        return f"ETA {datetime.timedelta(seconds=seconds)}"
+
+
+def _printable(text: str) -> str:
+    """One line; an untrained model may write anything, escape codes too."""
+    text = text.replace("\n", " ⏎ ")
+    return "".join(character if character.isprintable() else "�" for character in text)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from gymnasium.error import DependencyNotInstalled
 
 from ppo_jax.models import load_reward_model
 from qwen_env.errors import UsageError
@@ -25,13 +26,20 @@ def load_training_reward(spec: str, tokenizer: Tokenizer, gold: str | None = Non
         gold: likewise; its scores become the component `"gold"`.
 
     Raises:
-        UsageError: no such reward, or one of its files is wrong.
+        UsageError: no such reward, one of its files is wrong, or its own code fails on import.
     """
 
     def load(spec: str) -> RewardFn:
-        if spec.startswith(FLAX_PREFIX):
-            return FlaxReward(spec.removeprefix(FLAX_PREFIX), tokenizer)
-        return load_reward(spec)
+        try:
+            if spec.startswith(FLAX_PREFIX):
+                return FlaxReward(spec.removeprefix(FLAX_PREFIX), tokenizer)
+            return load_reward(spec)
+        except (UsageError, DependencyNotInstalled):
+            raise
+        except Exception as error:  # whatever a module of the user's may raise
+            raise UsageError(
+                f"The reward {spec} cannot be loaded: {type(error).__name__}: {error}."
+            ) from error
 
     reward = load(spec)
     return reward if gold is None else WithGold(reward, load(gold))

@@ -12,7 +12,7 @@ from qwen_env.errors import UsageError
 from qwen_env.prompts import Prompt
 from qwen_env.rendering import LiveText, render_episode
 from qwen_env.sampling import PromptSampler
-from qwen_env.task import Outcome, episode_of, make_task, observe
+from qwen_env.task import Outcome, episodes_of, make_task, observe
 
 Observation = dict[str, Any]  # of arrays; `spaces.Dict` is typed like this
 
@@ -162,7 +162,8 @@ class QwenTextEnv(gym.Env[Observation, Any]):
         terminated, truncated = bool(state.terminated), bool(state.truncated)
         reward, info = 0.0, {}
         if terminated or truncated:
-            self._outcome = self.task.evaluate([episode_of(self._prompt, state)])[0]
+            batch_of_one = mdp.State(*(field[None] for field in state))
+            (self._outcome,) = self.task.evaluate(episodes_of([self._prompt], batch_of_one))
             reward, info = self._outcome.reward, self._outcome.info
         if self.render_mode == "human":
             self._live_text.show(self._text(state))

@@ -13,7 +13,6 @@ Shapes: P prompt limit, T response limit, S = P + T, V vocabulary; `...` any bat
 """
 
 import functools
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -103,7 +102,7 @@ def initial_state(prompt_ids: Array, prompt_length: Array, rules: Rules, xp: Any
     """
     prompt_ids = xp.asarray(prompt_ids, dtype=xp.int32)
     prompt_length = xp.asarray(prompt_length, dtype=xp.int32)
-    is_real = _positions(rules.max_prompt_length, xp) < prompt_length[..., None]
+    is_real = xp.asarray(_positions(rules.max_prompt_length)) < prompt_length[..., None]
     response = xp.full((*prompt_ids.shape[:-1], rules.max_new_tokens), PAD_TOKEN_ID, xp.int32)
     tokens = xp.concatenate([xp.where(is_real, prompt_ids, PAD_TOKEN_ID), response], axis=-1)
     ended = xp.zeros(prompt_length.shape, dtype=bool)
@@ -116,7 +115,7 @@ def step(state: State, action: Array, rules: Rules, xp: Any) -> State:
     ended = has_ended(state)
     running = ~ended
     slot = state.length * running - ended  # -1, which is no position, in rows that have ended
-    writes = _positions(rules.max_length, xp) == slot[..., None]
+    writes = xp.asarray(_positions(rules.max_length)) == slot[..., None]
     length = state.length + running
     is_eos = _is_any_of(rules.eos_token_ids, action)
     is_full = length - state.prompt_length >= rules.max_new_tokens
@@ -141,7 +140,7 @@ def response_length(state: State) -> Array:
 
 def attention_mask(state: State, xp: Any) -> Array:
     """bool [..., S]: True on prompt and response."""
-    return _positions(state.tokens.shape[-1], xp) < state.length[..., None]
+    return xp.asarray(_positions(state.tokens.shape[-1])) < state.length[..., None]
 
 
 def action_mask(num_written: Array, rules: Rules, xp: Any) -> Array:
@@ -159,9 +158,12 @@ def action_mask(num_written: Array, rules: Rules, xp: Any) -> Array:
     return xp.where((num_written < rules.min_new_tokens)[..., None], always, late)
 
 
-def _positions(count: int, xp: Any) -> Array:
-    """int32 [count], the type of lengths: comparing two integer types costs NumPy a conversion."""
-    return xp.arange(count, dtype=xp.int32)
+@functools.cache
+def _positions(count: int) -> np.ndarray:
+    """int32 [count], the type of lengths. Making it takes NumPy longer than using it."""
+    positions = np.arange(count, dtype=np.int32)
+    positions.flags.writeable = False
+    return positions
 
 
 def _as_id_tuple(ids: Iterable[int]) -> tuple[int, ...]:
@@ -170,7 +172,10 @@ def _as_id_tuple(ids: Iterable[int]) -> tuple[int, ...]:
 
 def _is_any_of(members: tuple[int, ...], ids: Array) -> Array:
     """bool, shaped like `ids`; for the few end-of-sequence ids, cheaper than a set operation."""
-    return functools.reduce(operator.or_, (ids == member for member in members))
+    found = ids == members[0]
+    for member in members[1:]:
+        found = found | (ids == member)
+    return found
 
 
 @functools.cache

@@ -161,7 +161,7 @@ def load_prompts(
     Args:
         source: the path of a `.jsonl` file, or an iterable (a list, a `datasets.Dataset`) of
             texts or of rows; a row has `"prompt"` (text) or `"messages"` (a chat), and its other
-            columns reach the reward function.
+            columns reach the reward function. A `PromptDataset` is taken as it is.
         overflow: what to do with a prompt over the limit: refuse it, drop it, or cut its left.
         chat_template, system_prompt: see `PromptEncoder`.
 
@@ -176,6 +176,8 @@ def load_prompts(
 
 def encode_prompts(source: Any, encoder: PromptEncoder) -> PromptDataset:
     """`load_prompts` with an encoder that is there already."""
+    if isinstance(source, PromptDataset):
+        return source
     if isinstance(source, str | Path):
         name, rows = str(source), _read_jsonl(Path(source).expanduser())
     elif isinstance(source, Iterable) and not isinstance(source, Mapping):

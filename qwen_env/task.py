@@ -159,17 +159,18 @@ class TextTask:
             penalties = np.where(np.array(reasons) == "length", -self.missing_eos_penalty, 0.0)
             components["missing_eos_penalty"] = penalties
             rewards = rewards + penalties
+        columns = {name: values.tolist() for name, values in components.items()}
         return [
             Outcome(
-                reward=float(rewards[i]),
+                reward=reward,
                 info={
                     "completion": completions[i],
-                    "completion_length": len(episode.completion_ids),
-                    "finish_reason": episode.finish_reason,
-                    "reward_components": {k: float(v[i]) for k, v in components.items()},
+                    "completion_length": len(episodes[i].completion_ids),
+                    "finish_reason": reasons[i],
+                    "reward_components": {name: column[i] for name, column in columns.items()},
                 },
             )
-            for i, episode in enumerate(episodes)
+            for i, reward in enumerate(rewards.tolist())
         ]
 
 
@@ -177,16 +178,26 @@ def observe(state: mdp.State) -> dict[str, np.ndarray]:
     """The observation of one state or of a batch: new arrays, which the caller may keep."""
     return {
         "input_ids": state.tokens.copy(),
-        "attention_mask": mdp.attention_mask(state, np).astype(np.int8),
+        "attention_mask": mdp.attention_mask(state, np).view(np.int8),
         "length": np.array(state.length),
         "prompt_length": np.array(state.prompt_length),
     }
 
 
-def episode_of(prompt: Prompt, state: mdp.State) -> Episode:
-    """The episode that ended in `state` (of one environment)."""
-    completion_ids = state.tokens[state.prompt_length : state.length].copy()
-    return Episode(prompt, completion_ids, "eos" if state.terminated else "length")
+def episodes_of(prompts: Sequence[Prompt], state: mdp.State) -> list[Episode]:
+    """The episodes that ended in `state`, a batch of N."""
+    rows = zip(
+        prompts,
+        state.tokens,
+        state.prompt_length.tolist(),
+        state.length.tolist(),
+        state.terminated.tolist(),
+        strict=True,
+    )
+    return [
+        Episode(prompt, tokens[start:end], "eos" if terminated else "length")
+        for prompt, tokens, start, end, terminated in rows
+    ]
 
 
 def make_task(
@@ -248,10 +259,7 @@ def make_task(
     return TextTask(
         tokenizer=tokenizer,
         prompts=encode_prompts(pocket.TRAIN_PROMPTS if prompts is None else prompts, encoder),
-        # A prompt that is asked for by name is never dropped in silence.
-        prompt_encoder=replace(encoder, overflow="error")
-        if encoder.overflow == "drop"
-        else encoder,
+        prompt_encoder=encoder,
         sampling=sampling,
         rules=rules,
         reward=load_reward(reward),

@@ -54,7 +54,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids without text are left out."""
-        id_list = np.asarray(ids, dtype=np.int64).tolist()
+        id_list = np.asarray(ids).tolist()
         return self.backend.decode(id_list, skip_special_tokens=skip_special_tokens)
 
     def special_token(self, name: str) -> str | None:

@@ -16,7 +16,7 @@ from qwen_env.errors import UsageError
 from qwen_env.prompts import Prompt
 from qwen_env.rendering import render_episode
 from qwen_env.sampling import PromptSampler
-from qwen_env.task import Outcome, episode_of, make_task, observe
+from qwen_env.task import Outcome, episodes_of, make_task, observe
 
 
 class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
@@ -107,8 +107,8 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         mask = self._checked_mask(options.pop("reset_mask", None))
         prompt = self.task.prompt_from_options(options)
         seeds = self._seeds(seed)
-        rows = np.flatnonzero(mask).tolist()
-        for i in rows:
+        rows = np.flatnonzero(mask)
+        for i in rows.tolist():
             if seeds[i] is not None:
                 self._rngs[i] = seeding.np_random(seeds[i])
                 self._samplers[i].restart()
@@ -136,13 +136,13 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self._state = state = mdp.step(state, actions, self.task.rules, np)
 
         rewards = np.zeros(self.num_envs)
-        ended = np.flatnonzero(mdp.has_ended(state) & ~had_ended).tolist()
+        ended = np.flatnonzero(mdp.has_ended(state) & ~had_ended)
         infos = self._evaluate(ended, state, rewards)
         if self.autoreset_mode is AutoresetMode.SAME_STEP:
             terminations, truncations = state.terminated.copy(), state.truncated.copy()
-            if ended:
+            if len(ended):
                 final_obs = np.full(self.num_envs, None)
-                final_obs[ended] = [observe(_row(state, i)) for i in ended]
+                final_obs[ended] = [observe(_row(state, i)) for i in ended.tolist()]
                 is_final = terminations | truncations
                 infos = {
                     "final_obs": final_obs,
@@ -152,7 +152,7 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
                 }
             infos |= self._start(ended)
         else:
-            infos |= self._start(np.flatnonzero(had_ended).tolist())
+            infos |= self._start(np.flatnonzero(had_ended))
             terminations, truncations = state.terminated.copy(), state.truncated.copy()
         return observe(state), rewards, terminations, truncations, infos
 
@@ -183,30 +183,32 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             raise ResetNeeded("no episodes are going; call reset() first.")
         return self._state
 
-    def _start(self, rows: list[int], prompt: Prompt | None = None) -> dict[str, Any]:
+    def _start(self, rows: np.ndarray, prompt: Prompt | None = None) -> dict[str, Any]:
         """Begin an episode in each of `rows`, with `prompt` or one drawn; return their infos."""
-        if not rows:
+        if not len(rows):
             return {}
-        prompts = [prompt or self.task.draw(self._samplers[i], self._rngs[i][0]) for i in rows]
+        indices = rows.tolist()
+        prompts = [prompt or self.task.draw(self._samplers[i], self._rngs[i][0]) for i in indices]
         fresh = self.task.initial_state(prompts)
         if self._state is None:
             self._state = mdp.State(*(field.copy() for field in fresh))
         else:
             for field, value in zip(self._state, fresh, strict=True):
                 field[rows] = value
-        for i, new in zip(rows, prompts, strict=True):
-            self._prompts[i] = new
-            self._outcomes[i] = None
+        for i, new in zip(indices, prompts, strict=True):
+            self._prompts[i], self._outcomes[i] = new, None
         return _batch_infos([new.info() for new in prompts], rows, self.num_envs)
 
-    def _evaluate(self, rows: list[int], state: mdp.State, rewards: np.ndarray) -> dict[str, Any]:
+    def _evaluate(self, rows: np.ndarray, state: mdp.State, rewards: np.ndarray) -> dict[str, Any]:
         """Score the episodes that ended in `rows` into `rewards`; return their infos."""
-        if not rows:
+        if not len(rows):
             return {}
-        outcomes = self.task.evaluate([episode_of(self._prompts[i], _row(state, i)) for i in rows])
-        for i, outcome in zip(rows, outcomes, strict=True):
-            rewards[i] = outcome.reward
-            self._outcomes[i] = outcome
+        finished = mdp.State(*(field[rows] for field in state))
+        indices = rows.tolist()
+        prompts = [self._prompts[i] for i in indices]
+        outcomes = self.task.evaluate(episodes_of(prompts, finished))
+        rewards[rows] = [outcome.reward for outcome in outcomes]
+        self._outcomes.update(zip(indices, outcomes, strict=True))
         return _batch_infos([outcome.info for outcome in outcomes], rows, self.num_envs)
 
     def _seeds(self, seed: int | Sequence[int | None] | None) -> Sequence[int | None]:
@@ -247,7 +249,7 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         return ids
 
 
-def _batch_infos(infos: list[dict[str, Any]], rows: list[int], num_envs: int) -> dict[str, Any]:
+def _batch_infos(infos: list[dict[str, Any]], rows: np.ndarray, num_envs: int) -> dict[str, Any]:
     """The infos of `rows`, which share their keys, in Gymnasium's form for vector environments.
 
     Each key holds an array over all rows, and `_key` the mask of those that have it.

@@ -32,6 +32,8 @@ class Qwen2Config:
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})."
             )
+        if self.head_dim % 2:
+            raise UsageError(f"head_dim is {self.head_dim}; rotary positions need an even number.")
 
     @classmethod
     def qwen2_5_0_5b(cls) -> Self:
@@ -50,9 +52,13 @@ class Qwen2Config:
     def from_huggingface(cls, config: Mapping[str, Any], where: str = "config.json") -> Self:
         """Read the contents of a `config.json`.
 
+        Args:
+            where: how messages call what was read.
+
         Raises:
-            UsageError: another architecture, a missing field, or a variant this port does not
-                compute (scaled RoPE, sliding-window attention, another activation).
+            UsageError: another architecture, a missing field, one that is no positive number, or
+                a variant this port does not compute (scaled RoPE, sliding-window attention,
+                quantised weights, ...).
         """
         model_type = config.get("model_type")
         if model_type not in READABLE_MODEL_TYPES:
@@ -62,35 +68,54 @@ class Qwen2Config:
             )
         # transformers 5 groups the RoPE settings; before, they stood at the top level.
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        settings = {**config, **rope}
+        quantization = config.get("quantization_config") or {}
         for setting, found, supported in (
-            ("RoPE type", rope_type, "default"),
+            ("the RoPE type", rope.get("rope_type", rope.get("type", "default")), "default"),
+            ("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0), 1.0),
             ("use_sliding_window", bool(config.get("use_sliding_window", False)), False),
             ("hidden_act", config.get("hidden_act", "silu"), "silu"),
             ("mlp_bias", bool(config.get("mlp_bias", False)), False),
             ("attention_bias", bool(config.get("attention_bias", False)), False),
+            ("the quantization method", quantization.get("quant_method", "none"), "none"),
         ):
             if found != supported:
                 raise UsageError(
                     f"{where} sets {setting} to {found!r}; this port computes only {supported!r}."
                 )
+
+        def number(name: str, default: float | None = None) -> Any:
+            value = default if settings.get(name) is None else settings[name]
+            if value is None:
+                raise UsageError(f"{where} has no field {name!r}, which every Qwen2 needs.")
+            if not isinstance(value, int | float) or not value > 0:
+                raise UsageError(f"{where} sets {name} to {value!r}; it must be a positive number.")
+            return value
+
+        def size(name: str, default: int | None = None) -> int:
+            value = number(name, default)
+            if not isinstance(value, int):
+                raise UsageError(f"{where} sets {name} to {value!r}; it must be an integer.")
+            return value
+
+        hidden_size, heads = size("hidden_size"), size("num_attention_heads")
+        fields: dict[str, Any] = {
+            "vocab_size": size("vocab_size"),
+            "hidden_size": hidden_size,
+            "intermediate_size": size("intermediate_size"),
+            "num_hidden_layers": size("num_hidden_layers"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": size("num_key_value_heads", heads),
+            "head_dim": size("head_dim", hidden_size // heads),
+            "rms_norm_eps": float(number("rms_norm_eps", 1e-6)),
+            "rope_theta": float(number("rope_theta", 10_000.0)),
+            "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+            "max_position_embeddings": size("max_position_embeddings", 32768),
+        }
         try:
-            heads = config["num_attention_heads"]
-            return cls(
-                vocab_size=config["vocab_size"],
-                hidden_size=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                num_hidden_layers=config["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-                rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-                rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
-                tie_word_embeddings=config.get("tie_word_embeddings", False),
-                max_position_embeddings=config.get("max_position_embeddings", 32768),
-            )
-        except KeyError as missing:
-            raise UsageError(f"{where} has no field {missing}, which every Qwen2 needs.") from None
+            return cls(**fields)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
 
     def to_huggingface(self, architecture: str = "Qwen2ForCausalLM") -> dict[str, Any]:
         """The contents of a `config.json` that `transformers` loads as a Qwen2."""

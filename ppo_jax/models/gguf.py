@@ -4,89 +4,106 @@ Quantised tensors come out dequantised, in float32. llama.cpp interleaves the tw
 q and k in `llama` files; they are put back into halves here.
 """
 
+import math
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gymnasium.error import DependencyNotInstalled
 
 from ppo_jax.models.config import READABLE_MODEL_TYPES
 from qwen_env.errors import UsageError
+from qwen_env.extras import import_extra
+from qwen_env.gguf_file import open_gguf
 
 _NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
 }
 _LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 
 
 class GGUFFile:
-    """Tensors by Hugging Face name, and `config` as a `config.json` would hold it."""
+    """Tensors by Hugging Face name, and `config` as a `config.json` would hold it.
+
+    Raises:
+        UsageError: no such file, not a GGUF file, or metadata missing from it.
+        gymnasium.error.DependencyNotInstalled: the `gguf` package is missing.
+    """
 
     def __init__(self, path: str | Path):
-        try:
-            import gguf
-        except ImportError:
-            raise DependencyNotInstalled(
-                "Reading GGUF files needs the gguf package: pip install 'qwen-ppo-jax[gguf]'"
-            ) from None
-        if not Path(path).is_file():
-            raise UsageError(f"{path}: no such file.")
-        self.where = str(path)
-        try:
-            self._reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError) as error:
-            raise UsageError(f"{path} is not a readable GGUF file: {error}.") from error
-        self._dequantize = gguf.dequantize
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._reader = open_gguf(path)
+        self._dequantize = import_extra("gguf", extra="gguf").dequantize
+        self._tensors = {_huggingface_name(t.name): t for t in self._reader.tensors}
+        self.where = self.config_where = str(path)
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._tensors.keys()
 
     @cached_property
     def config(self) -> dict[str, Any]:
         model_type = self._field("general.architecture")
         if model_type not in READABLE_MODEL_TYPES:
             return {"model_type": model_type}
+        if "model.embed_tokens.weight" not in self.names:
+            raise UsageError(f"{self.where}: tensor token_embd.weight is missing from the weights.")
 
         def field(name: str, default: Any = None) -> Any:
             return self._field(f"{model_type}.{name}", default)
 
         heads = field("attention.head_count")
         hidden_size = field("embedding_length")
+        head_dim = field("attention.key_length", hidden_size // heads)
+        rope_type = field("rope.scaling.type", "none")
+        # The scaled angles of Llama 3.1 and later are a tensor; its name is not in the metadata.
+        if "rope_freqs.weight" in self.names:
+            rope_type = "rope_freqs.weight"
         return {
             "model_type": model_type,
-            "vocab_size": int(self._tensors["token_embd.weight"].shape[1]),
+            "vocab_size": int(self._tensors["model.embed_tokens.weight"].shape[1]),
             "hidden_size": hidden_size,
             "intermediate_size": field("feed_forward_length"),
             "num_hidden_layers": field("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": field("attention.head_count_kv", heads),
-            "head_dim": field("attention.key_length", hidden_size // heads),
+            "head_dim": head_dim,
             "rms_norm_eps": field("attention.layer_norm_rms_epsilon", 1e-6),
             "rope_parameters": {
                 "rope_theta": field("rope.freq_base", 10_000.0),
-                "rope_type": field("rope.scaling.type", "default"),
+                "rope_type": "default" if rope_type == "none" else rope_type,
+                "partial_rotary_factor": field("rope.dimension_count", head_dim) / head_dim,
             },
+            "attention_bias": "model.layers.0.self_attn.o_proj.bias" in self.names,
             "max_position_embeddings": field("context_length", 32768),
-            "tie_word_embeddings": "output.weight" not in self._tensors,
+            "tie_word_embeddings": "lm_head.weight" not in self.names,
         }
 
-    def __contains__(self, name: str) -> bool:
-        return _gguf_name(name) in self._tensors
-
     def __getitem__(self, name: str) -> np.ndarray:
-        tensor = self._tensors[_gguf_name(name)]
-        array = self._dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        tensor = self._tensors[name]
+        # dequantize takes 16 rows at a time; longer rows make that fewer and larger steps.
+        rows = tensor.data.reshape(-1, tensor.data.shape[-1])
+        longer = rows.reshape(len(rows) // math.gcd(len(rows), 64), -1)
+        try:
+            array = self._dequantize(longer, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise UsageError(
+                f"{self.where}: tensor {tensor.name} is stored as {tensor.tensor_type.name}, which "
+                "the gguf package cannot dequantise; requantise the file, to Q8_0 for example."
+            ) from error
+        array = array.reshape(tuple(reversed(tensor.shape.tolist())))
         if self.config["model_type"] == "llama":
             if "q_proj" in name:
                 array = _halves_from_pairs(array, self.config["num_attention_heads"])
@@ -95,19 +112,18 @@ class GGUFFile:
         return array
 
     def _field(self, name: str, default: Any = None) -> Any:
-        field = self._reader.get_field(name)
+        field = self._reader.fields.get(name)
         value = default if field is None else field.contents()
         if value is None:
             raise UsageError(f"{self.where} has no metadata field {name}.")
         return value
 
 
-def _gguf_name(name: str) -> str:
-    if name in _NAMES:
-        return _NAMES[name]
-    _, _, layer, rest = name.split(".", 3)
-    module, _, kind = rest.rpartition(".")
-    return f"blk.{layer}.{_LAYER_NAMES[module]}.{kind}"
+def _huggingface_name(name: str) -> str:
+    match name.split("."):
+        case ["blk", layer, module, kind] if module in _LAYER_NAMES:
+            return f"model.layers.{layer}.{_LAYER_NAMES[module]}.{kind}"
+    return _NAMES.get(name, name)
 
 
 def _halves_from_pairs(array: np.ndarray, heads: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What is put on the backbone: a policy with a value head, and a reward model."""
 
+import dataclasses
 import math
 
 import jax
@@ -73,6 +74,8 @@ class RewardModel(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
     ):
         std = 1 / math.sqrt(config.hidden_size + 1)
+        # It writes no tokens, so it has no output projection, whatever the policy it came from has.
+        config = dataclasses.replace(config, tie_word_embeddings=True)
         self.backbone = Qwen2(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.score = ScalarHead(
             std * jax.random.normal(rngs.params(), (config.hidden_size,)), bias=False

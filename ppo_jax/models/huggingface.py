@@ -8,17 +8,18 @@ Hugging Face class knows, has a file of its own, `value_head.safetensors`.
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import DTypeLike
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from ppo_jax.models.config import Qwen2Config
 from ppo_jax.models.gguf import GGUFFile
@@ -38,12 +39,18 @@ Network = TypeVar("Network", PolicyValueNetwork, RewardModel)
 class TensorSource(Protocol):
     """Tensors by Hugging Face name, wherever they come from."""
 
-    where: str
+    @property
+    def where(self) -> str: ...
 
     @property
-    def config(self) -> dict[str, Any]: ...
+    def config(self) -> dict[str, Any]:
+        """What a `config.json` would hold."""
 
-    def __contains__(self, name: str, /) -> bool: ...
+    @property
+    def config_where(self) -> str: ...
+
+    @property
+    def names(self) -> Collection[str]: ...
 
     def __getitem__(self, name: str, /) -> np.ndarray: ...
 
@@ -69,19 +76,14 @@ def load_pretrained(
     Raises:
         UsageError: no such folder, hub unreachable, no safetensors, another architecture, or a
             tensor missing or of another shape than `config.json` says.
+        gymnasium.error.DependencyNotInstalled: a `.gguf` file without the `gguf` package.
     """
     source: TensorSource
     if str(folder_or_hub_id_or_gguf).endswith(".gguf"):
         source = GGUFFile(folder_or_hub_id_or_gguf)
-        value_head = None
     else:
-        folder = resolve(str(folder_or_hub_id_or_gguf), allow_patterns=HUB_PATTERNS)
-        source = SafetensorsFolder(folder)
-        value_head = folder / VALUE_HEAD
-    network = _load(PolicyValueNetwork, source, dtype, param_dtype)
-    if value_head is not None and value_head.exists():
-        _load_value_head(network, value_head)
-    return network
+        source = SafetensorsFolder(resolve(folder_or_hub_id_or_gguf, allow_patterns=HUB_PATTERNS))
+    return _load(PolicyValueNetwork, source, dtype, param_dtype)
 
 
 def load_reward_model(
@@ -91,7 +93,7 @@ def load_reward_model(
     param_dtype: DTypeLike = jnp.float32,
 ) -> RewardModel:
     """Read a `Qwen2ForSequenceClassification` with one label. Errors as in `load_pretrained`."""
-    folder = resolve(str(folder_or_hub_id), allow_patterns=HUB_PATTERNS)
+    folder = resolve(folder_or_hub_id, allow_patterns=HUB_PATTERNS)
     return _load(RewardModel, SafetensorsFolder(folder), dtype, param_dtype)
 
 
@@ -100,108 +102,114 @@ def save_pretrained(
 ) -> None:
     """Write a folder that `load_pretrained` and `transformers.AutoModelForCausalLM` both load.
 
-    An existing folder is replaced only once the new one is complete.
+    An existing model folder is replaced, and only once the new one is complete.
+
+    Raises:
+        UsageError: `folder` is a file, or holds something that is not a model.
     """
     with _replacing(Path(folder)) as partial:
         _save_model(network, "Qwen2ForCausalLM", partial, tokenizer)
         head = nnx.to_flat_state(nnx.state(network.value_head))
-        _save(
-            {str(name): np.asarray(param.get_value()) for (name,), param in head},
-            partial / VALUE_HEAD,
-        )
+        tensors = {str(name): np.asarray(param.get_value()) for (name,), param in head}
+        _save(tensors, partial / VALUE_HEAD)
 
 
 def save_reward_model(
     model: RewardModel, folder: str | Path, tokenizer: Tokenizer | None = None
 ) -> None:
-    """Write a folder that `load_reward_model` and `AutoModelForSequenceClassification` load."""
+    """Write a folder that `load_reward_model` and `AutoModelForSequenceClassification` load.
+
+    Folders are replaced as in `save_pretrained`.
+    """
     with _replacing(Path(folder)) as partial:
         _save_model(model, "Qwen2ForSequenceClassification", partial, tokenizer)
 
 
 class SafetensorsFolder:
-    """The weights of a folder, one file or many with an index; each tensor is read when asked."""
+    """The weights of a folder, one file or many with an index; each tensor is read when asked.
+
+    Those of `value_head.safetensors` go by the names `value_head.weight` and `value_head.bias`.
+    """
 
     def __init__(self, folder: Path):
         self.where = str(folder)
+        self.config_where = str(folder / "config.json")
         self.config = _read_json(folder / "config.json")
-        if (folder / WEIGHTS_INDEX).exists():
-            weight_map = _read_json(folder / WEIGHTS_INDEX)["weight_map"]
-            self._files = {name: folder / file for name, file in weight_map.items()}
-        elif (folder / WEIGHTS).exists():
-            with _open(folder / WEIGHTS) as file:
-                self._files = dict.fromkeys(file.keys(), folder / WEIGHTS)
+        self._places: dict[str, tuple[Path, str]] = {}
+        if (folder / WEIGHTS).exists():
+            self._add(folder / WEIGHTS)
+        elif (folder / WEIGHTS_INDEX).exists():
+            weight_map = _read_json(folder / WEIGHTS_INDEX).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UsageError(f"{folder / WEIGHTS_INDEX} has no weight_map; download it again.")
+            for file in sorted(set(weight_map.values())):
+                self._add(folder / file)
         else:
             pickled = sorted(path.name for path in folder.glob("*.bin"))
             raise UsageError(
                 f"{folder} has no {WEIGHTS}"
                 + (f", only {pickled[0]}, and pickled weights are never loaded" if pickled else "")
-                + "; save the model with safe_serialization=True."
+                + "; save the model with transformers' save_pretrained to make one."
             )
+        if (folder / VALUE_HEAD).exists():
+            self._add(folder / VALUE_HEAD, prefix="value_head.")
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
+    @property
+    def names(self) -> Collection[str]:
+        return self._places.keys()
 
     def __getitem__(self, name: str) -> np.ndarray:
-        with _open(self._files[name]) as file:
-            return file.get_tensor(name)
+        path, stored_name = self._places[name]
+        with _opened(path) as file:
+            return file.get_tensor(stored_name)
+
+    def _add(self, path: Path, prefix: str = "") -> None:
+        with _opened(path) as file:
+            self._places |= {prefix + name: (path, name) for name in file.keys()}  # noqa: SIM118
 
 
 def _load(
     kind: type[Network], source: TensorSource, dtype: DTypeLike, param_dtype: DTypeLike
 ) -> Network:
-    config = Qwen2Config.from_huggingface(source.config, f"{source.where}: config.json")
+    config = Qwen2Config.from_huggingface(source.config, source.config_where)
     # A checkpoint may say "tied" and still hold an lm_head; the config decides, as in transformers.
     network = nnx.eval_shape(
         lambda: kind(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
     )
     graphdef, state = nnx.split(network)
-    arrays = {
-        path: _read_parameter(source, config, path, variable)
+    filled = [
+        (path, variable.replace(_read_parameter(source, config, path, variable.get_value())))
         for path, variable in nnx.to_flat_state(state)
-    }
-    filled = [(path, variable.replace(arrays[path])) for path, variable in nnx.to_flat_state(state)]
+    ]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def _load_value_head(network: PolicyValueNetwork, path: Path) -> None:
-    tensors = load_file(path)
-    state = nnx.state(network.value_head)
-    for (name,), param in nnx.to_flat_state(state):
-        shape = param.get_value().shape
-        if name not in tensors or tensors[name].shape != shape:
-            raise UsageError(
-                f"{path}: {name} should have shape {shape}; remove the file to start from a zero "
-                "value head."
-            )
-        param.set_value(jnp.asarray(tensors[name], jnp.float32))
-    nnx.update(network.value_head, state)
-
-
 def _read_parameter(
-    source: TensorSource, config: Qwen2Config, path: tuple[Any, ...], variable: nnx.Variable[Any]
-) -> jnp.ndarray:
-    shape, dtype = variable.get_value().shape, variable.get_value().dtype
-    if path[0] == "value_head":
-        return jnp.zeros(shape, dtype)
-    names = _tensor_names(path, config)
-    stacked = len(names) > 1 or "layers" in path
-    out = np.empty(shape, dtype)
-    for i, name in enumerate(names):
-        part = out[i] if stacked else out
-        if name in source:
+    source: TensorSource, config: Qwen2Config, path: tuple[Any, ...], like: jax.ShapeDtypeStruct
+) -> jax.Array:
+    out = np.empty(like.shape, like.dtype)
+    parts = out if "layers" in path else [out]
+    for name, part in zip(_tensor_names(path, config), parts, strict=True):
+        if name in source.names:
             tensor = source[name]
             if tensor.shape != part.shape:
                 raise UsageError(
-                    f"{source.where}: tensor {name} has shape {tensor.shape}, but config.json "
-                    f"makes it {part.shape}; the weights and the config are of different models."
+                    f"{source.where}: tensor {name} has shape {tensor.shape}, but by "
+                    f"{source.config_where} it is {part.shape}; the two are of different models."
                 )
-            part[...] = tensor.astype(dtype)
-        elif path[-1] == "bias" and source.config["model_type"] == "llama":
+            part[...] = tensor
+        elif _may_be_absent(name, source):
             part[...] = 0
         else:
             raise UsageError(f"{source.where}: tensor {name} is missing from the weights.")
     return jnp.asarray(out)
+
+
+def _may_be_absent(name: str, source: TensorSource) -> bool:
+    """Whether a tensor that is not there stands for zeros."""
+    if name.startswith("value_head."):
+        return not any(other.startswith("value_head.") for other in source.names)
+    return name.endswith(".bias") and source.config["model_type"] == "llama"
 
 
 def _tensor_names(path: tuple[Any, ...], config: Qwen2Config) -> list[str]:
@@ -227,15 +235,15 @@ def _save_model(
     tokenizer: Tokenizer | None,
 ) -> None:
     config = network.config.to_huggingface(architecture)
-    if architecture.endswith("SequenceClassification"):
+    if isinstance(network, RewardModel):
         config |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
     if tokenizer is not None:
-        special = {
-            "eos_token_id": list(tokenizer.eos_token_ids),
-            "pad_token_id": tokenizer.pad_token_id,
-        }
+        special: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id}
+        if tokenizer.eos_token_ids:
+            special["eos_token_id"] = list(tokenizer.eos_token_ids)
+            config["eos_token_id"] = tokenizer.eos_token_ids[0]
+        config["pad_token_id"] = tokenizer.pad_token_id
         _write_json(folder / "generation_config.json", special)
-        config |= special | {"eos_token_id": tokenizer.eos_token_ids[0]}
         tokenizer.save(folder)
     tensors: dict[str, np.ndarray] = {}
     for path, variable in nnx.to_flat_state(nnx.state(network, nnx.Param)):
@@ -260,39 +268,53 @@ def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder` that takes its place when the block ends without an error."""
+    folder = folder.expanduser().resolve()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; name a folder to save the model in.")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise UsageError(
+            f"{folder} holds something that is not a model and would be replaced; name another "
+            "folder to save the model in."
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    new, old = scratch / "new", scratch / "old"
     try:
-        yield partial
-        partial.chmod(0o755)
+        new.mkdir()
+        yield new
         if folder.exists():
-            old = partial.with_name(partial.name + "-old")
             folder.rename(old)
-            partial.rename(folder)
-            shutil.rmtree(old)
-        else:
-            partial.rename(folder)
+        new.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _open(path: Path) -> Any:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
-        return safe_open(path, "np")
+        with safe_open(path, "np") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} is not a readable safetensors file: {error}.") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(
             f"{path.parent} has no {path.name}; a model is a folder in Hugging Face layout "
             "(config.json and model.safetensors)."
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UsageError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds a {type(content).__name__}; it must hold an object.")
+    return content
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -17,6 +17,6 @@ TRAIN_PROMPTS = _HERE / "train_prompts.jsonl"
 HELDOUT_PROMPTS = _HERE / "heldout_prompts.jsonl"
 """Openings of reviews, one `{"prompt": ...}` a line; the two files share none."""
 
-MAX_PROMPT_LENGTH = 12
-MAX_NEW_TOKENS = 32
+MAX_PROMPT_LENGTH = 8
+MAX_NEW_TOKENS = 28
 """Limits in tokens that every prompt, and every review that continues one, keep."""

@@ -12,7 +12,7 @@ from qwen_env.tokenizer import Tokenizer
 
 EOS = "<|endoftext|>"
 EOS_ID = 0  # special tokens come first; it is the padding as well
-VOCAB_SIZE = 640
+VOCAB_SIZE = 768
 PROMPT_WORDS = (2, 7)
 
 

@@ -3,16 +3,14 @@
 One table says everything: `RULES` are the productions, the `*_VALUES` and `*_FACTORS` tables beside
 them the words that carry meaning. `sample` expands the table at random; the recogniser is a regular
 expression compiled from the same table (no rule refers back to itself, so the language is
-regular). What the table cannot say, two conditions say for both, in `_is_coherent`:
-
-- two opinions of one review are about different things;
-- they agree in sign, unless a word of contrast ("but", "although", "still") joins them; then they
-  differ in sign.
+regular). The one thing that the table cannot say, `_is_coherent` says for both: two opinions of one
+review are about different things.
 
 The sentiment of an opinion is the value of its word times the factor in front of it ("very",
-"not ... at all"). A review's is the mean of its opinions; under contrast the later one weighs more
-(0.6 against 0.4), because that is the one the reviewer ends on. Nothing is summed, so saying more,
-or saying it twice, gains nothing. Text that is no complete review of the grammar scores -1.
+"not ... at all"). A review's is the mean of its opinions; after a word of contrast ("but",
+"although", "still") the later one weighs more, because that is the one the reviewer ends on.
+Nothing is summed, so saying more, or saying it twice, gains nothing. Text that is no complete
+review of the grammar scores -1.
 """
 
 import re
@@ -24,40 +22,19 @@ import numpy as np
 OFF_GRAMMAR = -1.0
 """The sentiment of text outside the grammar, cut-off reviews included: no review scores less."""
 
-CONTRAST_WEIGHTS = (0.4, 0.6)
+CONTRAST_WEIGHTS = (0.3, 0.7)
 
 # ---------------------------------------------------------------- words that carry meaning
 
-_ANY_QUALITY = {
-    "good": 0.5, "decent": 0.35, "fine": 0.3, "impressive": 0.6,
-    "bad": -0.55, "bland": -0.35, "ordinary": -0.25, "weak": -0.5,
+_QUALITY = {  # said of a thing or, behind "a", of the film: so no vowel leads
+    "good": 0.5, "decent": 0.35, "fine": 0.3, "strong": 0.5, "memorable": 0.6, "clever": 0.55,
+    "charming": 0.6, "lively": 0.5, "fresh": 0.45, "beautiful": 0.65,
+    "bad": -0.55, "bland": -0.35, "plain": -0.3, "weak": -0.5, "forgettable": -0.5, "silly": -0.45,
+    "clumsy": -0.55, "dull": -0.55, "tired": -0.45, "lifeless": -0.65,
 }  # fmt: skip
 
 OPINION_VALUES: dict[str, dict[str, float]] = {
-    "story_quality": _ANY_QUALITY | {
-        "clever": 0.55, "gripping": 0.65, "touching": 0.6, "funny": 0.55,
-        "predictable": -0.45, "confusing": -0.5, "silly": -0.45, "boring": -0.6,
-    },
-    "acting_quality": _ANY_QUALITY | {
-        "convincing": 0.55, "charming": 0.6, "subtle": 0.45, "funny": 0.55,
-        "wooden": -0.6, "flat": -0.45, "lifeless": -0.65, "silly": -0.45,
-    },
-    "craft_quality": _ANY_QUALITY | {
-        "beautiful": 0.65, "rich": 0.45, "haunting": 0.55,
-        "clumsy": -0.5, "ugly": -0.6, "harsh": -0.45,
-    },
-    "tempo_quality": _ANY_QUALITY | {
-        "lively": 0.5, "gripping": 0.65, "smooth": 0.4,
-        "slow": -0.45, "boring": -0.6, "uneven": -0.4,
-    },
-    "many_quality": _ANY_QUALITY | {
-        "memorable": 0.6, "clever": 0.55, "charming": 0.6,
-        "cheap": -0.5, "silly": -0.45, "clumsy": -0.5,
-    },
-    "film_quality": {  # behind "a", so no vowel leads
-        "good": 0.5, "decent": 0.35, "clever": 0.55, "touching": 0.6, "charming": 0.6,
-        "bad": -0.55, "bland": -0.35, "weak": -0.5, "silly": -0.45, "boring": -0.6,
-    },
+    "quality": _QUALITY,
     "extreme": {
         "superb": 0.8, "wonderful": 0.78, "brilliant": 0.83,
         "terrible": -0.83, "dreadful": -0.8, "horrible": -0.78,
@@ -83,10 +60,10 @@ OPINION_VALUES: dict[str, dict[str, float]] = {
 
 DEGREE_FACTORS: dict[str, dict[str, float]] = {
     "degree": {
-        "very": 1.35, "really": 1.25, "quite": 0.85, "rather": 0.8, "fairly": 0.7,
+        "very": 1.35, "really": 1.2, "quite": 0.85, "rather": 0.8, "fairly": 0.7,
         "not very": -0.6, "anything but": -0.9,
     },
-    "plain_degree": {"very": 1.35, "really": 1.25, "rather": 0.8, "fairly": 0.7},
+    "plain_degree": {"very": 1.35, "really": 1.2, "rather": 0.8, "fairly": 0.7},
     "extreme_degree": {"truly": 1.15, "simply": 1.1, "utterly": 1.2},
     "not": {"not": -0.8},
     "did_not": {"did not": -0.9},
@@ -95,13 +72,13 @@ DEGREE_FACTORS: dict[str, dict[str, float]] = {
 """Category -> phrase -> factor on the opinion value that follows."""
 
 SUBJECTS: dict[str, tuple[str, ...]] = {
-    "story": ("plot", "story", "script", "ending", "dialogue"),
-    "acting": ("acting", "cast", "hero", "villain"),
-    "craft": ("music", "score", "camera work", "lighting"),
-    "tempo": ("pacing", "editing", "first act", "second half"),
-    "many": ("jokes", "songs", "effects", "characters", "action scenes"),
+    "one": (
+        "plot", "story", "script", "ending", "dialogue", "acting", "cast", "hero", "villain",
+        "music", "score", "camera work", "lighting", "pacing", "editing", "first act",
+    ),
+    "many": ("jokes", "songs", "effects", "characters", "action scenes", "costumes"),
     "film": ("it",),
-}
+}  # fmt: skip
 """What an opinion is about."""
 
 CONTRASTS: dict[str, tuple[str, ...]] = {
@@ -112,15 +89,6 @@ CONTRASTS: dict[str, tuple[str, ...]] = {
 
 # ---------------------------------------------------------------- productions
 
-_PREDICATE = (
-    "{{{0}_quality}}",
-    "{{degree}} {{{0}_quality}}",
-    "{{not}} {{{0}_quality}} at all",
-    "{{extreme}}",
-    "{{extreme_degree}} {{extreme}}",
-)
-_THINGS = ("story", "acting", "craft", "tempo", "many")
-
 RULES: dict[str, tuple[str, ...]] = {
     "review": (
         "{^opinion}{more}.",
@@ -128,8 +96,7 @@ RULES: dict[str, tuple[str, ...]] = {
         "{^scene} {opinion}{ending}.",
         "{^although} {opinion}, {opinion}.",
     ),
-    "more": ("{ending}", ", {joint} {opinion}"),
-    "joint": ("and", "{but}"),
+    "more": ("{ending}", ", and {opinion}", ", {but} {opinion}"),
     "ending": ("", ". {^verdict}", ". {^still}, {verdict}"),
     "opening": (
         "for a {genre},",
@@ -158,33 +125,34 @@ RULES: dict[str, tuple[str, ...]] = {
     "genre": ("comedy", "thriller", "drama", "western", "musical", "mystery"),
     "movie": ("film", "movie", "{genre}"),
     "opinion": (
-        *(f"{{{thing}_opinion}}" for thing in _THINGS),
+        "the {one} {is} {predicate}",
+        "the {one} in this {movie} {is} {predicate}",
+        "the {many} {are} {predicate}",
+        "the {many} in this {movie} {are} {predicate}",
+        "I found the {thing} {predicate}",
         "{film} {film_is} a {film_praise} {movie}",
         "I {feeling} the {thing}",
         "I {really} {feeling} the {thing}",
         "I {did_not} {denied_feeling} the {thing} at all",
         "the {thing} {effect}",
     ),
-    **{
-        f"{thing}_opinion": (
-            f"the {{{thing}}} {{{be}}} {{{thing}_predicate}}",
-            f"the {{{thing}}} in this {{movie}} {{{be}}} {{{thing}_predicate}}",
-            f"I found the {{{thing}}} {{{thing}_predicate}}",
-        )
-        for thing in _THINGS
-        for be in ("are" if thing == "many" else "is",)
-    },
-    **{f"{thing}_predicate": tuple(p.format(thing) for p in _PREDICATE) for thing in _THINGS},
+    "predicate": (
+        "{quality}",
+        "{degree} {quality}",
+        "{not} {quality} at all",
+        "{extreme}",
+        "{extreme_degree} {extreme}",
+    ),
+    "thing": ("{one}", "{many}"),
     "is": ("is", "was", "seemed", "felt"),
     "are": ("are", "were", "seemed", "felt"),
     "film_is": ("is", "was", "seemed"),
     "film_praise": (
-        "{film_quality}",
-        "{plain_degree} {film_quality}",
+        "{quality}",
+        "{plain_degree} {quality}",
         "{extreme}",
         "truly {extreme}",
     ),
-    "thing": tuple(f"{{{thing}}}" for thing in _THINGS),
 }  # fmt: skip
 """Symbol -> alternatives, each as likely as the next. `{x}` expands x; `{^x}` capitalises it.
 
@@ -317,12 +285,7 @@ def meaning(text: str) -> Meaning:
 
 
 def _is_coherent(said: Meaning) -> bool:
-    if len(set(said.subjects)) < len(said.subjects):
-        return False
-    if len(said.opinions) == 1:
-        return True
-    differ_in_sign = (said.opinions[0] > 0) != (said.opinions[1] > 0)
-    return differ_in_sign == said.is_contrast
+    return len(set(said.subjects)) == len(said.subjects)
 
 
 def _pattern(symbol: str, is_capital: bool = False) -> str:

@@ -59,10 +59,22 @@ def load_reward(spec: Any) -> RewardFn:
         if scheme and rest:
             return _load_callable(scheme, rest)
     elif isinstance(spec, Mapping):
-        return WeightedSum({name: (w, load_reward(inner)) for name, (w, inner) in spec.items()})
+        return WeightedSum({name: _load_term(name, term) for name, term in spec.items()})
     elif callable(spec):
         return spec
     raise UsageError(f"reward is {spec!r}; give a callable, or a string: {FORMS}.")
+
+
+def _load_term(name: str, term: Any) -> tuple[float, RewardFn]:
+    try:
+        weight, spec = term
+        return float(weight), load_reward(spec)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"the term {name!r} of a weighted sum is {term!r}; it must be (weight, reward)."
+        ) from None
 
 
 def _load_sum(spec: str) -> WeightedSum:

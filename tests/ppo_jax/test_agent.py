@@ -1,0 +1,144 @@
+"""The agent: it learns, it compiles once, and its random choices follow the seed alone."""
+
+import dataclasses
+
+import gymnasium as gym
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import qwen_env  # noqa: F401  (registers QwenText-v0)
+from ppo_jax.agent import PPOAgent, TooManyNonfiniteUpdates, prompt_indices
+from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TrainConfig
+from qwen_env.errors import UsageError
+
+CONFIG = TrainConfig(
+    ppo=PPOConfig(batch_size=16, num_epochs=2, num_minibatches=2, kl_coef=0.01),
+    optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant"),
+    run=RunConfig(seed=3),
+)
+
+
+@pytest.fixture
+def make_agent(make_network, make_test_task):
+    def make(config: TrainConfig = CONFIG, num_iterations: int = 25, **changes) -> PPOAgent:
+        return PPOAgent(make_network(), make_test_task(**changes), config, num_iterations)
+
+    return make
+
+
+def test_it_learns_and_compiles_nothing_after_the_second_iteration(make_agent):
+    """Ragged episodes, so the shapes inside differ; the programs must not."""
+    compilations = []
+
+    def count(event: str, duration: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(duration)
+
+    scores, lengths = [], set()
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        for episodes, metrics in make_agent().learn():
+            scores.append(metrics["objective/score"])
+            lengths.add(metrics["rollout/length_mean"])
+            if metrics["iteration"] == 2:
+                assert compilations, "the listener must hear of compilations"
+                compilations.clear()
+            assert metrics["policy/first_ratio_max_error"] < 1e-5
+            assert metrics["rollout/logprob_gap_max"] < 1e-4
+            np.testing.assert_allclose(metrics["objective/score"], episodes.scores.mean(), rtol=1e-6)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not compilations
+    assert len(lengths) > 5
+    assert np.mean(scores[-5:]) > np.mean(scores[:5]) + 3 * np.std(scores[:5])
+
+
+def test_same_seed_same_run_other_seed_other_run(make_agent):
+    def tokens() -> list[np.ndarray]:
+        agent = make_agent(num_iterations=2)
+        first = np.asarray(agent.collect().rollout.state.tokens)
+        return [first, *(np.asarray(e.rollout.state.tokens) for e, _ in agent.learn())]
+
+    one, same = tokens(), tokens()
+    np.testing.assert_array_equal(one, same)
+    np.testing.assert_array_equal(one[0], one[1])  # collecting twice changes nothing
+    assert not np.array_equal(one[1], one[2])
+    other = dataclasses.replace(CONFIG, run=RunConfig(seed=4))
+    assert not np.array_equal(one[0], make_agent(other).collect().rollout.state.tokens)
+
+
+def test_choose_action_agrees_with_the_network_and_drives_the_environments(make_agent):
+    agent = make_agent()
+    rules = agent.task.rules
+    arguments = {
+        "max_prompt_length": rules.max_prompt_length,
+        "max_new_tokens": rules.max_new_tokens,
+        "eos_token_ids": rules.eos_token_ids,
+        "prompts": ["The plot", "It was"],
+    }
+    network = jax.jit(agent.network)
+    env = gym.make("QwenText-v0", **arguments)
+    observation, _ = env.reset(seed=0)
+    ended = False
+    while not ended:
+        choice = agent.choose_action(observation, greedy=True)
+        logits, values = network(
+            observation["input_ids"][None], observation["attention_mask"][None].astype(bool)
+        )
+        last = observation["length"] - 1
+        assert choice.action == np.argmax(logits[0, last])
+        log_p = jax.nn.log_softmax(logits[0, last])
+        np.testing.assert_allclose(choice.logprob, log_p[choice.action], atol=1e-5)
+        np.testing.assert_allclose(choice.value, values[0, last], atol=1e-5)
+        observation, _, terminated, truncated, _ = env.step(choice.action)
+        ended = terminated or truncated
+    env.close()
+    envs = gym.make_vec("QwenText-v0", num_envs=3, **arguments)
+    observations, _ = envs.reset(seed=0)
+    choices = agent.choose_action(observations)
+    assert choices.action.shape == choices.value.shape == (3,)
+    assert envs.action_space.contains(choices.action.astype(np.int64))
+    again = agent.choose_action(observations)
+    assert not np.array_equal(choices.action, again.action), "each choice is a new draw"
+    envs.close()
+
+
+def test_updates_that_are_never_finite_stop_the_run(make_agent):
+    def infinite(batch):
+        return np.full(len(batch), 3e38, np.float32)
+
+    with pytest.raises(TooManyNonfiniteUpdates, match="8 updates in a row"):
+        list(make_agent(reward=infinite).learn())
+
+
+@pytest.mark.parametrize(
+    ("network", "task", "words"),
+    [
+        ({"vocab_size": 704}, {}, "vocabulary has 704 ids"),
+        ({"max_position_embeddings": 12}, {}, "has 12 positions"),
+    ],
+)
+def test_a_network_that_does_not_fit_the_task_is_refused(
+    make_network, make_test_task, network, task, words
+):
+    with pytest.raises(UsageError, match=words):
+        PPOAgent(make_network(**network), make_test_task(**task), CONFIG, 1)
+
+
+@given(
+    seed=st.integers(0, 5),
+    batch_size=st.integers(1, 12),
+    count=st.integers(1, 20),
+    iterations=st.integers(1, 8),
+)
+def test_prompts_come_in_shuffled_passes(seed, batch_size, count, iterations):
+    stream = [
+        index for i in range(iterations) for index in prompt_indices(seed, i, batch_size, count)
+    ]
+    for start in range(0, len(stream), count):
+        one_pass = stream[start : start + count]
+        assert len(set(one_pass)) == len(one_pass)
+        assert set(one_pass) <= set(range(count))

@@ -1,0 +1,99 @@
+"""A tiny run of the command that makes the pocket task's files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from ppo_jax import pretrain_pocket
+from ppo_jax.models import PolicyValueNetwork, load_pretrained
+from ppo_jax.models.huggingface import load_reward_model
+from qwen_env.pocket import corpus, grammar
+from qwen_env.tokenizer import Tokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return corpus.train_tokenizer(corpus.reviews(np.random.default_rng(0), 2000))
+
+
+@pytest.mark.slow
+def test_a_tiny_run_learns_and_writes_folders_that_load(tmp_path: Path) -> None:
+    settings = pretrain_pocket.Settings(
+        output_dir=tmp_path / "pocket",
+        tokenizer_reviews=2000,
+        num_train_prompts=40,
+        num_heldout_prompts=10,
+        policy_steps=30,
+        policy_batch=16,
+        reward_samples=64,
+        reward_steps=3,
+        reward_batch=8,
+        report_samples=64,
+    )
+    report = pretrain_pocket.run(settings)
+    assert report["policy/cross_entropy_floor"] < report["policy/cross_entropy"] < 4.0 < np.log(640)
+    assert 0 <= report["reward/pair_accuracy"] <= 1
+
+    folder = settings.output_dir
+    prompts = [
+        json.loads(line)["prompt"]
+        for name in ("train", "heldout")
+        for line in (folder / f"{name}_prompts.jsonl").read_text().splitlines()
+    ]
+    assert len(set(prompts)) == 50
+    tokenizer = load_tokenizer(folder / "policy")
+    texts = pretrain_pocket.encode(tokenizer, prompts, ends=False)
+    logits, _ = load_pretrained(folder / "policy")(texts.ids, texts.mask)
+    assert logits.shape == (50, 44, 640)
+    scores = load_reward_model(folder / "reward")(texts.ids, texts.mask)
+    assert np.isfinite(scores).all()
+
+
+def test_texts_are_padded_behind_their_end(tokenizer: Tokenizer) -> None:
+    texts = pretrain_pocket.encode(tokenizer, ["I loved the music.", "Although"], [True, False])
+    ended = [*tokenizer.encode("I loved the music."), corpus.EOS_ID]
+    assert texts.ids[0, : len(ended)].tolist() == ended
+    assert texts.mask.sum(axis=1).tolist() == [len(ended), len(tokenizer.encode("Although"))]
+    trimmed = pretrain_pocket.trim(texts)
+    assert trimmed.ids.shape == trimmed.mask.shape == (2, 8)
+    assert trimmed.mask.sum() == texts.mask.sum()
+
+
+def test_token_losses_are_the_log_probabilities_of_what_comes_next(tokenizer: Tokenizer) -> None:
+    policy = PolicyValueNetwork(pretrain_pocket.MODEL, rngs=nnx.Rngs(0))
+    texts = pretrain_pocket.encode(tokenizer, ["I loved the music.", "It was a bad film."], True)
+    losses = np.asarray(pretrain_pocket.token_losses(policy, texts))
+    logits, _ = policy(texts.ids, texts.mask)
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    for row, length in enumerate(texts.mask.sum(axis=1)):
+        for i in range(length - 1):
+            assert losses[row, i] == pytest.approx(-log_p[row, i, texts.ids[row, i + 1]], abs=1e-5)
+        assert (losses[row, length - 1 :] == 0).all()
+
+
+@pytest.mark.slow
+def test_samples_continue_their_prompts(tokenizer: Tokenizer) -> None:
+    policy = PolicyValueNetwork(pretrain_pocket.MODEL, rngs=nnx.Rngs(0))
+    prompts = ["Although the plot", "It was a"]
+    key = jax.random.key(0)
+    samples = pretrain_pocket.draw_samples(policy, tokenizer, prompts, 5, key)
+    assert len(set(samples)) == 5
+    for i, sample in enumerate(samples):
+        assert sample.startswith(prompts[i % 2])
+        assert grammar.sentiment(sample) == grammar.OFF_GRAMMAR  # an untrained policy babbles
+
+
+def test_help_explains_every_setting() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "ppo_jax.pretrain_pocket", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Optimizer steps of the reward model" in result.stdout

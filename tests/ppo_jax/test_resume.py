@@ -1,0 +1,265 @@
+"""An interrupted run that is resumed is the run that was never interrupted, bit for bit (CPU)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import ppo_jax
+from ppo_jax import checkpoints
+from ppo_jax.run_folder import RunFolder
+from ppo_jax.train import main
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in the package catches or cleans up after it."""
+
+
+def raises(error: BaseException) -> Callable[..., Any]:
+    def function(*_: Any) -> Any:
+        raise error
+
+    return function
+
+
+def state(run: Path, iteration: int) -> dict[str, np.ndarray]:
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(run / "checkpoints" / str(iteration) / "arrays")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    is_timed = ("time/", "throughput/")
+    return [
+        {name: value for name, value in json.loads(line).items() if not name.startswith(is_timed)}
+        for line in lines
+    ]
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    assert metrics(run) == metrics(other)
+    for name in ("samples.jsonl", *(f"{m}/{f}" for m in ("best", "final") for f in MODEL_FILES)):
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
+    ours, theirs = state(run, 6), state(other, 6)
+    assert len(ours) > 30, "parameters and both moments of each"
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+
+
+MODEL_FILES = ("model.safetensors", "value_head.safetensors", "config.json", "tokenizer.json")
+
+
+def test_same_seed_same_run_and_another_seed_another(
+    finished_run: Path, flags: list[str], rewards: ModuleType, tmp_path: Path
+) -> None:
+    main([*flags, "--output-dir", str(tmp_path / "same")])
+    assert_same_run(tmp_path / "same", finished_run)
+    main([*flags, "--output-dir", str(tmp_path / "other"), "--seed", "1", "--num-iterations", "1"])
+    assert metrics(tmp_path / "other")[0] != metrics(finished_run)[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "saved_after"),
+    [
+        pytest.param(1, 1, id="evaluation of the untrained model"),
+        pytest.param(3, 1, id="first iteration"),
+        pytest.param(8, 4, id="fourth iteration"),
+        pytest.param(10, 4, id="evaluation after the fourth iteration"),
+        pytest.param(12, 6, id="last iteration"),
+    ],
+)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_behind_its_iteration(
+    call: int,
+    saved_after: int,
+    number: signal.Signals,
+    finished_run: Path,
+    flags: list[str],
+    rewards: ModuleType,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(batch: Any) -> Any:
+        signal.raise_signal(number)
+        return rewards.count_e(batch)
+
+    rewards.on_call[call] = interrupt
+    arguments = [*flags, "--output-dir", str(tmp_path / "run")]
+    if saved_after == 6:  # nothing is left to do: the run ends as it would have
+        main(arguments)
+    else:
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+        assert exit.value.code == 130
+        assert len(metrics(tmp_path / "run")) == saved_after
+        said = capfd.readouterr().err
+        assert f"saved as it was after iteration {saved_after}, in {tmp_path}/run/checkpoints" in (
+            said
+        )
+        assert f"--output-dir {tmp_path}/run --resume" in said
+        main(["--output-dir", str(tmp_path / "run"), "--resume"])
+    assert_same_run(tmp_path / "run", finished_run)
+
+
+@pytest.mark.parametrize("call", [4, 5, 6, 7, 12, 13])
+def test_a_reward_that_fails_in_the_middle_can_be_mended(
+    call: int,
+    finished_run: Path,
+    flags: list[str],
+    rewards: ModuleType,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Calls 5, 6 and 13 evaluate an iteration whose update is done already."""
+    rewards.on_call[call] = raises(RuntimeError("no connection"))
+    arguments = ["--output-dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as exit:
+        main([*flags, *arguments])
+    assert exit.value.code == 2
+    [error] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    for words in ("rewards_of_tests.scripted", "RuntimeError: no connection", "saved", "--resume"):
+        assert words in error
+    main([*arguments, "--resume"])
+    assert_same_run(tmp_path / "run", finished_run)
+
+
+SAVE_STAGES = {
+    "before the arrays": (ocp.StandardCheckpointer, "save"),
+    "before the manifest": (checkpoints, "_digests"),
+    "before the rename": (Path, "rename"),
+    "before older ones go": (checkpoints.Checkpoints, "iterations"),
+    "before metrics": (RunFolder, "write_metrics"),
+    "before samples": (RunFolder, "write_samples"),
+    "before curves": (RunFolder, "plot"),
+}
+
+
+@pytest.mark.parametrize("stage", SAVE_STAGES)
+def test_killed_while_it_writes(
+    stage: str, finished_run: Path, flags: list[str], rewards: ModuleType, tmp_path: Path
+) -> None:
+    owner, name = SAVE_STAGES[stage]
+    arguments = ["--output-dir", str(tmp_path / "run")]
+    original = getattr(owner, name)
+
+    def arm(batch: Any) -> Any:
+        patch.setattr(owner, name, raises(Killed()))
+        return rewards.count_e(batch)
+
+    rewards.on_call[7] = arm  # in iteration 3, which ends with a checkpoint
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        main([*flags, *arguments])
+    assert getattr(owner, name) is original
+    main([*arguments, "--resume"])
+    assert_same_run(tmp_path / "run", finished_run)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_more_iterations_can_be_added(
+    finished_run: Path, flags: list[str], rewards: ModuleType, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    constant = [*flags, "--schedule", "constant", "--output-dir", str(folder)]
+    main([*constant, "--num-iterations", "1"])
+    main(["--output-dir", str(folder), "--resume", "--num-iterations", "3"])
+    assert [m["iteration"] for m in metrics(folder)] == [1, 2, 3]
+    assert json.loads((folder / "config.json").read_text())["run"]["num_iterations"] == 3
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    finished_run: Path, rewards: ModuleType, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = {p: p.read_bytes() for p in finished_run.rglob("*.jsonl")}
+    main(["--output-dir", str(finished_run), "--resume"])
+    assert "All 6 iterations were done already" in capfd.readouterr().err
+    assert {p: p.read_bytes() for p in finished_run.rglob("*.jsonl")} == before
+
+
+def start(arguments: list[str], inputs: Path, seconds_a_reward: float) -> subprocess.Popen[str]:
+    paths = [str(Path(ppo_jax.__file__).parents[1]), str(inputs)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "ppo_jax.train", *arguments],
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "SECONDS_A_REWARD": str(seconds_a_reward),
+            "PYTHONUNBUFFERED": "1",
+        },
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_iteration(run: Path, iteration: int, process: subprocess.Popen[str]) -> None:
+    while process.poll() is None:
+        path = run / "metrics.jsonl"
+        if path.exists() and f'"iteration": {iteration},' in path.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"the run ended early: {process.communicate()}")
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments(
+    finished_run: Path, flags: list[str], inputs: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = ["--output-dir", str(run)]
+    moments = np.random.default_rng(time.time_ns()).uniform(0, 0.7, 3)
+    print("seconds behind the first iteration of each session:", moments)
+    first = start([*flags, *arguments, "--save-every", "1"], inputs, 0.1)
+    process, iteration = first, 1
+    for moment in moments:
+        wait_for_iteration(run, iteration, process)
+        time.sleep(moment)
+        process.kill()
+        process.communicate()
+        iteration = min(len(metrics(run)) + 1, 6)
+        process = start([*arguments, "--resume"], inputs, 0.1)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    assert_same_run(run, finished_run)
+
+
+@pytest.mark.slow
+def test_ctrl_c_once_and_twice(
+    finished_run: Path, flags: list[str], inputs: Path, rewards: ModuleType, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = ["--output-dir", str(run)]
+    process = start([*flags, *arguments], inputs, 0.5)
+    wait_for_iteration(run, 1, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Stopping after this iteration" in said
+    assert f"continue it with: python -m ppo_jax.train --output-dir {run} --resume" in said
+    assert "Traceback" not in said
+    assert "\x1b" not in said, "piped output holds no escape codes"
+
+    done = len(metrics(run))
+    process = start([*arguments, "--resume"], inputs, 100.0)
+    assert process.stderr is not None
+    assert f"Continuing after iteration {done}" in process.stderr.readline()
+    time.sleep(2.0)
+    process.send_signal(signal.SIGINT)
+    assert "Stopping after this iteration" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert said == ""
+
+    main([*arguments, "--resume"])
+    assert_same_run(run, finished_run)

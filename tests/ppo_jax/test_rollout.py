@@ -1,0 +1,190 @@
+"""The compiled rollout against teacher forcing, `transformers`, and the Gymnasium environments."""
+
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from scipy import stats
+
+import ppo_jax.rollout as rollout_module
+import qwen_env  # noqa: F401  (registers QwenText-v0)
+from ppo_jax.models import save_pretrained
+from ppo_jax.models.response import response_outputs
+from ppo_jax.rollout import Rollout, rollout
+from qwen_env import mdp
+
+
+def compile_rollout(network, task, *, prompts=None, **options):
+    """A function from a seed to the rollout of `prompts` (the task's own by default)."""
+    first = task.initial_state(task.prompts if prompts is None else prompts)
+    graphdef, params = nnx.split(network)
+
+    @jax.jit
+    def compiled(params, key):
+        return rollout(
+            nnx.merge(graphdef, params),
+            jnp.asarray(first.tokens[:, : task.rules.max_prompt_length]),
+            jnp.asarray(first.prompt_length),
+            key,
+            rules=task.rules,
+            **options,
+        )
+
+    return lambda seed=0: jax.device_get(compiled(params, jax.random.key(seed)))
+
+
+def run(network, task, **options) -> Rollout:
+    return compile_rollout(network, task, **options)()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_decoding_through_the_cache_equals_the_full_forward_pass(
+    make_network, make_test_task, temperature
+):
+    network, task = make_network(), make_test_task(min_new_tokens=2)
+    sample = compile_rollout(network, task, temperature=temperature)
+    graphdef, params = nnx.split(network)
+
+    @jax.jit
+    def teacher_forced(params, state):
+        return response_outputs(
+            nnx.merge(graphdef, params),
+            state.tokens,
+            state.prompt_length,
+            state.length,
+            rules=task.rules,
+            temperature=temperature,
+        )
+
+    lengths = set()
+    for seed in range(4):
+        result = sample(seed)
+        outputs = teacher_forced(params, result.state)
+        written = mdp.response_length(result.state)
+        mask = np.arange(task.rules.max_new_tokens) < written[:, None]
+        np.testing.assert_allclose(
+            result.logprobs[mask], np.asarray(outputs.logprobs)[mask], atol=1e-5
+        )
+        assert not result.logprobs[~mask].any()
+        lengths |= set(written.tolist())
+    assert len(lengths) > 3, "the batches must be ragged for this to test anything"
+
+
+def test_greedy_equals_transformers_generate(make_network, make_test_task, tmp_path):
+    network, task = make_network(), make_test_task()
+    save_pretrained(network, tmp_path / "model", task.tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    ours = run(network, task, greedy=True).state
+    for row, prompt in enumerate(task.prompts):
+        out = theirs.generate(
+            torch.tensor(prompt.ids)[None].long(),
+            attention_mask=torch.ones(1, len(prompt.ids), dtype=torch.long),
+            max_new_tokens=task.rules.max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(task.rules.eos_token_ids),
+            pad_token_id=0,
+        )
+        assert ours.tokens[row, : ours.length[row]].tolist() == out[0].tolist()
+
+
+def test_draws_follow_the_sampling_distribution(make_network, make_test_task):
+    forbidden = tuple(range(20, 600))
+    task = make_test_task(
+        max_new_tokens=1, eos_token_ids=(0,), forbidden_token_ids=forbidden, min_new_tokens=1
+    )
+    network = make_network(sharpness=8.0)
+    draws = 4000
+    result = run(network, task, prompts=[task.prompts[2]] * draws, temperature=1.3)
+    length = result.state.prompt_length[0]
+    prompt = jnp.asarray(result.state.tokens[:1, :length])
+    logits = jax.jit(network)(prompt, jnp.ones((1, length), bool))[0][0, -1]
+    logits = np.asarray(logits, np.float64) / 1.3
+    allowed = np.ones(task.rules.vocab_size, bool)
+    allowed[[0, *forbidden]] = False
+    p = np.where(allowed, np.exp(logits - logits[allowed].max()), 0)
+    p /= p.sum()
+    counts = np.bincount(result.state.tokens[:, length], minlength=len(p))
+    assert not counts[~allowed].any()
+    assert stats.chisquare(counts[allowed], draws * p[allowed]).pvalue > 1e-3
+    drawn = result.state.tokens[:, length]
+    np.testing.assert_allclose(result.logprobs[:, 0], np.log(p[drawn]), atol=1e-5)
+
+
+def test_rules_are_obeyed(make_network, make_test_task):
+    task = make_test_task(min_new_tokens=4, forbidden_token_ids=tuple(range(3, 250)))
+    sample = compile_rollout(make_network(), task)
+    for seed in range(5):
+        state = sample(seed).state
+        written = mdp.response_length(state)
+        assert (written >= 4).all() and (written <= task.rules.max_new_tokens).all()
+        np.testing.assert_array_equal(state.terminated ^ state.truncated, True)
+        for row in range(len(written)):
+            response = state.tokens[row, state.prompt_length[row] : state.length[row]]
+            is_eos = np.isin(response, task.rules.eos_token_ids)
+            assert not np.isin(response, task.rules.forbidden_token_ids).any()
+            assert not is_eos[:-1].any()
+            assert is_eos[-1] == state.terminated[row]
+            assert not state.tokens[row, state.length[row] :].any()
+
+
+def test_an_end_of_sequence_id_inside_a_prompt_ends_nothing(make_network, make_test_task):
+    task = make_test_task(prompts=["<|endoftext|>The plot"], eos_token_ids=(0,), min_new_tokens=3)
+    state = run(make_network(), task).state
+    assert state.tokens[0, 0] == 0
+    assert state.length[0] - state.prompt_length[0] >= 3
+
+
+def test_rows_do_not_depend_on_each_other_or_on_padding(make_network, make_test_task):
+    network, task = make_network(), make_test_task()
+    a, b, c = task.prompts[0], task.prompts[1], task.prompts[2]
+    one = run(network, task, prompts=[a, b])
+    other = run(network, task, prompts=[a, c])
+    np.testing.assert_array_equal(one.state.tokens[0], other.state.tokens[0])
+    wider = make_test_task(max_prompt_length=13)
+    padded = run(network, wider, prompts=[a, b]).state
+    for row in range(2):
+        np.testing.assert_array_equal(
+            padded.tokens[row, : padded.length[row]],
+            one.state.tokens[row, : one.state.length[row]],
+        )
+
+
+def test_decoding_stops_when_every_row_has_ended(make_network, make_test_task, monkeypatch):
+    steps = []
+    decode = rollout_module._decode
+
+    def counted(*arguments):
+        jax.debug.callback(lambda: steps.append(1))
+        return decode(*arguments)
+
+    monkeypatch.setattr(rollout_module, "_decode", counted)
+    result = run(make_network(), make_test_task())
+    jax.effects_barrier()
+    longest = mdp.response_length(result.state).max()
+    assert longest < make_test_task().rules.max_new_tokens, "choose a seed that ends early"
+    assert len(steps) == longest - 1  # the first token comes from the prefill
+
+
+def test_the_environment_replays_a_compiled_rollout(make_network, make_test_task):
+    arguments = {"max_new_tokens": 10, "eos_token_ids": (0, *range(260, 420)), "min_new_tokens": 2}
+    task = make_test_task(**arguments, reward="qwen_env.rewards.sentiment:pocket_sentiment")
+    state = run(make_network(), task).state
+    prompts = [prompt.text for prompt in task.prompts]
+    env = gym.make("QwenText-v0", prompts=prompts, max_prompt_length=8, **arguments)
+    for row in range(len(prompts)):
+        env.reset(options={"prompt_index": row})
+        response = state.tokens[row, state.prompt_length[row] : state.length[row]]
+        for step, action in enumerate(response):
+            observation, reward, terminated, truncated, info = env.step(int(action))
+            is_last = step == len(response) - 1
+            assert (terminated or truncated) == is_last
+            assert is_last or reward == 0
+        np.testing.assert_array_equal(observation["input_ids"], state.tokens[row])
+        assert observation["length"] == state.length[row]
+        assert (terminated, truncated) == (state.terminated[row], state.truncated[row])
+        assert info["completion"] == task.tokenizer.decode(response)
+    env.close()

@@ -1,0 +1,138 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from qwen_env.errors import UsageError
+from qwen_env.rewards import load_reward, score
+from qwen_env.rewards.huggingface import HuggingFaceReward
+
+PAD, START, END = range(3)
+SPECIAL = ["<pad>", "<start>", "<end>"]
+TEMPLATE = (
+    "{% for m in messages %}<start>{{ m.role }}: {{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<start>{% endif %}"
+)
+COMPLETIONS = [" is good", "", " is a rather long one, isn't it?", " x", "!" * 40]
+
+
+def build(folder, *, num_labels=1, pad="<pad>", template=None, causal=False):
+    """A random Qwen2 reward model with a byte tokenizer, saved by `transformers`."""
+    vocab = {token: i for i, token in enumerate(SPECIAL)}
+    vocab |= {b: i for i, b in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), len(vocab))}
+    backend = Backend(models.BPE(vocab, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIAL)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=pad, eos_token="<end>", chat_template=template
+    )
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=len(vocab), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128,
+        num_labels=num_labels, pad_token_id=PAD, eos_token_id=END, initializer_range=0.5,
+    )  # fmt: skip
+    kind = transformers.Qwen2ForCausalLM if causal else transformers.Qwen2ForSequenceClassification
+    model = kind(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+def one_by_one(model, tokenizer, texts):
+    """The scores with no padding at all: the head on the last token's hidden state."""
+    scores = []
+    for text in texts:
+        ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+        with torch.no_grad():
+            scores.append(model.score(model.model(ids).last_hidden_state[0, -1]).numpy())
+    return np.array(scores)
+
+
+def test_batches_score_as_single_texts_do(tmp_path, make_batch):
+    model, tokenizer = build(tmp_path)
+    batch = make_batch(COMPLETIONS)
+    expected = one_by_one(model, tokenizer, ["The film" + text for text in COMPLETIONS])[:, 0]
+    assert np.ptp(expected) > 0.5, "else the comparison would say nothing"
+    for batch_size in (1, 2, 16):
+        values = score(HuggingFaceReward(tmp_path, batch_size=batch_size), batch).values
+        np.testing.assert_allclose(values, expected, atol=1e-5)
+    values = score(load_reward(f"hf:{tmp_path}?batch_size=3&device=cpu"), batch).values
+    np.testing.assert_allclose(values, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad", ["<end>", None])
+def test_a_last_token_that_is_the_padding_token_counts(tmp_path, make_batch, pad):
+    template = TEMPLATE
+    model, tokenizer = build(tmp_path, pad=pad, template=template)
+    chats = [f"<start>user: The film<end><start>assistant: {text}<end>" for text in COMPLETIONS]
+    expected = one_by_one(model, tokenizer, chats)[:, 0]
+    values = score(HuggingFaceReward(tmp_path), make_batch(COMPLETIONS)).values
+    np.testing.assert_allclose(values, expected, atol=1e-5)
+
+
+def test_chats_are_read_by_the_reward_model_s_own_template(tmp_path, make_batch):
+    model, tokenizer = build(tmp_path, template=TEMPLATE)
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    batch = make_batch([" c"], prompt="<policy template>", messages=messages)
+    chat = "<start>system: s<end><start>user: u<end><start>assistant:  c<end>"
+    expected = one_by_one(model, tokenizer, [chat])[:, 0]
+    np.testing.assert_allclose(HuggingFaceReward(tmp_path)(batch), expected, atol=1e-5)
+
+    plain = HuggingFaceReward(tmp_path, use_chat_template=False)
+    expected = one_by_one(model, tokenizer, ["<policy template> c"])[:, 0]
+    np.testing.assert_allclose(plain(batch), expected, atol=1e-5)
+
+
+def test_long_texts_keep_their_end(tmp_path, make_batch):
+    model, tokenizer = build(tmp_path)
+    expected = one_by_one(model, tokenizer, ["!" * 10])[:, 0]
+    reward = HuggingFaceReward(tmp_path, max_length=10)
+    np.testing.assert_allclose(reward(make_batch(["!" * 40])), expected, atol=1e-5)
+
+
+def test_a_label_of_a_classifier(tmp_path, make_batch):
+    model, tokenizer = build(tmp_path, num_labels=3)
+    expected = one_by_one(model, tokenizer, ["The film"])[:, 2]
+    reward = load_reward(f"hf:{tmp_path}?label=LABEL_2")
+    np.testing.assert_allclose(reward(make_batch([""])), expected, atol=1e-5)
+    for label in (None, "LABEL_3"):
+        with pytest.raises(UsageError, match="has the labels 'LABEL_0', 'LABEL_1', 'LABEL_2'"):
+            HuggingFaceReward(tmp_path, label=label)
+
+
+def test_bfloat16(tmp_path, make_batch):
+    build(tmp_path)
+    batch = make_batch(COMPLETIONS)
+    half = HuggingFaceReward(tmp_path, dtype="bfloat16")
+    assert half.model.dtype == torch.bfloat16
+    values = half(batch)
+    assert values.dtype == np.float32
+    np.testing.assert_allclose(values, HuggingFaceReward(tmp_path)(batch), atol=0.2)
+
+
+def test_an_empty_batch(tmp_path, make_batch):
+    build(tmp_path)
+    assert HuggingFaceReward(tmp_path)(make_batch([])).shape == (0,)
+
+
+def test_wrong_folders_and_arguments(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"hf:.*empty cannot be loaded"):
+        HuggingFaceReward(tmp_path / "empty")
+    build(tmp_path / "lm", causal=True)
+    with pytest.raises(UsageError, match=r"has no tensor 'score.weight'"):
+        HuggingFaceReward(tmp_path / "lm")
+    config = json.loads((tmp_path / "lm" / "config.json").read_text())
+    (tmp_path / "lm" / "config.json").write_text(json.dumps(config | {"model_type": "strange"}))
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        HuggingFaceReward(tmp_path / "lm")
+    with pytest.raises(UsageError, match="dtype is 'int8'"):
+        HuggingFaceReward(tmp_path, dtype="int8")
+    with pytest.raises(UsageError, match="batch_size is 0"):
+        HuggingFaceReward(tmp_path, batch_size=0)

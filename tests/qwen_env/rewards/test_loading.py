@@ -1,0 +1,103 @@
+import sys
+
+import gymnasium as gym
+import pytest
+
+import qwen_env  # noqa: F401
+from qwen_env.errors import UsageError
+from qwen_env.rewards import load_reward, score
+from qwen_env.rewards.http import HTTPReward
+from qwen_env.rewards.sentiment import pocket_sentiment
+
+MODULE = """
+calls = []
+def count(batch):
+    return [len(text) for text in batch.completions]
+def ones(batch):
+    return [1.0] * len(batch), {"part": [0.5] * len(batch)}
+class Factory:
+    def __init__(self): calls.append("made")
+    def __call__(self, batch): return [7] * len(batch)
+instance = Factory()
+text = "no reward"
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A module in the current directory."""
+    (tmp_path / "my_rewards.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield "my_rewards"
+    sys.modules.pop("my_rewards", None)
+
+
+def test_functions_classes_and_instances(module, make_batch):
+    batch = make_batch(["a", "bb"])
+    for name, expected in [("count", [1, 2]), ("Factory", [7, 7]), ("instance", [7, 7])]:
+        assert score(load_reward(f"{module}:{name}"), batch).values.tolist() == expected
+    assert load_reward(pocket_sentiment) is pocket_sentiment
+    assert load_reward("qwen_env.rewards.sentiment:pocket_sentiment") is pocket_sentiment
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "0.5 * my_rewards:count + my_rewards:ones",
+        {"count": (0.5, "my_rewards:count"), "ones": (1, "my_rewards:ones")},
+        {"count": [0.5, "my_rewards:count"], "ones": [1, "my_rewards:ones"]},
+    ],
+)
+def test_weighted_sums(module, make_batch, spec):
+    scores = score(load_reward(spec), make_batch(["a", "bb"]))
+    assert scores.values.tolist() == [1.5, 2.0]
+    assert {name: values.tolist() for name, values in scores.components.items()} == {
+        "count": [1, 2],
+        "ones": [1, 1],
+        "ones/part": [0.5, 0.5],
+    }
+
+
+def test_a_weighted_sum_in_the_environment(module):
+    env = gym.make("QwenText-v0", reward="-0.5 * my_rewards:count", max_new_tokens=1)
+    env.reset(seed=0)
+    _, reward, _, _, info = env.step(100)
+    assert info["reward_components"] == {"score": reward, "count": len(info["completion"])}
+    assert reward == -0.5 * len(info["completion"])
+
+
+def test_a_server():
+    reward = load_reward("http://127.0.0.1:9/score")
+    assert isinstance(reward, HTTPReward)
+    assert reward.url == "http://127.0.0.1:9/score"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (3, "reward is 3; give a callable, or a string"),
+        ("my_rewards", "reward is 'my_rewards'; .*package.module:callable"),
+        ("no.such.module:f", "there is no module 'no.such.module'"),
+        ("my_rewards:missing", "my_rewards has no callable 'missing'"),
+        ("my_rewards:text", "my_rewards has no callable 'text'"),
+        ("1 * my_rewards:count + 2 * my_rewards:count", "names 'count' twice"),
+        ("1 * my_rewards:count + ", "empty term"),
+        ("e * my_rewards:count", "'e' is not a weight"),
+        ({}, "at least one term"),
+        ({"a": "my_rewards:count"}, "the term 'a' of a weighted sum is 'my_rewards:count'"),
+        ({"a": (1, "my_rewards:missing")}, "has no callable 'missing'"),
+        ("hf:./none", "./none: no such folder"),
+        ("hf:./none?colour=red", "option colour=red is not known; there are label, device"),
+        ("hf:./none?batch_size=many", "option batch_size=many is not known"),
+    ],
+)
+def test_wrong_specs(module, spec, message):
+    with pytest.raises(UsageError, match=message):
+        load_reward(spec)
+
+
+def test_a_module_that_cannot_import_something_says_so(module, tmp_path):
+    (tmp_path / "broken_rewards.py").write_text("import no_such_package_at_all")
+    with pytest.raises(ModuleNotFoundError, match="no_such_package_at_all"):
+        load_reward("broken_rewards:f")

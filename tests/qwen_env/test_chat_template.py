@@ -1,0 +1,43 @@
+import pytest
+
+from qwen_env.chat_template import render_chat
+from qwen_env.errors import UsageError
+
+USER = [{"role": "user", "content": "hi"}]
+ROLES = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+
+
+def test_the_system_prompt_goes_first_unless_there_is_one():
+    assert render_chat(ROLES, USER, system_prompt="be brief") == "system:be brief;user:hi;"
+    messages = [{"role": "system", "content": "mine"}, *USER]
+    assert render_chat(ROLES, messages, system_prompt="be brief") == "system:mine;user:hi;"
+    assert USER == [{"role": "user", "content": "hi"}]
+
+
+def test_what_templates_of_models_use():
+    template = "{% if x %}\n  {{ {'a': '<é>'} | tojson }}\n{% break %}{% endif %}"
+    loop = "{% for m in messages %}" + template + "{% endfor %}"
+    assert render_chat(loop, USER, x=True).strip() == '{"a": "<é>"}'
+    assert len(render_chat("{{ strftime_now('%Y') }}", USER)) == 4
+
+
+def test_the_generation_prompt():
+    template = "{{ 'go' if add_generation_prompt else 'stop' }}"
+    assert render_chat(template, USER) == "go"
+    assert render_chat(template, USER, add_generation_prompt=False) == "stop"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", USER, "roles must alternate"),
+        ("{% for %}", USER, "the chat template fails"),
+        ("{{ ''.__class__.__mro__ }}", USER, "unsafe"),
+        (ROLES, [], "messages is empty"),
+        (ROLES, ["hi"], "message 0 is 'hi'"),
+        (ROLES, [*USER, {"content": "no role"}], "message 1 is"),
+    ],
+)
+def test_what_is_refused(template, messages, message):
+    with pytest.raises(UsageError, match=message):
+        render_chat(template, messages)

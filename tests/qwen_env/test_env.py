@@ -1,0 +1,322 @@
+import copy
+import json
+import pickle
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.error import InvalidAction, ResetNeeded
+from gymnasium.utils.env_checker import check_env, data_equivalence
+
+import qwen_env  # noqa: F401
+from qwen_env.env import QwenTextEnv
+from qwen_env.errors import UsageError
+
+# Ids of the tokenizer of conftest.py: three special ones, then bytes and merges.
+EOS, FORBIDDEN = 2, 7
+
+
+def length_reward(batch):
+    """Counts tokens, and names how it did."""
+    counts = np.array([len(ids) for ids in batch.completion_ids], np.float32)
+    return counts, {"double": 2 * counts}
+
+
+@pytest.fixture
+def env(backend):
+    return QwenTextEnv(
+        tokenizer=backend,
+        eos_token_ids=EOS,
+        prompts=["the film", {"prompt": "a plot", "colour": "red"}, "it's"],
+        reward=length_reward,
+        max_prompt_length=8,
+        max_new_tokens=4,
+        forbidden_token_ids=[FORBIDDEN],
+    )
+
+
+def play(env, actions, seed):
+    """Everything that the environment says while it is stepped, reset where it ends."""
+    said = [env.reset(seed=seed)]
+    for action in actions:
+        said.append(env.step(action))
+        if said[-1][2] or said[-1][3]:
+            said.append(env.reset())
+    return said
+
+
+def test_check_env_has_nothing_to_say(recwarn):
+    check_env(gym.make("QwenText-v0").unwrapped)
+    assert not recwarn.list
+
+
+def test_make_by_module_name():
+    assert isinstance(gym.make("qwen_env:QwenText-v0").unwrapped, QwenTextEnv)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "shuffle", "sequential"])
+def test_two_environments_with_one_seed_agree(sampling):
+    first, second = (gym.make("QwenText-v0", sampling=sampling) for _ in range(2))
+    assert first.observation_space == second.observation_space
+    assert first.action_space == second.action_space
+    actions = np.random.default_rng(0).integers(0, first.action_space.n, 120)
+    assert data_equivalence(play(first, actions, 7), play(second, actions, 7), exact=True)
+    assert not data_equivalence(play(first, actions, 7)[1:], play(second, actions[1:], 7))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+def test_a_copy_goes_on_equally(clone):
+    env = QwenTextEnv()
+    env.reset(seed=3)
+    env.step(5)
+    twin = clone(env)
+    for action in (9, 300, 11):
+        assert data_equivalence(env.step(action), twin.step(action), exact=True)
+    assert data_equivalence(env.reset(), twin.reset(), exact=True)
+
+
+def test_spec_survives_json():
+    env = gym.make("QwenText-v0", max_new_tokens=5, forbidden_token_ids=[3], sampling="shuffle")
+    text = env.spec.to_json()
+    json.loads(text)
+    again = gym.make(EnvSpec.from_json(text))
+    assert again.spec == env.spec
+    actions = np.full(20, 9)
+    assert data_equivalence(play(env, actions, 1), play(again, actions, 1), exact=True)
+
+
+def test_an_episode_ended_by_eos(env):
+    observation, info = env.reset(options={"prompt_index": 1})
+    assert info == {"prompt": "a plot", "prompt_index": 1}
+    prompt = env.task.tokenizer.encode("a plot")
+    assert observation["prompt_length"] == observation["length"] == len(prompt)
+    assert observation["input_ids"][: len(prompt)].tolist() == prompt
+    assert observation["attention_mask"].sum() == len(prompt)
+
+    token = env.task.tokenizer.encode("!")[0]
+    observation, reward, terminated, truncated, info = env.step(token)
+    assert (reward, terminated, truncated, info) == (0.0, False, False, {})
+    assert observation["input_ids"][len(prompt)] == token
+
+    observation, reward, terminated, truncated, info = env.step(EOS)
+    assert (reward, terminated, truncated) == (2.0, True, False)
+    assert info == {
+        "completion": "!",
+        "completion_length": 2,
+        "finish_reason": "eos",
+        "reward_components": {"score": 2.0, "double": 4.0},
+    }
+    assert observation["length"] - observation["prompt_length"] == 2
+
+
+def test_an_episode_cut_at_the_limit(env):
+    env.reset(seed=0)
+    for step in range(4):
+        _, reward, terminated, truncated, info = env.step(40)
+        assert (terminated, truncated) == (False, step == 3)
+    assert reward == 4.0
+    assert info["finish_reason"] == "length"
+
+
+def test_flags_and_reward_are_plain_python(env):
+    env.reset(seed=0)
+    for action in (40, EOS):
+        _, reward, terminated, truncated, _ = env.step(action)
+        assert [type(x) for x in (reward, terminated, truncated)] == [float, bool, bool]
+
+
+def test_the_caller_may_scribble_on_observations(env):
+    observation, _ = env.reset(options={"prompt_index": 0})
+    for array in observation.values():
+        array[...] = 0
+    observation, *_ = env.step(40)
+    assert observation["attention_mask"].sum() == observation["length"]
+    assert observation["length"] - observation["prompt_length"] == 1
+    prompt = observation["input_ids"][: observation["prompt_length"]]
+    assert env.task.tokenizer.decode(prompt) == "the film"
+
+
+def test_the_reward_sees_the_row_and_the_tokens_as_chosen(backend):
+    seen = []
+
+    def reward(batch):
+        seen.append(batch)
+        return [0.0]
+
+    row = {"prompt": "a plot", "colour": "red"}
+    env = QwenTextEnv(
+        tokenizer=backend, eos_token_ids=EOS, prompts=[row], reward=reward, max_new_tokens=4
+    )
+    env.reset()
+    # Two tokens that would be one, were the text tokenised again.
+    halves = [backend.token_to_id("t"), backend.token_to_id("h")]
+    for action in (*halves, EOS):
+        env.step(action)
+    (batch,) = seen
+    assert batch.completion_ids[0].tolist() == [*halves, EOS]
+    assert (batch.prompts, batch.completions) == (["a plot"], ["th"])
+    assert batch.rows == [row]
+    assert batch.finish_reasons == ["eos"]
+    assert batch.prompt_ids[0].tolist() == backend.encode("a plot").ids
+
+
+def test_missing_eos_penalty(backend):
+    env = QwenTextEnv(
+        tokenizer=backend,
+        eos_token_ids=EOS,
+        prompts=["a"],
+        reward=length_reward,
+        max_new_tokens=2,
+        missing_eos_penalty=0.5,
+    )
+    env.reset()
+    env.step(40)
+    *_, info = step = env.step(40)
+    assert step[1] == 1.5
+    components = {"score": 2.0, "double": 4.0, "missing_eos_penalty": -0.5}
+    assert info["reward_components"] == components
+    env.reset()
+    *_, info = step = env.step(EOS)
+    assert (step[1], info["reward_components"]["missing_eos_penalty"]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("kind", [int, np.int32, np.int64, np.uint8, np.array])
+def test_integer_actions_of_any_kind(env, kind):
+    env.reset()
+    observation, *_ = env.step(kind(40))
+    assert observation["input_ids"][observation["length"] - 1] == 40
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (1.0, "action 1.0 is not an integer"),
+        ("the", "is not an integer"),
+        (None, "is not an integer"),
+        (np.array([3, 4]), "is not an integer"),
+        (-1, "action -1 is outside the vocabulary; ids run from 0 to"),
+        (10**9, "action 1000000000 is outside the vocabulary"),
+        (FORBIDDEN, f"action {FORBIDDEN} is forbidden"),
+    ],
+)
+def test_wrong_actions(env, action, message):
+    before, _ = env.reset(seed=0)
+    with pytest.raises(InvalidAction, match=message):
+        env.step(action)
+    after, *_ = env.step(40)
+    assert after["length"] == before["length"] + 1
+
+
+def test_a_padded_vocabulary(backend):
+    size = backend.get_vocab_size()
+    env = QwenTextEnv(
+        tokenizer=backend, eos_token_ids=EOS, prompts=["a"], reward=length_reward,
+        vocab_size=size + 5, min_new_tokens=1,
+    )  # fmt: skip
+    env.reset(seed=0)
+    mask = env.action_mask()
+    assert (mask.dtype, mask.shape) == (np.int8, (size + 5,))
+    assert np.flatnonzero(mask == 0).tolist() == [EOS, *range(size, size + 5)]
+    with pytest.raises(InvalidAction, match=f"action {size} is forbidden"):
+        env.step(size)
+    with pytest.raises(InvalidAction, match="forbidden"):
+        env.step(EOS)
+    env.action_space.seed(0)
+    env.step(env.action_space.sample(mask))
+    assert env.action_mask()[EOS] == 1
+
+
+def test_step_and_friends_out_of_turn(env):
+    for call in (lambda: env.step(3), env.action_mask):
+        with pytest.raises(ResetNeeded, match=r"call reset\(\)"):
+            call()
+    env.reset()
+    env.step(EOS)
+    with pytest.raises(ResetNeeded, match=r"call reset\(\)"):
+        env.step(3)
+    env.reset()
+    env.step(3)
+
+
+def test_a_prompt_by_the_options(env):
+    observation, info = env.reset(options={"prompt": "it"})
+    assert info == {"prompt": "it", "prompt_index": -1}
+    assert observation["length"] == len(env.task.tokenizer.encode("it"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"promt": "a"}, "'promt'.*'prompt', 'messages', 'prompt_index'"),
+        ({"prompt": "a", "prompt_index": 1}, "takes one of"),
+        ({"prompt": 3}, "'prompt' .text."),
+        ({"prompt": ""}, "empty prompt"),
+        ({"prompt": "word " * 20}, "over the limit of 8"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "no chat template"),
+        ({"prompt_index": 3}, "prompt_index is 3; .* 0 to 2"),
+        ({"prompt_index": -1}, "prompt_index is -1"),
+        ({"prompt_index": "1"}, "prompt_index is '1'"),
+    ],
+)
+def test_wrong_options(env, options, message):
+    with pytest.raises(UsageError, match=message):
+        env.reset(options=options)
+
+
+def test_a_prompt_asked_for_is_never_dropped(backend):
+    env = QwenTextEnv(
+        tokenizer=backend, eos_token_ids=EOS, prompts=["a"], max_prompt_length=2,
+        prompt_overflow="drop",
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="over the limit of 2"):
+        env.reset(options={"prompt": "word word word"})
+
+
+def test_close_twice(env):
+    env.reset()
+    env.close()
+    env.close()
+
+
+def test_ansi_rendering(backend):
+    env = QwenTextEnv(
+        tokenizer=backend, eos_token_ids=EOS, prompts=["a plot"], reward=length_reward,
+        max_new_tokens=5, render_mode="ansi",
+    )  # fmt: skip
+    env.reset()
+    assert env.render() == "a plot|"
+    first, second = backend.encode("é").ids
+    env.step(first)
+    assert env.render() == "a plot|", "half a character is not shown"
+    env.step(second)
+    assert env.render() == "a plot|é"
+    env.step(backend.encode("\x1b").ids[0])
+    assert env.render() == "a plot|é\\x1b", "a terminal would obey it"
+    env.step(EOS)
+    assert env.render() == "a plot|é\\x1b\n[eos after 4 tokens, reward +4.000]\n"
+
+
+def test_human_rendering_prints_what_ansi_says(backend, capsys):
+    arguments = {
+        "tokenizer": backend, "eos_token_ids": EOS, "prompts": ["a plot"], "reward": length_reward
+    }  # fmt: skip
+    human, ansi = (QwenTextEnv(render_mode=mode, **arguments) for mode in ("human", "ansi"))
+    for env in (human, ansi):
+        env.reset()
+        for action in (*backend.encode(" naïve").ids, EOS):
+            env.step(action)
+    assert capsys.readouterr().out == ansi.render()
+    assert human.render() is None
+    human.reset()
+    human.step(40)
+    human.reset()
+    lines = capsys.readouterr().out.split("\n")
+    assert len(lines) == 2, "an episode that is given up ends its line"
+    assert lines[1] == "a plot|"
+
+
+def test_render_without_a_mode_warns(env):
+    env.reset()
+    with pytest.warns(UserWarning, match="render_mode"):
+        assert env.render() is None

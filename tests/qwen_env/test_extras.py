@@ -1,0 +1,38 @@
+"""What is optional is asked for by name, with the line that installs it."""
+
+import sys
+
+import pytest
+from gymnasium.error import DependencyNotInstalled
+
+from qwen_env.gguf_tokenizer import load_gguf_tokenizer
+from qwen_env.rewards import load_reward, score
+from qwen_env.rewards.base import RewardBatch
+from qwen_env.rewards.reasoning_gym import ReasoningGym
+from qwen_env.rewards.sentiment import _vader, vader_compound
+
+EMPTY = RewardBatch([], [], [], [], [], [])
+
+
+def use_vader():
+    _vader.cache_clear()
+    score(vader_compound, EMPTY)
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "use"),
+    [
+        ("gguf", "gguf", lambda: load_gguf_tokenizer("model.gguf")),
+        ("torch", "torch", lambda: load_reward("hf:folder")),
+        ("transformers", "torch", lambda: load_reward("hf:folder")),
+        ("vaderSentiment.vaderSentiment", "vader", use_vader),
+        ("reasoning_gym", "reasoning", lambda: ReasoningGym("chain_sum")),
+    ],
+)
+def test_a_missing_package(monkeypatch, module, extra, use):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DependencyNotInstalled) as caught:
+        use()
+    assert str(caught.value) == (
+        f"{module} is not installed; run: pip install 'qwen-ppo-jax[{extra}]'"
+    )

@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+from qwen_env.errors import UsageError
+from qwen_env.hub import resolve
+
+
+def download(monkeypatch, answer):
+    def snapshot_download(name, allow_patterns):
+        if isinstance(answer, Exception):
+            raise answer
+        return f"{answer}/{name}/{allow_patterns[0]}"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+
+def test_a_folder_is_itself(tmp_path, monkeypatch):
+    assert resolve(tmp_path, allow_patterns=[]) == tmp_path
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve("org/name", allow_patterns=[]) == Path("org/name"), "before any hub id"
+
+
+def test_a_hub_id_is_downloaded(monkeypatch):
+    download(monkeypatch, "/cache")
+    assert resolve("Qwen/Qwen2.5-0.5B", allow_patterns=["*.json"]) == Path(
+        "/cache/Qwen/Qwen2.5-0.5B/*.json"
+    )
+
+
+@pytest.mark.parametrize("name", ["./x", "../a/b", "/a/b", "a/b/c", "~/none", Path("org/name")])
+def test_what_cannot_be_a_hub_id_is_a_missing_folder(name):
+    with pytest.raises(UsageError, match=r"no such folder.$"):
+        resolve(name, allow_patterns=[])
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    download(monkeypatch, LocalEntryNotFoundError("no network"))
+    with pytest.raises(UsageError, match=r"hub cannot be reached; .*local folder.*\.gguf.*pocket"):
+        resolve("Qwen/Qwen2.5-0.5B", allow_patterns=[])
+
+
+def test_a_repository_that_is_not_there(monkeypatch):
+    error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+    download(monkeypatch, error)
+    with pytest.raises(UsageError, match="no such repository"):
+        resolve("Qwen/Qwen2.5-0.5", allow_patterns=[])

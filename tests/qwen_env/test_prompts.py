@@ -1,0 +1,129 @@
+import datasets
+import pytest
+
+from qwen_env.errors import UsageError
+from qwen_env.prompts import load_prompts
+from qwen_env.tokenizer import load_tokenizer
+
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+def load(folder):
+    tokenizer = load_tokenizer(folder)
+
+    def load(source, **arguments):
+        return load_prompts(source, tokenizer, **({"max_prompt_length": 30} | arguments))
+
+    load.tokenizer = tokenizer
+    return load
+
+
+def test_jsonl_keeps_every_column(load, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "the film", "stars": 4}\n\n{"prompt": "é"}\n')
+    first, second = load(str(path))
+    assert (first.text, first.row, first.index) == (
+        "the film", {"prompt": "the film", "stars": 4}, 0,
+    )  # fmt: skip
+    assert (first.ids.dtype, first.ids.tolist()) == ("int32", load.tokenizer.encode("the film"))
+    assert (second.text, second.index) == ("é", 1)
+    assert len(load(path)) == 2
+
+
+def test_the_same_rows_from_a_list_and_from_a_dataset(load):
+    rows = [{"prompt": "the film", "stars": 4}, {"prompt": "a plot", "stars": 1}]
+    for source in (rows, datasets.Dataset.from_list(rows), iter(rows)):
+        prompts = load(source)
+        assert [prompt.row for prompt in prompts] == rows
+        assert [prompt.text for prompt in prompts] == ["the film", "a plot"]
+    assert [prompt.text for prompt in load(["the film", "a plot"])] == ["the film", "a plot"]
+    assert [prompt.text for prompt in load(rows)[1:]] == ["a plot"]
+
+
+def test_chats_go_through_the_template(load):
+    expected = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    (prompt,) = load([{"messages": CHAT}])
+    assert prompt.text == expected
+    assert prompt.ids.tolist() == load.tokenizer.encode(expected)
+    (prompt,) = load([{"messages": CHAT}], system_prompt="yes", max_prompt_length=60)
+    assert prompt.text == "<|im_start|>system\nyes<|im_end|>\n" + expected
+
+
+def test_text_becomes_a_message_only_on_request(load):
+    assert load(["hi"])[0].text == "hi"
+    assert load(["hi"], chat_template=True)[0].text == load([{"messages": CHAT}])[0].text
+    template = "Q: {{ messages[0].content }}\nA:"
+    assert load(["hi"], chat_template=template)[0].text == "Q: hi\nA:"
+
+
+def test_rows_may_hold_variables_for_the_template(load):
+    template = "{{ mood }} {{ messages[0].content }}"
+    row = {"messages": CHAT, "chat_template_kwargs": {"mood": "good"}}
+    assert load([row], chat_template=template)[0].text == "good hi"
+
+
+def test_overflow(load):
+    source = ["the film was good", "bad"]
+    full = load(source)[0].ids
+    limit = len(full) - 2
+    assert [p.index for p in load(source, max_prompt_length=limit, overflow="drop")] == [1]
+    cut = load(source, max_prompt_length=limit, overflow="truncate_left")[0]
+    assert cut.ids.tolist() == full[2:].tolist()
+    assert load.tokenizer.encode(cut.text) == cut.ids.tolist()
+    message = f"prompts.0. holds a prompt of {len(full)} tokens, over the limit of {limit}"
+    with pytest.raises(UsageError, match=message):
+        load(source, max_prompt_length=limit)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 of .*p.jsonl is not JSON"),
+        ("3", "line 2 of .*p.jsonl is a int"),
+        (
+            '{"text": "a", "stars": 1}',
+            "line 2 of .*'prompt'.*'messages'.*its keys are 'text'",
+        ),
+        ("{}", "its keys are none"),
+        ('{"prompt": 3}', "line 2 of .* has neither"),
+        ('{"prompt": ""}', "line 2 of .* holds an empty prompt"),
+        ('{"messages": []}', "line 2 of .*: messages is empty"),
+        ('{"messages": [{}]}', "line 2 of .*: message 0"),
+    ],
+)
+def test_wrong_lines_are_named(load, tmp_path, line, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n' + line + "\n")
+    with pytest.raises(UsageError, match=message):
+        load(path)
+
+
+def test_wrong_sources(load, tmp_path):
+    with pytest.raises(UsageError, match=r"none.jsonl: no such file"):
+        load(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UsageError, match=r"empty.jsonl holds no prompts.$"):
+        load(tmp_path / "empty.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
+    with pytest.raises(UsageError, match="is not UTF-8"):
+        load(tmp_path / "latin.jsonl")
+    with pytest.raises(UsageError, match="prompts holds no prompts of at most 1 tokens"):
+        load(["the film was"], max_prompt_length=1, overflow="drop")
+    with pytest.raises(UsageError, match="prompts is a dict"):
+        load({"prompt": "a"})
+    with pytest.raises(UsageError, match="prompts is a int"):
+        load(3)
+    with pytest.raises(UsageError, match=r"prompts\[1\] is a int"):
+        load(["a", 3])
+
+
+def test_wrong_arguments(load, backend):
+    with pytest.raises(UsageError, match="prompt_overflow is 'cut'; it must be one of 'error'"):
+        load(["a"], overflow="cut")
+    with pytest.raises(UsageError, match=r"prompts\[0\] is plain text, which takes no system"):
+        load(["a"], system_prompt="b")
+    with pytest.raises(UsageError, match=r"prompts\[0\] holds chat messages"):
+        load([{"messages": CHAT}], chat_template=False)
+    with pytest.raises(UsageError, match=r"prompts\[0\]: the tokenizer has no chat template"):
+        load_prompts([{"messages": CHAT}], load_tokenizer(backend), max_prompt_length=9)

@@ -1,0 +1,34 @@
+import numpy as np
+
+from qwen_env.sampling import PromptSampler
+
+
+def draw(sampling, count, times, seed=0):
+    sampler, rng = PromptSampler(count, sampling), np.random.default_rng(seed)
+    return [sampler.draw(rng) for _ in range(times)]
+
+
+def test_sequential_goes_round():
+    assert draw("sequential", 3, 7) == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_shuffle_takes_each_once_a_round_in_new_orders():
+    order = np.array(draw("shuffle", 10, 50)).reshape(5, 10)
+    assert (np.sort(order) == np.arange(10)).all()
+    assert len({tuple(row) for row in order}) == 5
+
+
+def test_uniform_is_uniform():
+    counts = np.bincount(draw("uniform", 4, 4000), minlength=4)
+    chi_square = ((counts - 1000) ** 2 / 1000).sum()
+    assert chi_square < 16.27, "the 0.999 quantile with 3 degrees of freedom"
+
+
+def test_the_order_is_the_seed_s_also_after_a_restart():
+    for sampling in ("uniform", "shuffle", "sequential"):
+        sampler = PromptSampler(10, sampling)
+        sampler.draw(np.random.default_rng(5))
+        sampler.restart()
+        rng = np.random.default_rng(0)
+        assert [sampler.draw(rng) for _ in range(15)] == draw(sampling, 10, 15)
+    assert draw("shuffle", 10, 15) != draw("shuffle", 10, 15, seed=1)
