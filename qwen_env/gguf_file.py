@@ -36,4 +36,4 @@ def open_gguf(path: str | Path) -> Any:
     try:
         return Reader(path)
     except (ValueError, IndexError, KeyError) as error:
-        raise UsageError(f"{path} is not a readable GGUF file: {error}.") from error
+        raise UsageError(f"{path} is not a GGUF file: {error}.") from error

@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from qwen_env.errors import UsageError
-from qwen_env.extras import import_extra
+from qwen_env.gguf_file import open_gguf
 from qwen_env.tokenizer import Tokenizer
 
 # Token types of the format.
@@ -46,14 +46,7 @@ def load_gguf_tokenizer(path: str | Path) -> Tokenizer:
         UsageError: no such file, not a GGUF file, or a kind of tokenizer that is not known here.
         gymnasium.error.DependencyNotInstalled: the `gguf` package is missing.
     """
-    gguf = import_extra("gguf", extra="gguf")
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file.")
-    try:
-        fields = gguf.GGUFReader(path).fields
-    except ValueError as error:
-        raise UsageError(f"{path} is not a GGUF file: {error}.") from error
+    fields = open_gguf(path).fields
 
     def read(key: str, default: Any = None) -> Any:
         return fields[key].contents() if key in fields else default

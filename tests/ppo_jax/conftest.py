@@ -122,10 +122,10 @@ def inputs(
     many_endings = Tokenizer(
         tokenizer.backend, eos_token_ids=(0, *range(300, 360)), config=tokenizer.config
     )
-    network = make_network(sharpness=4.0, max_position_embeddings=64)
+    network = make_network(sharpness=4.0, num_hidden_layers=1, max_position_embeddings=64)
     save_pretrained(network, folder / "model", many_endings)
     prompts = ["The plot was", "The songs", "For a drama, I", "It was", "A", "My friend and I"]
-    for name, some in (("prompts", prompts), ("held_out", ["The acting", "I liked", "All in all"])):
+    for name, some in (("prompts", prompts), ("held_out", ["The acting", "I liked", "All in all", "So"])):
         lines = (json.dumps({"prompt": text}) + "\n" for text in some)
         (folder / f"{name}.jsonl").write_text("".join(lines))
     (folder / "rewards_of_tests.py").write_text(REWARD_MODULE)

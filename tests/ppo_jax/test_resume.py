@@ -60,30 +60,24 @@ def assert_same_run(run: Path, other: Path) -> None:
 MODEL_FILES = ("model.safetensors", "value_head.safetensors", "config.json", "tokenizer.json")
 
 
-def test_same_seed_same_run_and_another_seed_another(
-    finished_run: Path, flags: list[str], rewards: ModuleType, tmp_path: Path
-) -> None:
-    main([*flags, "--output-dir", str(tmp_path / "same")])
-    assert_same_run(tmp_path / "same", finished_run)
-    main([*flags, "--output-dir", str(tmp_path / "other"), "--seed", "1", "--num-iterations", "1"])
-    assert metrics(tmp_path / "other")[0] != metrics(finished_run)[0]
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer to draw than the rest of such a small run."""
+    monkeypatch.setattr(RunFolder, "plot", lambda self: self.path / "curves.png")
 
 
 @pytest.mark.parametrize(
-    ("call", "saved_after"),
+    ("call", "number", "saved_after"),
     [
-        pytest.param(1, 1, id="evaluation of the untrained model"),
-        pytest.param(3, 1, id="first iteration"),
-        pytest.param(8, 4, id="fourth iteration"),
-        pytest.param(10, 4, id="evaluation after the fourth iteration"),
-        pytest.param(12, 6, id="last iteration"),
+        pytest.param(1, signal.SIGINT, 1, id="evaluation of the untrained model"),
+        pytest.param(10, signal.SIGTERM, 4, id="evaluation after the fourth iteration"),
+        pytest.param(12, signal.SIGINT, 6, id="last iteration"),
     ],
 )
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_behind_its_iteration(
     call: int,
-    saved_after: int,
     number: signal.Signals,
+    saved_after: int,
     finished_run: Path,
     flags: list[str],
     rewards: ModuleType,
@@ -95,95 +89,109 @@ def test_a_signal_ends_the_run_behind_its_iteration(
         return rewards.count_e(batch)
 
     rewards.on_call[call] = interrupt
-    arguments = [*flags, "--output-dir", str(tmp_path / "run")]
+    run = tmp_path / "run"
     if saved_after == 6:  # nothing is left to do: the run ends as it would have
-        main(arguments)
+        main([*flags, "--output-dir", str(run)])
     else:
         with pytest.raises(SystemExit) as exit:
-            main(arguments)
+            main([*flags, "--output-dir", str(run)])
         assert exit.value.code == 130
-        assert len(metrics(tmp_path / "run")) == saved_after
+        assert len(metrics(run)) == saved_after
         said = capfd.readouterr().err
-        assert f"saved as it was after iteration {saved_after}, in {tmp_path}/run/checkpoints" in (
-            said
-        )
-        assert f"--output-dir {tmp_path}/run --resume" in said
-        main(["--output-dir", str(tmp_path / "run"), "--resume"])
-    assert_same_run(tmp_path / "run", finished_run)
+        assert f"saved as it was after iteration {saved_after}, in {run}/checkpoints" in said
+        assert f"continue it with: python -m ppo_jax.train --output-dir {run} --resume" in said
+        main(["--output-dir", str(run), "--resume"])
+    assert_same_run(run, finished_run)
 
 
-@pytest.mark.parametrize("call", [4, 5, 6, 7, 12, 13])
+@pytest.mark.parametrize(
+    ("call", "saved_after"),
+    [
+        pytest.param(5, 2, id="evaluation of an iteration whose update is done"),
+        pytest.param(12, 5, id="last iteration"),
+    ],
+)
 def test_a_reward_that_fails_in_the_middle_can_be_mended(
     call: int,
+    saved_after: int,
     finished_run: Path,
     flags: list[str],
     rewards: ModuleType,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Calls 5, 6 and 13 evaluate an iteration whose update is done already."""
     rewards.on_call[call] = raises(RuntimeError("no connection"))
-    arguments = ["--output-dir", str(tmp_path / "run")]
+    run = tmp_path / "run"
     with pytest.raises(SystemExit) as exit:
-        main([*flags, *arguments])
+        main([*flags, "--output-dir", str(run)])
     assert exit.value.code == 2
-    [error] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    for words in ("rewards_of_tests.scripted", "RuntimeError: no connection", "saved", "--resume"):
+    said = capfd.readouterr().err
+    [error] = [line for line in said.splitlines() if line.startswith("error: ")]
+    for words in (
+        "The reward function rewards_of_tests.scripted raised RuntimeError: no connection",
+        f"saved as it was after iteration {saved_after}, in {run}/checkpoints",
+        f"--output-dir {run} --resume",
+    ):
         assert words in error
-    main([*arguments, "--resume"])
-    assert_same_run(tmp_path / "run", finished_run)
+    assert "Traceback" not in said
+    main(["--output-dir", str(run), "--resume"])
+    assert_same_run(run, finished_run)
 
 
-SAVE_STAGES = {
-    "before the arrays": (ocp.StandardCheckpointer, "save"),
-    "before the manifest": (checkpoints, "_digests"),
-    "before the rename": (Path, "rename"),
-    "before older ones go": (checkpoints.Checkpoints, "iterations"),
-    "before metrics": (RunFolder, "write_metrics"),
-    "before samples": (RunFolder, "write_samples"),
-    "before curves": (RunFolder, "plot"),
-}
-
-
-@pytest.mark.parametrize("stage", SAVE_STAGES)
-def test_killed_while_it_writes(
-    stage: str, finished_run: Path, flags: list[str], rewards: ModuleType, tmp_path: Path
-) -> None:
-    owner, name = SAVE_STAGES[stage]
-    arguments = ["--output-dir", str(tmp_path / "run")]
-    original = getattr(owner, name)
-
-    def arm(batch: Any) -> Any:
-        patch.setattr(owner, name, raises(Killed()))
-        return rewards.count_e(batch)
-
-    rewards.on_call[7] = arm  # in iteration 3, which ends with a checkpoint
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        main([*flags, *arguments])
-    assert getattr(owner, name) is original
-    main([*arguments, "--resume"])
-    assert_same_run(tmp_path / "run", finished_run)
-    assert not list(tmp_path.rglob("*.partial"))
-
-
-def test_more_iterations_can_be_added(
+def test_another_seed_is_another_run_and_iterations_can_be_added(
     finished_run: Path, flags: list[str], rewards: ModuleType, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run"
-    constant = [*flags, "--schedule", "constant", "--output-dir", str(folder)]
-    main([*constant, "--num-iterations", "1"])
-    main(["--output-dir", str(folder), "--resume", "--num-iterations", "3"])
-    assert [m["iteration"] for m in metrics(folder)] == [1, 2, 3]
-    assert json.loads((folder / "config.json").read_text())["run"]["num_iterations"] == 3
+    run = tmp_path / "run"
+    main([*flags, "--output-dir", str(run), "--seed", "1", "--num-iterations", "1"])
+    main(["--output-dir", str(run), "--resume", "--num-iterations", "3"])
+    assert [m["iteration"] for m in metrics(run)] == [1, 2, 3]
+    assert json.loads((run / "config.json").read_text())["run"]["num_iterations"] == 3
+    assert metrics(run)[0]["policy/loss"] != metrics(finished_run)[0]["policy/loss"]
 
 
 def test_resuming_a_finished_run_changes_nothing(
     finished_run: Path, rewards: ModuleType, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    before = {p: p.read_bytes() for p in finished_run.rglob("*.jsonl")}
+    before = {path: path.read_bytes() for path in finished_run.rglob("*.jsonl")}
     main(["--output-dir", str(finished_run), "--resume"])
     assert "All 6 iterations were done already" in capfd.readouterr().err
-    assert {p: p.read_bytes() for p in finished_run.rglob("*.jsonl")} == before
+    assert {path: path.read_bytes() for path in finished_run.rglob("*.jsonl")} == before
+
+
+KILLED_IN = (
+    (RunFolder, "write_samples"),
+    (RunFolder, "write_metrics"),
+    (ocp.StandardCheckpointer, "save"),
+    (checkpoints, "_digests"),
+    (Path, "rename"),
+    (checkpoints.Checkpoints, "iterations"),  # the checkpoint is there, older ones must go
+)
+
+
+@pytest.mark.slow
+def test_killed_at_every_step_of_writing(
+    finished_run: Path, flags: list[str], rewards: ModuleType, tmp_path: Path
+) -> None:
+    """One run, killed again and again: each time in the iteration after the resumed one's."""
+    run = tmp_path / "run"
+    arguments = [*flags, "--eval-every", "2", "--save-every", "1", "--output-dir", str(run)]
+    for owner, name in KILLED_IN:
+
+        def arm(batch: Any, owner: Any = owner, name: str = name) -> Any:
+            patch.setattr(owner, name, raises(Killed()))
+            return rewards.count_e(batch)
+
+        # Behind the evaluation of the untrained model, where there is one.
+        rewards.calls = 0
+        has_checkpoint = (run / "checkpoints").exists() and any((run / "checkpoints").iterdir())
+        rewards.on_call = {1 if has_checkpoint else 4: arm}
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            main(arguments)
+        arguments = ["--output-dir", str(run), "--resume"]
+    rewards.on_call = {}
+    main(arguments)
+    assert_same_run(run, finished_run)
+    assert not list(run.rglob("*.partial"))
 
 
 def start(arguments: list[str], inputs: Path, seconds_a_reward: float) -> subprocess.Popen[str]:

@@ -1,0 +1,256 @@
+"""The chunked teacher forcing against the plain computation over full logits."""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ppo_jax.models import PolicyValueNetwork, Qwen2Config, load_pretrained
+from ppo_jax.models.response import CHUNK_SIZE, ResponseOutputs, response_outputs
+from ppo_jax.rollout import rollout
+from qwen_env import mdp
+
+RULES = mdp.Rules(
+    max_prompt_length=6,
+    max_new_tokens=40,
+    vocab_size=96,
+    eos_token_ids=(3, 5),
+    forbidden_token_ids=(0, 7, 95),
+    min_new_tokens=4,
+)
+TEMPERATURE = 0.7
+PROMPT_LENGTH = np.array([6, 2, 4, 1, 6])
+RESPONSE_LENGTH = np.array([40, 7, 1, 23, 40])
+LENGTH = PROMPT_LENGTH + RESPONSE_LENGTH
+IS_RESPONSE = np.arange(40) < RESPONSE_LENGTH[:, None]
+assert IS_RESPONSE.size > CHUNK_SIZE  # more than one chunk
+assert IS_RESPONSE.size % CHUNK_SIZE  # and the last one not full
+
+
+@pytest.fixture(scope="module")
+def split(torch_model, tmp_path_factory):
+    """A network as (graphdef, state), with a value head that is not zero."""
+    folder = tmp_path_factory.mktemp("model")
+    torch_model().save_pretrained(folder)
+    network = load_pretrained(folder)
+    network.value_head.weight[...] = jnp.linspace(-1, 1, 32)[None]
+    network.value_head.bias[...] = jnp.array([0.5])
+    return nnx.split(network)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    """Rows that the MDP could have written; padding that it could not."""
+    rng = np.random.default_rng(1)
+    tokens = rng.choice([1, 2, 4, *range(8, 95)], (5, 46))
+    tokens[1, LENGTH[1] - 1] = 3  # an end of sequence, allowed that late
+    padding = np.arange(46) >= LENGTH[:, None]
+    tokens[padding] = rng.integers(0, 96, padding.sum())
+    return tokens
+
+
+def chunked(network, tokens, rules=RULES, temperature=TEMPERATURE, **options):
+    return response_outputs(
+        network,
+        tokens,
+        jnp.asarray(PROMPT_LENGTH),
+        jnp.asarray(LENGTH),
+        rules=rules,
+        temperature=temperature,
+        **options,
+    )
+
+
+def plain(network, tokens, rules=RULES, temperature=TEMPERATURE):
+    """The same numbers, from the logits of every position at once."""
+    logits, values = network(tokens, np.arange(46) < LENGTH[:, None])
+    step = np.arange(rules.max_new_tokens)
+    before = PROMPT_LENGTH[:, None] + step - 1  # logits at p-1 predict the token at p
+    rows = np.arange(5)[:, None]
+    allowed = np.ones((rules.max_new_tokens, rules.vocab_size), bool)
+    allowed[:, list(rules.forbidden_token_ids)] = False
+    allowed[: rules.min_new_tokens, list(rules.eos_token_ids)] = False
+    log_p = jax.nn.log_softmax(jnp.where(allowed, logits[rows, before] / temperature, -1e30))
+    chosen = tokens[rows, before + 1]
+    entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    return ResponseOutputs(log_p[rows, step, chosen], entropy, values[rows, before])
+
+
+def masked_sum(outputs):
+    """A loss with a weight of its own for every number that counts."""
+    weights = np.random.default_rng(2).normal(size=(3, 5, 40)).astype(np.float32)
+    return sum(
+        jnp.sum(jnp.where(IS_RESPONSE, x * w, 0.0)) for x, w in zip(outputs, weights, strict=True)
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.value_and_grad, argnums=2, has_aux=True)
+def differentiated(function, graphdef, state, tokens):
+    """((loss, outputs), gradients)"""
+    outputs = function(nnx.merge(graphdef, state), tokens)
+    return masked_sum(outputs), outputs
+
+
+def assert_equal_outputs(ours, expected):
+    for name, array in ours._asdict().items():
+        assert array.shape == (5, 40) and array.dtype == jnp.float32, name
+        np.testing.assert_allclose(
+            array[IS_RESPONSE],
+            getattr(expected, name)[IS_RESPONSE],
+            rtol=0,
+            atol=1e-5,
+            err_msg=name,
+        )
+    entropy = ours.entropy[IS_RESPONSE]
+    assert entropy.min() > 0.1
+    assert entropy.max() < math.log(96)
+    assert ours.logprobs[IS_RESPONSE].max() < 0
+
+
+@pytest.mark.slow
+def test_equals_the_computation_over_full_logits(split, tokens):
+    (_, ours), our_gradients = differentiated(chunked, *split, tokens)
+    (_, expected), gradients = differentiated(plain, *split, tokens)
+    assert_equal_outputs(ours, expected)
+    for (path, a), (_, b) in zip(
+        nnx.to_flat_state(our_gradients), nnx.to_flat_state(gradients), strict=True
+    ):
+        a, b = np.asarray(a.get_value()), np.asarray(b.get_value())
+        assert np.abs(b).max() > 0, path
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=str(path))
+
+
+def test_equals_it_without_forbidden_ids_or_temperature(split, tokens):
+    graphdef, state = split
+    rules = mdp.Rules(6, 40, vocab_size=96, eos_token_ids=(3,))
+
+    @jax.jit
+    def both(state):
+        network = nnx.merge(graphdef, state)
+        return [function(network, tokens, rules, 1.0) for function in (chunked, plain)]
+
+    assert_equal_outputs(*both(state))
+
+
+def test_what_lies_beyond_the_length_is_never_read(split, tokens):
+    """Forbidden ids there have log-probability -inf, and still no NaN reaches a gradient."""
+    padding = np.arange(46) >= LENGTH[:, None]
+    forbidden = np.where(padding, 0, tokens)
+    (loss, outputs), gradients = differentiated(chunked, *split, forbidden)
+    assert np.isneginf(outputs.logprobs[~IS_RESPONSE]).all()
+    assert np.isfinite(outputs.logprobs[IS_RESPONSE]).all()
+    for path, leaf in nnx.to_flat_state(gradients):
+        assert np.isfinite(leaf.get_value()).all(), path
+    (same_loss, _), same_gradients = differentiated(chunked, *split, tokens)
+    assert loss == same_loss
+    jax.tree.map(np.testing.assert_array_equal, gradients, same_gradients)
+
+
+@pytest.mark.slow
+def test_a_policy_recomputes_its_own_sampling_logprobs(split):
+    """Rollout (KV cache, a token a step) and teacher forcing: the first ratio of PPO is 1."""
+    graphdef, state = split
+    prompts = np.random.default_rng(4).choice(np.arange(8, 95), (5, 6))
+
+    @jax.jit
+    def both(state):
+        network = nnx.merge(graphdef, state)
+        episodes = rollout(
+            network,
+            prompts,
+            jnp.asarray(PROMPT_LENGTH),
+            jax.random.key(1),
+            rules=RULES,
+            temperature=TEMPERATURE,
+        )
+        end = episodes.state
+        again = response_outputs(
+            network,
+            end.tokens,
+            end.prompt_length,
+            end.length,
+            rules=RULES,
+            temperature=TEMPERATURE,
+        )
+        return episodes, again.logprobs
+
+    episodes, again = both(state)
+    written = np.arange(40) < np.asarray(mdp.response_length(episodes.state))[:, None]
+    assert written.any(axis=1).all()
+    assert not written.all()  # some rows ended early
+    np.testing.assert_allclose(again[written], episodes.logprobs[written], rtol=0, atol=1e-5)
+
+
+class TestMemory:
+    """B*T = 256 response positions, V large beside everything else."""
+
+    B, P, T, V = 4, 4, 64, 4001
+    RULES = mdp.Rules(P, T, vocab_size=V, eos_token_ids=(1,), forbidden_token_ids=(2,))
+
+    def sizes(self, loss):
+        """Of all arrays that the compiled value and gradient of `loss` may make."""
+        config = Qwen2Config(
+            vocab_size=self.V,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+        network = nnx.eval_shape(lambda: PolicyValueNetwork(config, rngs=nnx.Rngs(0)))
+        graphdef, state = nnx.split(network)
+        tokens = jax.ShapeDtypeStruct((self.B, self.P + self.T), jnp.int32)
+        lengths = jax.ShapeDtypeStruct((self.B,), jnp.int32)
+        jaxpr = jax.make_jaxpr(
+            jax.value_and_grad(lambda state, *rest: loss(nnx.merge(graphdef, state), *rest))
+        )(state, tokens, lengths)
+        return list(array_sizes(jaxpr.jaxpr))
+
+    def test_full_logits_are_never_made(self):
+        assert self.B * self.T > CHUNK_SIZE
+
+        def loss(network, tokens, prompt_length):
+            out = response_outputs(
+                network,
+                tokens,
+                prompt_length,
+                prompt_length + self.T,
+                rules=self.RULES,
+                temperature=1.0,
+                remat=True,
+            )
+            return jnp.mean(out.logprobs) + jnp.mean(out.entropy) + jnp.mean(out.values)
+
+        sizes = self.sizes(loss)
+        assert max(sizes) < self.B * self.T * self.V
+        assert max(sizes) == CHUNK_SIZE * self.V  # a chunk's logits are the largest array
+
+    def test_the_walk_finds_them_where_they_are(self):
+        def loss(network, tokens, prompt_length):
+            mask = jnp.arange(self.P + self.T) < prompt_length[:, None]
+            logits = jax.lax.map(lambda x: x, network(tokens, mask)[0])
+            return jnp.mean(jax.nn.logsumexp(logits, axis=-1))
+
+        assert max(self.sizes(loss)) >= self.B * self.T * self.V
+
+
+def array_sizes(jaxpr) -> Iterator[int]:
+    """Element counts of every variable of a jaxpr, those of its sub-jaxprs included."""
+    for variable in (*jaxpr.invars, *jaxpr.constvars):
+        yield math.prod(variable.aval.shape)
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            yield math.prod(variable.aval.shape)
+        for parameter in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")
+        ):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from array_sizes(inner)
