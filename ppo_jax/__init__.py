@@ -3,9 +3,9 @@
 import os
 from importlib.metadata import version
 
-# These releases of jaxlib compute some fused matrix products wrongly on a CPU, in silence
+# These releases of jaxlib compute some fused reductions wrongly on a CPU, in silence
 # (https://github.com/jax-ml/jax/issues/39103); without that fusion they are right. XLA reads the
 # variable when the first program is compiled.
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 if version("jaxlib") in ("0.10.2", "0.11.0") and _FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=-reduce".strip()

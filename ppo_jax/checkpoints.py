@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from ppo_jax.learner import TrainState
@@ -30,20 +32,19 @@ class Checkpoints:
     """The `checkpoints/` of a run folder.
 
     Args:
-        folder: made if it is not there.
+        folder: made when the first one is saved.
         keep: how many of the latest are kept.
     """
 
     def __init__(self, folder: Path, keep: int):
         self.folder = folder.resolve()
         self.keep = keep
-        self.folder.mkdir(parents=True, exist_ok=True)
         for partial in self.folder.glob(f"*{_PARTIAL}"):
             shutil.rmtree(partial)
 
     def iterations(self) -> list[int]:
         """Iterations that were saved, ascending."""
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+        return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
 
     def save(self, state: TrainState, facts: Facts) -> None:
         """Save under the state's iteration; nothing happens if that is saved already."""
@@ -53,6 +54,7 @@ class Checkpoints:
         arrays = _by_name(state)
         shapes = {name: list(array.shape) for name, array in arrays.items()}
         partial = complete.with_name(complete.name + _PARTIAL)
+        self.folder.mkdir(parents=True, exist_ok=True)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial / "arrays", arrays)
         _write_json(partial / "checkpoint.json", {"facts": facts, "shapes": shapes})
@@ -109,7 +111,12 @@ def _read(folder: Path, like: TrainState) -> tuple[TrainState, Facts]:
             )
     with ocp.StandardCheckpointer() as checkpointer:
         arrays = checkpointer.restore(folder / "arrays", wanted)
-    leaves = [arrays[name] for name in wanted]
+    # Orbax commits arrays to their devices, and to jit that is another program: copies of them are
+    # as free as those they replace.
+    leaves = [
+        arrays[name] if x.committed else jnp.array(np.asarray(arrays[name]))
+        for name, x in _by_name(like).items()
+    ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), content["facts"]
 
 

@@ -74,8 +74,18 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     known = {name for record in metrics for name in record}
     panels = [p for p in PANELS if any(line.metric in known for line in p.lines)]
     rows = max(-(-len(panels) // _COLUMNS), 1)
-    figure = Figure(figsize=(4.2 * _COLUMNS, 3.2 * rows), layout="constrained")
+    width, height = 4.2 * _COLUMNS, 3.2 * rows  # inches
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
+    # Fixed margins: to compute them takes as long as to draw.
+    figure.subplots_adjust(
+        left=0.75 / width,
+        right=1 - 0.2 / width,
+        bottom=0.5 / height,
+        top=1 - 0.5 / height,
+        wspace=0.28,
+        hspace=0.46,
+    )
     axes = figure.subplots(rows, _COLUMNS, squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=False):
         _draw(axis, panel, metrics)
@@ -110,7 +120,7 @@ def _draw(axis: Axes, panel: Panel, metrics: Sequence[Mapping[str, Any]]) -> Non
     if bottom == 0:
         top = 1.08 * axis.dataLim.ymax or None
     axis.set_ylim(bottom, top)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

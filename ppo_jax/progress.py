@@ -116,7 +116,9 @@ class Progress:
 
     def leave(self) -> None:
         """Give the terminal back in order; the process ends in the middle of things."""
-        self._console.show_cursor(True)
+        if self._console.is_interactive:
+            self._console.show_cursor(True)
+            print(file=self._console.file, flush=True)
 
     def _lines(self) -> Group:
         first = Table.grid(padding=(0, 2), expand=True)

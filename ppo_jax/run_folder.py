@@ -84,7 +84,7 @@ class RunFolder:
         self._append("metrics.jsonl", [metrics])
         assert self._tensorboard is not None
         for name, value in metrics.items():
-            if name != "iteration":
+            if name != "iteration" and math.isfinite(value):
                 self._tensorboard.add_scalar(name, value, metrics["iteration"])
 
     def write_samples(self, samples: Sequence[Record]) -> None:

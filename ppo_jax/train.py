@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from qwen_env.tokenizer import Tokenizer, load_tokenizer
 
 PROG = "python -m ppo_jax.train"
 NUM_SAMPLES = 8  # held-out prompts whose completions are kept in samples.jsonl
+SECONDS_BETWEEN_PLOTS = 20.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,6 @@ def train(config: TrainConfig, output_dir: Path, *, resume: bool = False) -> Non
     )
     agent = PPOAgent(network, task, config, num_iterations(config, len(prompts)))
     run = Run(agent, folder, eval_prompts[: config.run.eval_size])
-    folder.create()
     try:
         with closing(folder):
             run.go(resume=resume)
@@ -150,6 +151,7 @@ class Run:
     def __init__(self, agent: PPOAgent, folder: RunFolder, eval_prompts: PromptDataset):
         self.agent, self.folder, self.eval_prompts = agent, folder, eval_prompts
         self.settings = agent.config.run
+        self.plotted_at = -SECONDS_BETWEEN_PLOTS
         # What is saved beside the agent's state.
         self.facts: dict[str, Any] = {
             "model_fingerprint": fingerprint(agent.ref_params),
@@ -162,14 +164,15 @@ class Run:
         agent = self.agent
         self.checkpoints = Checkpoints(self.folder.checkpoints, self.settings.keep_checkpoints)
         self.progress = Progress(agent.num_iterations)
-        if resume:
-            self._restore()
-        self.folder.open(agent.iteration - (self.facts["unfinished"] is not None))
         stopping = "Stopping after this iteration; a second Ctrl-C leaves at once, without saving."
         with (
             self.progress,
             stop_on_signal(lambda: self.progress.say(stopping), self.progress.leave) as should_stop,
         ):
+            if resume:
+                self._restore()
+            self.folder.create()
+            self.folder.open(agent.iteration - (self.facts["unfinished"] is not None))
             try:
                 self._learn(should_stop)
             except UsageError as error:
@@ -211,8 +214,9 @@ class Run:
         self.folder.write_metrics(metrics)
         self.facts["unfinished"] = None
         self.progress.iterated(metrics)
-        if evaluates:
+        if evaluates and time.monotonic() - self.plotted_at > SECONDS_BETWEEN_PLOTS:
             self.folder.plot()
+            self.plotted_at = time.monotonic()
         if iteration % settings.save_every == 0:
             self._save()
 

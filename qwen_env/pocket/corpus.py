@@ -12,7 +12,7 @@ from qwen_env.tokenizer import Tokenizer
 
 EOS = "<|endoftext|>"
 EOS_ID = 0  # special tokens come first; it is the padding as well
-VOCAB_SIZE = 768
+VOCAB_SIZE = 768  # of the models; the tokenizer runs out of merges before, at about 710
 PROMPT_WORDS = (2, 7)
 
 
@@ -22,7 +22,7 @@ def reviews(rng: np.random.Generator, count: int) -> list[str]:
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """A byte-level BPE of `VOCAB_SIZE` tokens: any text can be encoded, reviews in few tokens."""
+    """A byte-level BPE: any text can be encoded, and nearly every word of a review is one token."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -3,8 +3,7 @@
 One table says everything: `RULES` are the productions, the `*_VALUES` and `*_FACTORS` tables beside
 them the words that carry meaning. `sample` expands the table at random; the recogniser is a regular
 expression compiled from the same table (no rule refers back to itself, so the language is
-regular). The one thing that the table cannot say, `_is_coherent` says for both: two opinions of one
-review are about different things.
+regular), so the two cannot disagree.
 
 The sentiment of an opinion is the value of its word times the factor in front of it ("very",
 "not ... at all"). A review's is the mean of its opinions; after a word of contrast ("but",
@@ -26,15 +25,13 @@ CONTRAST_WEIGHTS = (0.3, 0.7)
 
 # ---------------------------------------------------------------- words that carry meaning
 
-_QUALITY = {  # said of a thing or, behind "a", of the film: so no vowel leads
-    "good": 0.5, "decent": 0.35, "fine": 0.3, "strong": 0.5, "memorable": 0.6, "clever": 0.55,
-    "charming": 0.6, "lively": 0.5, "fresh": 0.45, "beautiful": 0.65,
-    "bad": -0.55, "bland": -0.35, "plain": -0.3, "weak": -0.5, "forgettable": -0.5, "silly": -0.45,
-    "clumsy": -0.55, "dull": -0.55, "tired": -0.45, "lifeless": -0.65,
-}  # fmt: skip
-
 OPINION_VALUES: dict[str, dict[str, float]] = {
-    "quality": _QUALITY,
+    "quality": {  # said of a thing or, behind "a", of the film: so no vowel leads
+        "good": 0.5, "decent": 0.35, "fine": 0.3, "strong": 0.5, "memorable": 0.6,
+        "clever": 0.55, "charming": 0.6, "lively": 0.5, "fresh": 0.45, "beautiful": 0.65,
+        "bad": -0.55, "bland": -0.35, "plain": -0.3, "weak": -0.5, "forgettable": -0.5,
+        "silly": -0.45, "clumsy": -0.55, "dull": -0.55, "tired": -0.45, "lifeless": -0.65,
+    },
     "extreme": {
         "superb": 0.8, "wonderful": 0.78, "brilliant": 0.83,
         "terrible": -0.83, "dreadful": -0.8, "horrible": -0.78,
@@ -70,16 +67,6 @@ DEGREE_FACTORS: dict[str, dict[str, float]] = {
     "really": {"really": 1.2},
 }  # fmt: skip
 """Category -> phrase -> factor on the opinion value that follows."""
-
-SUBJECTS: dict[str, tuple[str, ...]] = {
-    "one": (
-        "plot", "story", "script", "ending", "dialogue", "acting", "cast", "hero", "villain",
-        "music", "score", "camera work", "lighting", "pacing", "editing", "first act",
-    ),
-    "many": ("jokes", "songs", "effects", "characters", "action scenes", "costumes"),
-    "film": ("it",),
-}  # fmt: skip
-"""What an opinion is about."""
 
 CONTRASTS: dict[str, tuple[str, ...]] = {
     "but": ("but", "yet"),
@@ -130,7 +117,7 @@ RULES: dict[str, tuple[str, ...]] = {
         "the {many} {are} {predicate}",
         "the {many} in this {movie} {are} {predicate}",
         "I found the {thing} {predicate}",
-        "{film} {film_is} a {film_praise} {movie}",
+        "it {film_is} a {film_praise} {movie}",
         "I {feeling} the {thing}",
         "I {really} {feeling} the {thing}",
         "I {did_not} {denied_feeling} the {thing} at all",
@@ -144,6 +131,11 @@ RULES: dict[str, tuple[str, ...]] = {
         "{extreme_degree} {extreme}",
     ),
     "thing": ("{one}", "{many}"),
+    "one": (
+        "plot", "story", "script", "ending", "dialogue", "acting", "cast", "hero", "villain",
+        "music", "score", "camera work", "lighting", "pacing", "editing", "first act",
+    ),
+    "many": ("jokes", "songs", "effects", "characters", "action scenes", "costumes"),
     "is": ("is", "was", "seemed", "felt"),
     "are": ("are", "were", "seemed", "felt"),
     "film_is": ("is", "was", "seemed"),
@@ -162,7 +154,6 @@ Words that carry meaning are not written here: their categories are symbols too 
 ALTERNATIVES: dict[str, tuple[str, ...]] = {
     **RULES,
     **{name: tuple(words) for name, words in (OPINION_VALUES | DEGREE_FACTORS).items()},
-    **SUBJECTS,
     **CONTRASTS,
 }
 """The whole context-free grammar: the rules and the words."""
@@ -172,21 +163,17 @@ ALTERNATIVES: dict[str, tuple[str, ...]] = {
 
 def sample(rng: np.random.Generator) -> str:
     """One review of one or two sentences, for example "The music felt rather bland." """
-    while True:
-        text, _ = _expand("{review}", rng)
-        if _is_coherent(meaning(text)):
-            return text
+    return _expand("review", rng)
 
 
-def entropy(rng: np.random.Generator, num_samples: int = 20_000) -> float:
-    """The entropy of `sample` in nats a review, estimated from `num_samples` expansions.
+def entropy(symbol: str = "review") -> float:
+    """The entropy of what `symbol` writes, in nats: each text has one expansion, so it is exact.
 
-    An expansion is kept with probability Z, so a review has probability p / Z, where p is that of
-    its expansion (each text has one), and H = E[-log p | kept] + log Z.
+    H(symbol) = log n + 1/n Σ H(symbols of alternative i), i = 1..n.
     """
-    drawn = [_expand("{review}", rng) for _ in range(num_samples)]
-    kept = [log_p for text, log_p in drawn if _is_coherent(meaning(text))]
-    return float(-np.mean(kept) + np.log(len(kept) / num_samples))
+    alternatives = _PARSED[symbol]
+    inner = sum(entropy(name) for parts in alternatives for _, _, name in parts if name)
+    return float(np.log(len(alternatives)) + inner / len(alternatives))
 
 
 _SYMBOL = re.compile(r"\{(\^?)(\w+)\}")
@@ -214,22 +201,13 @@ _PARSED = {
 }
 
 
-def _expand(alternative: str, rng: np.random.Generator) -> tuple[str, float]:
-    """A random text of `alternative`, and the log-probability of its choices."""
-    log_p = 0.0
-
-    def write(parts: tuple[tuple[str, bool, str], ...]) -> str:
-        nonlocal log_p
-        text = ""
-        for literal, is_capital, symbol in parts:
-            if symbol:
-                choices = _PARSED[symbol]
-                log_p -= float(np.log(len(choices)))
-                literal = write(choices[int(rng.random() * len(choices))])
-            text += _capitalise(literal) if is_capital else literal
-        return text
-
-    return write(tuple(_parts(alternative))), log_p
+def _expand(symbol: str, rng: np.random.Generator) -> str:
+    alternatives = _PARSED[symbol]
+    text = ""
+    for literal, is_capital, name in alternatives[int(rng.random() * len(alternatives))]:
+        piece = _expand(name, rng) if name else literal
+        text += _capitalise(piece) if is_capital else piece
+    return text
 
 
 # ---------------------------------------------------------------- recognition and meaning
@@ -238,7 +216,6 @@ def _expand(alternative: str, rng: np.random.Generator) -> tuple[str, float]:
 class Meaning(NamedTuple):
     """What a text says, in its order. `start` is where the first opinion or degree word begins."""
 
-    subjects: tuple[str, ...]
     opinions: tuple[float, ...]
     is_contrast: bool
     start: int
@@ -246,16 +223,14 @@ class Meaning(NamedTuple):
 
 def is_grammatical(text: str) -> bool:
     """Whether `sample` can write exactly `text`."""
-    return _TABLE_TEXT.fullmatch(text) is not None and _is_coherent(meaning(text))
+    return _REVIEW.fullmatch(text) is not None
 
 
 def sentiment(text: str) -> float:
     """How much `text` likes its film, from -1 to 1; `OFF_GRAMMAR` where it is no review."""
-    if _TABLE_TEXT.fullmatch(text) is None:
+    if not is_grammatical(text):
         return OFF_GRAMMAR
     said = meaning(text)
-    if not _is_coherent(said):
-        return OFF_GRAMMAR
     if said.is_contrast:
         return CONTRAST_WEIGHTS[0] * said.opinions[0] + CONTRAST_WEIGHTS[1] * said.opinions[1]
     return sum(said.opinions) / len(said.opinions)
@@ -263,16 +238,13 @@ def sentiment(text: str) -> float:
 
 def meaning(text: str) -> Meaning:
     """The words of `text` that carry meaning; it need be no review."""
-    subjects: list[str] = []
     opinions: list[float] = []
     is_contrast = False
     start = len(text)
     factor = 1.0
     for match in _MEANING_WORD.finditer(text):
         word = _lower_initial(match[0])
-        if word in _SUBJECT_WORDS:
-            subjects.append(word)
-        elif word in _CONTRAST_WORDS:
+        if word in _CONTRAST_WORDS:
             is_contrast = True
         else:
             start = min(start, match.start())
@@ -281,11 +253,7 @@ def meaning(text: str) -> Meaning:
             else:
                 opinions.append(factor * _VALUE[word])
                 factor = 1.0
-    return Meaning(tuple(subjects), tuple(opinions), is_contrast, start)
-
-
-def _is_coherent(said: Meaning) -> bool:
-    return len(set(said.subjects)) == len(said.subjects)
+    return Meaning(tuple(opinions), is_contrast, start)
 
 
 def _pattern(symbol: str, is_capital: bool = False) -> str:
@@ -307,18 +275,17 @@ def _lower_initial(text: str) -> str:
     return text if text.startswith("I ") else text[0].lower() + text[1:]
 
 
-_TABLE_TEXT = re.compile(_pattern("review"))
+_REVIEW = re.compile(_pattern("review"))
 
 # A word means the same wherever it stands, so that one scan reads the meaning.
 _VALUE = {word: value for words in OPINION_VALUES.values() for word, value in words.items()}
 _FACTOR = {word: factor for words in DEGREE_FACTORS.values() for word, factor in words.items()}
-_SUBJECT_WORDS = frozenset(word for words in SUBJECTS.values() for word in words)
 _CONTRAST_WORDS = frozenset(word for words in CONTRASTS.values() for word in words)
 _MEANING_WORD = re.compile(
     r"\b(?:"
     + "|".join(
         re.escape(form)
-        for word in sorted({*_VALUE, *_FACTOR, *_SUBJECT_WORDS, *_CONTRAST_WORDS}, key=len)[::-1]
+        for word in sorted({*_VALUE, *_FACTOR, *_CONTRAST_WORDS}, key=len)[::-1]
         for form in dict.fromkeys((word, _capitalise(word)))
     )
     + r")\b"

@@ -125,7 +125,10 @@ def inputs(
     network = make_network(sharpness=4.0, num_hidden_layers=1, max_position_embeddings=64)
     save_pretrained(network, folder / "model", many_endings)
     prompts = ["The plot was", "The songs", "For a drama, I", "It was", "A", "My friend and I"]
-    for name, some in (("prompts", prompts), ("held_out", ["The acting", "I liked", "All in all", "So"])):
+    for name, some in (
+        ("prompts", prompts),
+        ("held_out", ["The acting", "I liked", "All in all", "So"]),
+    ):
         lines = (json.dumps({"prompt": text}) + "\n" for text in some)
         (folder / f"{name}.jsonl").write_text("".join(lines))
     (folder / "rewards_of_tests.py").write_text(REWARD_MODULE)
@@ -168,9 +171,7 @@ def flags(inputs: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def finished_run(
-    tmp_path_factory: pytest.TempPathFactory, inputs: Path, flags: list[str]
-) -> Path:
+def finished_run(tmp_path_factory: pytest.TempPathFactory, inputs: Path, flags: list[str]) -> Path:
     """The folder of a run that nothing interrupted."""
     from ppo_jax.train import main
 

@@ -1,0 +1,102 @@
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ppo_jax.evaluate import main
+
+
+@pytest.fixture
+def argv(inputs: Path, rewards: ModuleType) -> list[str]:
+    words: list[Any] = ["--model", inputs / "model", "--prompts", inputs / "prompts.jsonl"]
+    words += ["--reward", "rewards_of_tests:scripted", "--max-new-tokens", "8"]
+    words += ["--batch-size", 4]
+    return [str(word) for word in words]
+
+
+def as_json(argv: list[str], capfd: pytest.CaptureFixture[str]) -> dict[str, dict[str, float]]:
+    capfd.readouterr()
+    main([*argv, "--json"])
+    out, err = capfd.readouterr()
+    assert err == ""
+    [line] = out.splitlines()
+    return json.loads(line)
+
+
+def test_json(argv: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    passes = as_json(argv, capfd)
+    assert passes.keys() == {"greedy", "sampled"}
+    for means in passes.values():
+        assert means.keys() == {"score", "gold", "length_mean", "eos_rate"}
+        assert 1 <= means["length_mean"] <= 8
+    assert as_json(argv, capfd) == passes
+    other = as_json([*argv, "--seed", "1"], capfd)
+    assert other["greedy"] == passes["greedy"]
+    assert other["sampled"] != passes["sampled"]
+
+
+def test_every_prompt_counts_once(
+    argv: list[str], rewards: ModuleType, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Six prompts in batches of four: the second is filled up, and its filling not counted."""
+    batches: list[list[str]] = []
+
+    def score(batch: Any) -> np.ndarray:
+        batches.append(list(batch.prompts))
+        return np.array([len(prompt) for prompt in batch.prompts], np.float32)
+
+    rewards.on_call = dict.fromkeys(range(1, 5), score)
+    passes = as_json(argv, capfd)
+    assert [len(batch) for batch in batches] == [4, 4, 4, 4]
+    prompts = batches[0] + batches[1][:2]
+    assert len(set(prompts)) == 6
+    assert passes["greedy"]["score"] == pytest.approx(np.mean([len(p) for p in prompts]))
+
+
+def test_a_finished_run_scores_as_its_last_evaluation_says(
+    finished_run: Path, inputs: Path, argv: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    last = json.loads((finished_run / "metrics.jsonl").read_text().splitlines()[-1])
+    final = str(finished_run / "final")
+    held_out = str(inputs / "held_out.jsonl")
+    passes = as_json([*argv, "--model", final, "--prompts", held_out], capfd)
+    for name, mean in passes["greedy"].items():
+        assert mean == pytest.approx(last[f"eval/greedy/{name}"])
+
+
+def test_a_table_for_people(argv: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    main(argv)
+    out, err = capfd.readouterr()
+    assert err == ""
+    for word in ("greedy", "sampled", "score", "gold", "length_mean", "eos_rate"):
+        assert word in out
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    ("added", "words"),
+    [
+        (["--prompts", "nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
+        (["--reward", "nowhere:f"], ["nowhere:f"]),
+        (["--batch-size", "0"], ["batch_size is 0"]),
+        (["--temperature", "0"], ["temperature is 0.0"]),
+        (["--max-prompt-length", "1"], ["line 1 of", "over the limit of 1"]),
+        (["--max-new-tokens", "64"], ["64 positions"]),
+        (["--model", "./nothing"], ["./nothing"]),
+    ],
+)
+def test_wrong_input_is_one_sentence(
+    added: list[str], words: list[str], argv: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([*argv, *added])
+    out, err = capfd.readouterr()
+    assert exit.value.code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err

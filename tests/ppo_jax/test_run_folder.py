@@ -1,0 +1,145 @@
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ppo_jax.config import preset
+from ppo_jax.run_folder import RunFolder, read_config
+from qwen_env.errors import UsageError
+
+CONFIG = preset("pocket")
+
+
+def metrics(iteration: int) -> dict[str, Any]:
+    return {"iteration": iteration, "objective/score": 0.5 * iteration}
+
+
+def sample(iteration: int, text: str = "x") -> dict[str, Any]:
+    return {"iteration": iteration, "decoding": "sampled", "completion": text}
+
+
+def records(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().split("\n")[:-1]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A folder with three iterations on record."""
+    folder = RunFolder(tmp_path / "run", CONFIG, resume=False)
+    folder.create()
+    folder.open(0)
+    folder.write_samples([sample(0)])
+    for iteration in (1, 2, 3):
+        folder.write_metrics(metrics(iteration))
+        folder.write_samples([sample(iteration)])
+    folder.close()
+    return folder.path
+
+
+def test_nothing_is_written_before_create(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "a" / "b", CONFIG, resume=False)
+    assert list(tmp_path.iterdir()) == []
+    folder.create()
+    assert read_config(tmp_path / "a" / "b") == CONFIG
+
+
+@pytest.mark.parametrize("iteration", [0, 1, 2, 3])
+def test_opening_drops_what_lies_beyond(run: Path, iteration: int) -> None:
+    folder = RunFolder(run, CONFIG, resume=True)
+    folder.open(iteration)
+    folder.write_metrics(metrics(iteration + 1))
+    folder.close()
+    kept = [m["iteration"] for m in records(run, "metrics.jsonl")]
+    assert kept == [*range(1, iteration + 1), iteration + 1]
+    # The evaluation before the first iteration is made again if the run starts again.
+    kept = [s["iteration"] for s in records(run, "samples.jsonl")]
+    assert kept == (list(range(iteration + 1)) if iteration else [])
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30])
+def test_a_last_line_that_was_cut_off_is_dropped(run: Path, cut: int) -> None:
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text()[:-cut])
+    folder = RunFolder(run, CONFIG, resume=True)
+    folder.open(3)
+    folder.close()
+    assert [m["iteration"] for m in records(run, "metrics.jsonl")] == [1, 2]
+
+
+def test_whatever_a_model_writes_stays_one_record(run: Path) -> None:
+    wild = "a\u2028b\x85c\x1cd\ne\r\x00\x1b[31m \ufffd"
+    folder = RunFolder(run, CONFIG, resume=True)
+    folder.open(3)
+    folder.write_samples([sample(4, wild)])
+    folder.close()
+    folder.open(4)
+    assert folder.last_samples() == [sample(4, wild)]
+    folder.close()
+
+
+def test_numbers_that_json_lacks_become_null(run: Path) -> None:
+    folder = RunFolder(run, CONFIG, resume=True)
+    folder.open(3)
+    folder.write_metrics(metrics(4) | {"policy/loss": float("nan"), "kl": float("inf")})
+    folder.close()
+    text = (run / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert records(run, "metrics.jsonl")[-1] == metrics(4) | {"policy/loss": None, "kl": None}
+
+
+def test_a_blank_folder_is_one_in_which_nothing_was_learnt(run: Path, tmp_path: Path) -> None:
+    assert not RunFolder(run, CONFIG, resume=True).is_blank()
+    blank = RunFolder(tmp_path / "blank", CONFIG, resume=False)
+    blank.create()
+    blank.open(0)
+    blank.write_samples([sample(0)])
+    blank.close()
+    assert blank.is_blank()
+    blank.discard()
+    assert not blank.path.exists()
+
+
+def test_a_start_that_was_killed_in_its_first_write_does_not_block(tmp_path: Path) -> None:
+    (tmp_path / "config.json.partial").write_text("{")
+    RunFolder(tmp_path, CONFIG, resume=False).create()
+    assert read_config(tmp_path) == CONFIG
+
+
+def test_another_field_is_named(run: Path) -> None:
+    changed = replace(CONFIG, ppo=replace(CONFIG.ppo, clip_range=0.3))
+    with pytest.raises(UsageError, match=r"clip_range = 0\.2, not 0\.3"):
+        RunFolder(run, changed, resume=True)
+
+
+def test_what_may_change_may(run: Path) -> None:
+    changed = replace(CONFIG, run=replace(CONFIG.run, num_iterations=7, eval_every=3))
+    folder = RunFolder(run, changed, resume=True)
+    folder.create()
+    assert read_config(run) == changed
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "not the config"),
+        ("[]", "not the config"),
+        ("{}", "no field 'task'"),
+        ('{"task": {"modle": "x"}, "ppo": {}, "optimizer": {}, "run": {}}', "modle"),
+        ('{"task": {}, "ppo": {"gamma": 3}, "optimizer": {}, "run": {}}', "gamma is 3"),
+    ],
+)
+def test_a_config_that_cannot_be_read(run: Path, content: str, words: str) -> None:
+    (run / "config.json").write_text(content)
+    with pytest.raises(UsageError, match=words):
+        read_config(run)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked of the system, which lets root write everywhere: so the answer is made up here."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(UsageError, match=f"{tmp_path} is not writable"):
+        RunFolder(tmp_path / "a" / "b", CONFIG, resume=False)

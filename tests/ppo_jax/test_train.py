@@ -1,0 +1,195 @@
+"""What a run leaves in its folder, and how it goes wrong."""
+
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from matplotlib.image import imread
+
+from ppo_jax.config import RunConfig, TaskConfig, TrainConfig, from_json
+from ppo_jax.train import load_all_prompts, main, num_iterations
+from qwen_env.errors import UsageError
+from qwen_env.tokenizer import Tokenizer
+
+METRICS = {
+    "iteration",
+    "objective/score",
+    "objective/kl",
+    "objective/reward",
+    "policy/loss",
+    "policy/approx_kl",
+    "policy/clip_fraction",
+    "policy/entropy",
+    "policy/first_ratio_max_error",
+    "value/loss",
+    "value/explained_variance",
+    "rollout/length_mean",
+    "rollout/eos_rate",
+    "rollout/logprob_gap_max",
+    "update/epochs",
+    "update/early_stopped",
+    "update/nonfinite",
+    "time/rollout_s",
+    "time/score_s",
+    "time/update_s",
+    "time/iteration_s",
+    "throughput/tokens_per_s",
+    "reward/gold",
+}
+
+
+def records(run: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / name).read_text().split("\n")[:-1]]
+
+
+def test_the_run_folder_holds_what_it_should(finished_run: Path) -> None:
+    assert sorted(path.name for path in finished_run.iterdir()) == [
+        "best",
+        "checkpoints",
+        "config.json",
+        "curves.png",
+        "final",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "tensorboard",
+    ]
+    assert sorted(path.name for path in (finished_run / "checkpoints").iterdir()) == ["3", "6"]
+    config = from_json(json.loads((finished_run / "config.json").read_text()))
+    assert config.ppo.batch_size == 4
+    assert imread(finished_run / "curves.png").std() > 0.05
+
+
+def test_metrics(finished_run: Path) -> None:
+    lines = records(finished_run, "metrics.jsonl")
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        assert line.keys() >= METRICS
+        assert all(math.isfinite(value) for value in line.values())
+        assert line["policy/first_ratio_max_error"] < 1e-5
+        assert line["update/epochs"] == 4
+        assert 0 < line["time/rollout_s"] < line["time/iteration_s"]
+    evaluated = [any(name.startswith("eval/") for name in line) for line in lines]
+    assert evaluated == [False, True, False, True, False, True]
+    baselines = [any(name.startswith("baseline/") for name in line) for line in lines]
+    assert baselines == [True, False, False, False, False, False]
+    names = {name.removeprefix("eval/") for name in lines[1] if name.startswith("eval/")}
+    assert names == {
+        f"{decoding}/{name}"
+        for decoding in ("greedy", "sampled")
+        for name in ("score", "gold", "length_mean", "eos_rate")
+    }
+    assert lines[0]["objective/kl"] == pytest.approx(0, abs=1e-5), "it is its own reference"
+
+
+def test_samples_are_the_evaluations(finished_run: Path) -> None:
+    samples = records(finished_run, "samples.jsonl")
+    keys = [(sample["iteration"], sample["decoding"]) for sample in samples]
+    assert keys == [(i, d) for i in (0, 2, 4, 6) for d in ("greedy", "sampled") for _ in range(4)]
+    assert [sample["prompt"] for sample in samples[:4]] == [
+        "The acting",
+        "I liked",
+        "All in all",
+        "So",
+    ]
+    lines = records(finished_run, "metrics.jsonl")
+    for line, iteration, kind in ((lines[0], 0, "baseline"), (lines[3], 4, "eval")):
+        for decoding in ("greedy", "sampled"):
+            scores = [s["score"] for s in samples if keys_of(s) == (iteration, decoding)]
+            assert line[f"{kind}/{decoding}/score"] == pytest.approx(np.mean(scores))
+    for sample in samples:
+        assert sample["score"] == sample["completion"].count("e") / 4
+        assert sample["finish_reason"] in ("eos", "length")
+
+
+def keys_of(sample: dict[str, Any]) -> tuple[int, str]:
+    return sample["iteration"], sample["decoding"]
+
+
+def test_tensorboard_holds_the_metrics(finished_run: Path) -> None:
+    [events] = (finished_run / "tensorboard").iterdir()
+    content = events.read_bytes()
+    for name in METRICS - {"iteration"}:
+        assert name.encode() in content
+
+
+@pytest.mark.parametrize("which", ["best", "final"])
+def test_transformers_loads_and_continues_the_model(finished_run: Path, which: str) -> None:
+    """Its greedy continuation is the one in samples.jsonl."""
+    folder = finished_run / which
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    samples = records(finished_run, "samples.jsonl")
+    lines = [
+        line for line in records(finished_run, "metrics.jsonl") if "eval/sampled/score" in line
+    ]
+    best = max(lines, key=lambda line: line["eval/sampled/score"])["iteration"]
+    [sample, *_] = [s for s in samples if keys_of(s) == (best if which == "best" else 6, "greedy")]
+    prompt = tokenizer(sample["prompt"], return_tensors="pt", add_special_tokens=False)
+    with torch.no_grad():
+        written = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    completion = written[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(completion, skip_special_tokens=True) == sample["completion"]
+
+
+def test_a_first_start_that_fails_does_not_block_the_next(
+    flags: list[str], rewards: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The evaluation of the untrained model and the first rollout: nothing is learnt yet."""
+    run = tmp_path / "run"
+    for call in (1, 3):
+        rewards.calls = 0
+        rewards.on_call = {call: lambda batch: np.zeros(len(batch) + 1)}
+        with pytest.raises(SystemExit) as exit:
+            main([*flags, "--output-dir", str(run)])
+        assert exit.value.code == 2
+        said = capfd.readouterr().err
+        assert "rewards_of_tests.scripted returned shape (5,) for a batch of 4" in said
+        assert "saved" not in said
+        assert not run.exists()
+
+
+def test_nonfinite_updates_are_skipped_counted_and_end_the_run(
+    flags: list[str], rewards: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Scores of 3e38 are finite; their squares are not. Eight updates an iteration."""
+    run = tmp_path / "run"
+    rewards.on_call = dict.fromkeys((4, 7, 8), lambda batch: np.full(len(batch), 3e38, np.float32))
+    with pytest.raises(SystemExit) as exit:
+        main([*flags, "--output-dir", str(run), "--max-nonfinite-updates", "20"])
+    assert exit.value.code == 2
+    [error] = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert "not finite in 24 updates in a row, up to iteration 4" in error
+    assert f"after iteration 4, in {run}/checkpoints" in error
+    lines = records(run, "metrics.jsonl")
+    assert [line["update/nonfinite"] for line in lines] == [0, 8, 8, 8]
+    assert [line["update/epochs"] for line in lines] == [4, 0, 0, 0]
+    # The state is the last good one, so mending the reward is enough.
+    rewards.on_call = {}
+    main(["--output-dir", str(run), "--resume"])
+    assert [line["update/nonfinite"] for line in records(run, "metrics.jsonl")[4:]] == [0, 0]
+
+
+def test_prompts_are_set_aside_for_evaluation(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": "The plot" + " was" * (i % 4)}) + "\n" for i in range(25))
+    )
+    config = TrainConfig(task=TaskConfig(prompts=str(path), eval_prompts=None))
+    prompts, held_out = load_all_prompts(config, tokenizer)
+    assert ([p.index for p in prompts], [p.index for p in held_out]) == ([*range(23)], [23, 24])
+    path.write_text('{"prompt": "The plot"}\n')
+    with pytest.raises(UsageError, match=r"one prompt.*--eval-prompts"):
+        load_all_prompts(config, tokenizer)
+
+
+def test_number_of_iterations() -> None:
+    assert num_iterations(TrainConfig(run=RunConfig(num_iterations=7)), num_prompts=1000) == 7
+    config = TrainConfig(run=RunConfig(num_iterations=None, num_prompt_epochs=3))
+    assert config.ppo.batch_size == 64
+    assert num_iterations(config, num_prompts=100) == 5  # 300 prompts
