@@ -110,7 +110,8 @@ def main() -> None:
         return
     table = Table("phase", "seconds", "floor", "times its floor")
     for name, seconds in phases.items():
-        table.add_row(name, f"{seconds:.2f}", f"{floors[name]:.2f}", f"{seconds / floors[name]:.2f}")
+        numbers = (seconds, floors[name], seconds / floors[name])
+        table.add_row(name, *(f"{number:.2f}" for number in numbers))
     Console().print(table)
     for name in ("start_to_end_of_first_iteration_s", "generated_tokens_per_s"):
         print(f"{name}: {report[name]:.1f}")

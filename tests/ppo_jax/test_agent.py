@@ -48,7 +48,8 @@ def test_it_learns_and_compiles_nothing_after_the_second_iteration(make_agent):
                 compilations.clear()
             assert metrics["policy/first_ratio_max_error"] < 1e-5
             assert metrics["rollout/logprob_gap_max"] < 1e-4
-            np.testing.assert_allclose(metrics["objective/score"], episodes.scores.mean(), rtol=1e-6)
+            mean = episodes.scores.mean()
+            np.testing.assert_allclose(metrics["objective/score"], mean, rtol=1e-6)
     finally:
         jax.monitoring.clear_event_listeners()
     assert not compilations
