@@ -79,7 +79,7 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     # Fixed margins: to compute them takes as long as to draw.
     figure.subplots_adjust(
-        left=0.75 / width,
+        left=0.9 / width,
         right=1 - 0.2 / width,
         bottom=0.5 / height,
         top=1 - 0.5 / height,

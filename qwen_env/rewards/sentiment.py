@@ -1,4 +1,4 @@
-"""Two small rewards for film reviews. Both read the whole review, prompt and completion."""
+"""Small rewards for film reviews. All read the whole review, prompt and completion."""
 
 from functools import cache
 from typing import Any
@@ -14,6 +14,13 @@ def pocket_sentiment(batch: RewardBatch) -> np.ndarray:
     from qwen_env.pocket.grammar import sentiment
 
     return np.array([sentiment(review) for review in _reviews(batch)], np.float32)
+
+
+def pocket_grammatical(batch: RewardBatch) -> np.ndarray:
+    """1 for each review that the pocket grammar can produce, else 0; float32 [N]."""
+    from qwen_env.pocket.grammar import is_grammatical
+
+    return np.array([is_grammatical(review) for review in _reviews(batch)], np.float32)
 
 
 def vader_compound(batch: RewardBatch) -> np.ndarray:
