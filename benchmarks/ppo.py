@@ -74,11 +74,11 @@ def main() -> None:
     agent = PPOAgent(network, task, settings, num_iterations=work.iterations + 1)
     loaded = time.perf_counter()
     rows = []
-    for _ in range(work.iterations + 1):
+    for i in range(work.iterations + 1):
         ids = rng.integers(100, 40_000, (work.batch_size, work.prompt_length)).astype(np.int32)
         prompts = [Prompt("", row, {}, 0) for row in ids]
         start = time.perf_counter()
-        episodes = agent.actor.respond(agent.state.params, prompts, agent._key(0))
+        episodes = agent.actor.respond(agent.state.params, prompts, jax.random.key(i))
         metrics = agent.update(episodes)
         rows.append(
             {

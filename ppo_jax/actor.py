@@ -14,7 +14,7 @@ from ppo_jax.rollout import Rollout, rollout
 from qwen_env import mdp
 from qwen_env.errors import UsageError
 from qwen_env.prompts import Prompt
-from qwen_env.task import Episode, Outcome, TextTask
+from qwen_env.task import Episode, Outcome, TextTask, episodes_of
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,7 @@ class Actor:
         )
         end: mdp.State = jax.device_get(result.state)
         rolled_out = time.perf_counter()
-        episodes = [
-            Episode(
-                prompt,
-                end.tokens[row, end.prompt_length[row] : end.length[row]],
-                "eos" if end.terminated[row] else "length",
-            )
-            for row, prompt in enumerate(prompts)
-        ]
+        episodes = episodes_of(prompts, end)
         outcomes = self.task.evaluate(episodes)
         scored = time.perf_counter()
         return Episodes(result, episodes, outcomes, rolled_out - start, scored - rolled_out)

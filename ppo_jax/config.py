@@ -227,6 +227,7 @@ PRESETS: dict[str, TrainConfig] = {
             model="Qwen/Qwen2.5-0.5B",
             prompts="prompts.jsonl",
             eval_prompts=None,
+            reward="",  # nothing fits every task: it must be named
             max_prompt_length=256,
             max_new_tokens=256,
         ),

@@ -41,6 +41,8 @@ def load_training_reward(spec: str, tokenizer: Tokenizer, gold: str | None = Non
                 f"The reward {spec} cannot be loaded: {type(error).__name__}: {error}."
             ) from error
 
+    if not spec:
+        raise UsageError("There is no reward; name one, such as --reward my_rewards:my_function.")
     reward = load(spec)
     return reward if gold is None else WithGold(reward, load(gold))
 

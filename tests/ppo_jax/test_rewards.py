@@ -117,3 +117,8 @@ def test_the_failing_one_of_two_is_named(tokenizer: Tokenizer, rewards: ModuleTy
     )
     with pytest.raises(UsageError, match=r"rewards_of_tests\.scripted returned nan for row 0"):
         score(reward, batch(tokenizer))
+
+
+def test_a_preset_without_a_reward_says_so(tokenizer):
+    with pytest.raises(UsageError, match="There is no reward; name one"):
+        load_training_reward("", tokenizer)
