@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DELETE_ON_ERROR:
-.PHONY: train train-smollm2 test lint pocket notebooks clean
+.PHONY: train train-smollm2 test pocket clean
 
 train: $(VENV)/installed
 	$(BIN)/python -m ppo_jax.train --preset pocket $(call run,runs/pocket)

@@ -19,7 +19,7 @@ from ppo_jax.actor import Actor, Episodes, component_means
 from ppo_jax.config import TrainConfig
 from ppo_jax.learner import Learner, TrainState, learning_rate_schedule, make_optimizer
 from ppo_jax.models.heads import PolicyValueNetwork
-from ppo_jax.models.response import sampling_logits
+from ppo_jax.rollout import choose_token
 from qwen_env import mdp
 from qwen_env.errors import UsageError
 from qwen_env.prompts import Prompt
@@ -197,9 +197,13 @@ def _act(
     network = nnx.merge(graphdef, params)
     hidden, _ = network.backbone(tokens, jnp.arange(tokens.shape[1]) < length[:, None])
     hidden = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
-    allowed = mdp.action_mask(length - prompt_length, rules, jnp)
-    logits = sampling_logits(network.logits(hidden), allowed, temperature)
-    action = jnp.argmax(logits, -1) if greedy else jax.random.categorical(key, logits)
-    log_p = jax.nn.log_softmax(logits)
-    logprob = jnp.take_along_axis(log_p, action[:, None], axis=-1)[:, 0]
-    return action.astype(jnp.int32), logprob, network.value_head(hidden)
+    action, logprob = choose_token(
+        network,
+        hidden,
+        length - prompt_length,
+        key,
+        rules=rules,
+        temperature=temperature,
+        greedy=greedy,
+    )
+    return action, logprob, network.value_head(hidden)

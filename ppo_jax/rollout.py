@@ -52,15 +52,15 @@ def rollout(
 
     def choose(hidden: Array, carry: _Carry) -> _Carry:
         """Draw token number `carry.step` of the response from its predecessor's hidden state."""
-        allowed = mdp.action_mask(mdp.response_length(carry.state), rules, jnp)
-        logits = sampling_logits(network.logits(hidden), allowed, temperature)
-        if greedy:
-            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        else:
-            step_key = jax.random.fold_in(key, carry.step)
-            token = jax.random.categorical(step_key, logits).astype(jnp.int32)
-        chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-        logprob = chosen - jax.nn.logsumexp(logits, axis=-1)
+        token, logprob = choose_token(
+            network,
+            hidden,
+            mdp.response_length(carry.state),
+            jax.random.fold_in(key, carry.step),
+            rules=rules,
+            temperature=temperature,
+            greedy=greedy,
+        )
         logprob = jnp.where(mdp.has_ended(carry.state), 0.0, logprob)
         return _Carry(
             step=carry.step + 1,
@@ -90,6 +90,24 @@ def rollout(
     )
     end = jax.lax.while_loop(is_running, advance, choose(hidden, start))
     return Rollout(end.state, end.logprobs)
+
+
+def choose_token(
+    network: PolicyValueNetwork,
+    hidden: Float[Array, "B D"],
+    num_written: Int[Array, "B"],
+    key: PRNGKeyArray,
+    *,
+    rules: mdp.Rules,
+    temperature: float,
+    greedy: bool,
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """The token behind each hidden state, after `num_written` others, and its log-probability."""
+    allowed = mdp.action_mask(num_written, rules, jnp)
+    logits = sampling_logits(network.logits(hidden), allowed, temperature)
+    token = jnp.argmax(logits, axis=-1) if greedy else jax.random.categorical(key, logits)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _prefill(
