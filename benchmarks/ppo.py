@@ -1,11 +1,13 @@
-"""Time one PPO iteration, phase by phase, beside the machine's own limits.
+"""Time PPO iterations, phase by phase, beside the machine's own limits.
 
     python benchmarks/ppo.py --model models/SmolLM2-135M-Instruct.Q4_1.gguf
+    python benchmarks/ppo.py --model random:qwen2.5-0.5b --batch-size 4 --prompt-length 64 \
+        --response-length 64
 
-Every prompt has exactly P tokens and every response exactly T, all random, so that each iteration
-is the same work on fresh inputs. The floor is the arithmetic that the iteration must do over the
-speed of a large float32 matrix product measured in this process, plus the bytes that decoding must
-read over the speed of a large copy. Compilation is reported apart, as the first iteration.
+Prompts are random tokens, and responses end by chance or not at all, so each iteration is the same
+work on fresh inputs. The floor is the arithmetic that the iteration must do for its real tokens,
+over the speed of a large matrix product measured in this process, plus the bytes that decoding must
+read over the speed at which a large array is read. Compilation is reported apart.
 """
 
 import json
@@ -15,22 +17,40 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from statistics import median
+from typing import Any, Literal
 
 START = time.perf_counter()
 
 import jax  # noqa: E402  (the clock starts before the imports)
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+import tokenizers  # noqa: E402
 import tyro  # noqa: E402
+from flax import nnx  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from ppo_jax.actor import Episodes  # noqa: E402
 from ppo_jax.agent import PPOAgent  # noqa: E402
-from ppo_jax.config import OptimizerConfig, PPOConfig, TrainConfig  # noqa: E402
-from ppo_jax.models import Qwen2Config, load_pretrained  # noqa: E402
+from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TrainConfig  # noqa: E402
+from ppo_jax.models import PolicyValueNetwork, Qwen2Config, load_pretrained  # noqa: E402
 from qwen_env.prompts import Prompt  # noqa: E402
 from qwen_env.task import make_task  # noqa: E402
-from qwen_env.tokenizer import load_tokenizer  # noqa: E402
+from qwen_env.tokenizer import Tokenizer  # noqa: E402
+
+SHAPES = {
+    "random:qwen2.5-0.5b": Qwen2Config.qwen2_5_0_5b(),
+    "random:tiny": Qwen2Config(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    ),
+}
+"""Models of random weights: for the time it takes, their values do not matter."""
 
 
 @dataclass(frozen=True)
@@ -38,116 +58,221 @@ class Work:
     """What is timed."""
 
     model: str
-    """A folder in Hugging Face layout, or a .gguf file."""
+    """A folder in Hugging Face layout, a .gguf file, random:qwen2.5-0.5b, or random:tiny."""
     batch_size: int = 8
     """B."""
     prompt_length: int = 24
-    """P."""
+    """P; the prompts' length, or with mean_response_length the longest of uniform lengths."""
     response_length: int = 32
-    """T."""
+    """T, the longest response."""
+    mean_response_length: int | None = None
+    """Let responses end by chance so that their mean is about this; None runs all to the limit."""
     epochs: int = 4
     """Passes over the batch, one optimizer step each."""
+    microbatches: int = 1
+    """Parts a minibatch is computed in."""
+    length_buckets: int = 1
+    """See num_length_buckets of the training script."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type the parameters are kept in."""
+    remat: bool = False
+    """Recompute activations in the backward pass."""
     iterations: int = 5
     """Timed iterations, after the one that compiles."""
+    decode_batches: tuple[int, ...] = ()
+    """Batch sizes at which generation alone is timed as well."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
 
 def main() -> None:
     work = tyro.cli(Work, description=__doc__)
-    network = load_pretrained(work.model)
-    config = network.config
+    report = measure(work)
+    print(json.dumps(report)) if work.json else show(report)
+
+
+def measure(work: Work) -> dict[str, Any]:
+    """Run the work; everything in seconds, bytes and tokens a second."""
+    agent = make_agent(work)
     rng = np.random.default_rng(0)
-    task = make_task(
-        tokenizer=load_tokenizer(work.model),
-        prompts=["unused"],
-        reward=lambda batch: rng.normal(size=len(batch)).astype(np.float32),
-        max_prompt_length=work.prompt_length,
-        max_new_tokens=work.response_length,
-        min_new_tokens=work.response_length,
-        vocab_size=config.vocab_size,
-    )
-    settings = TrainConfig(
-        ppo=PPOConfig(batch_size=work.batch_size, num_epochs=work.epochs),
-        optimizer=OptimizerConfig(learning_rate=1e-6),
-    )
-    agent = PPOAgent(network, task, settings, num_iterations=work.iterations + 1)
-    loaded = time.perf_counter()
-    rows = []
-    for i in range(work.iterations + 1):
-        ids = rng.integers(100, 40_000, (work.batch_size, work.prompt_length)).astype(np.int32)
-        prompts = [Prompt("", row, {}, 0) for row in ids]
-        start = time.perf_counter()
-        episodes = agent.actor.respond(agent.state.params, prompts, jax.random.key(i))
-        metrics = agent.update(episodes)
-        rows.append(
-            {
-                "rollout": episodes.rollout_s,
-                "update": metrics["time/update_s"],
-                "iteration": time.perf_counter() - start,
-            }
-        )
-        assert metrics["rollout/length_mean"] == work.response_length
-        assert metrics["update/epochs"] == work.epochs
-    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    flops, copied = matmul_speed(), copy_speed()
-    phases = {name: median(row[name] for row in rows[1:]) for name in rows[0]}
-    floors = floor_seconds(config, work, flops, copied)
-    report = {
+    loaded = time.perf_counter() - START
+    rows = [one_iteration(agent, work, rng, i) for i in range(work.iterations + 1)]
+    peak_memory = peak_bytes()
+    first, *timed = rows
+    report: dict[str, Any] = {
         "work": asdict(work),
         "device": jax.devices()[0].device_kind,
         "versions": {name: version(name) for name in ("jax", "flax")},
-        "seconds": phases,
-        "floor_seconds": floors,
-        "start_to_end_of_first_iteration_s": loaded - START + rows[0]["iteration"],
-        "generated_tokens_per_s": work.batch_size * work.response_length / phases["rollout"],
-        "peak_memory_gib": peak_memory,
-        "matmul_gflops": flops / 1e9,
-        "copy_gb_per_s": copied / 1e9,
+        "start_to_end_of_first_iteration_s": loaded + first["seconds"]["iteration"],
+        "first_iteration_s": first["seconds"]["iteration"],
+        "peak_memory_gib": peak_memory / 2**30,
     }
-    if work.json:
-        print(json.dumps(report))
-        return
-    table = Table("phase", "seconds", "floor", "times its floor")
-    for name, seconds in phases.items():
-        numbers = (seconds, floors[name], seconds / floors[name])
-        table.add_row(name, *(f"{number:.2f}" for number in numbers))
-    Console().print(table)
-    for name in ("start_to_end_of_first_iteration_s", "generated_tokens_per_s"):
-        print(f"{name}: {report[name]:.1f}")
-    print(f"peak_memory_gib: {peak_memory:.2f}")
-    print(f"matmul: {flops / 1e9:.0f} GFLOP/s; copy: {copied / 1e9:.1f} GB/s")
+    if not timed:
+        return report
+    flops, read = matmul_speed(work.dtype), read_speed()
+    seconds = {name: median(row["seconds"][name] for row in timed) for name in first["seconds"]}
+    floors = [
+        floor_seconds(agent.network.config, work, row["lengths"], flops, read) for row in timed
+    ]
+    floor = {name: median(row[name] for row in floors) for name in seconds}
+    num_tokens = median(sum(map(sum, row["lengths"])) for row in timed)
+    generated = median(sum(response for _, response in row["lengths"]) for row in timed)
+    return report | {
+        "seconds": seconds,
+        "floor_seconds": floor,
+        "times_its_floor": {name: seconds[name] / floor[name] for name in seconds},
+        "tokens_per_s": num_tokens / seconds["iteration"],
+        "generated_tokens_per_s": generated / seconds["rollout"],
+        "compile_s": first["seconds"]["iteration"] - seconds["iteration"],
+        "matmul_gflops": flops / 1e9,
+        "read_gb_per_s": read / 1e9,
+        "decode": [time_decoding(agent, work, rng, size) for size in work.decode_batches],
+    }
+
+
+def make_agent(work: Work) -> PPOAgent:
+    types = {"dtype": work.dtype, "param_dtype": work.param_dtype}
+    if work.model in SHAPES:
+        shape = SHAPES[work.model]
+        network = jax.jit(lambda: PolicyValueNetwork(shape, rngs=nnx.Rngs(0), **types))()
+    else:
+        network = load_pretrained(work.model, **types)
+    vocab_size = network.config.vocab_size
+    endings = ends_of_sequence(work, vocab_size)
+    rng = np.random.default_rng(1)
+    task = make_task(
+        tokenizer=numbered_tokenizer(vocab_size),
+        prompts=["1"],
+        reward=lambda batch: rng.normal(size=len(batch)).astype(np.float32),
+        max_prompt_length=work.prompt_length,
+        max_new_tokens=work.response_length,
+        min_new_tokens=0 if work.mean_response_length else work.response_length,
+        eos_token_ids=range(vocab_size - endings, vocab_size),
+        vocab_size=vocab_size,
+    )
+    config = TrainConfig(
+        ppo=PPOConfig(
+            batch_size=work.batch_size,
+            num_epochs=work.epochs,
+            num_microbatches=work.microbatches,
+            num_length_buckets=work.length_buckets,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-6),
+        run=RunConfig(remat=work.remat),
+    )
+    return PPOAgent(network, task, config, num_iterations=work.iterations + 1)
+
+
+def ends_of_sequence(work: Work, vocab_size: int) -> int:
+    """How many of the ids must end a response for lengths to have the mean that is asked for.
+
+    The model is taken for uniform: a geometric length with hazard p, cut off at T, has the mean
+    (1 - (1-p)^T) / p.
+    """
+    if work.mean_response_length is None:
+        return 1
+    hazards = np.arange(1, vocab_size) / vocab_size
+    means = (1 - (1 - hazards) ** work.response_length) / hazards
+    return int(np.argmin(abs(means - work.mean_response_length))) + 1
+
+
+def numbered_tokenizer(vocab_size: int) -> Tokenizer:
+    """A tokenizer of as many words as the model has ids."""
+    words = {str(i): i for i in range(vocab_size)}
+    model = tokenizers.models.WordLevel(words, unk_token="0")
+    return Tokenizer(tokenizers.Tokenizer(model), eos_token_ids=(0,), config={})
+
+
+def random_prompts(
+    agent: PPOAgent, work: Work, rng: np.random.Generator, size: int
+) -> list[Prompt]:
+    shortest = work.prompt_length if work.mean_response_length is None else 1
+    lengths = rng.integers(shortest, work.prompt_length + 1, size)
+    vocab_size = agent.task.rules.vocab_size
+    ids = rng.integers(1, vocab_size // 2, (size, work.prompt_length)).astype(np.int32)
+    return [Prompt("", row[:length], {}, 0) for row, length in zip(ids, lengths, strict=True)]
+
+
+def one_iteration(
+    agent: PPOAgent, work: Work, rng: np.random.Generator, number: int
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    prompts = random_prompts(agent, work, rng, work.batch_size)
+    episodes = agent.actor.respond(agent.state.params, prompts, jax.random.key(number))
+    metrics = agent.update(episodes)
+    assert metrics["update/epochs"] == work.epochs
+    if work.mean_response_length is None:
+        assert metrics["rollout/length_mean"] == work.response_length
+    seconds = {
+        "rollout": episodes.rollout_s,
+        "update": metrics["time/update_s"],
+        "iteration": time.perf_counter() - start,
+    }
+    return {"seconds": seconds, "lengths": lengths_of(episodes)}
+
+
+def lengths_of(episodes: Episodes) -> list[tuple[int, int]]:
+    return [(len(e.prompt.ids), len(e.completion_ids)) for e in episodes.episodes]
+
+
+def time_decoding(
+    agent: PPOAgent, work: Work, rng: np.random.Generator, size: int
+) -> dict[str, float]:
+    """Generation alone, all prompts different, after one run that compiles."""
+    seconds, generated = [], []
+    for i in range(4):
+        prompts = random_prompts(agent, work, rng, size)
+        episodes = agent.actor.respond(agent.state.params, prompts, jax.random.key(i))
+        seconds.append(episodes.rollout_s)
+        generated.append(sum(response for _, response in lengths_of(episodes)))
+    rate = median(n / s for n, s in zip(generated[1:], seconds[1:], strict=True))
+    return {"batch_size": size, "generated_tokens_per_s": rate}
 
 
 def floor_seconds(
-    config: Qwen2Config, work: Work, flops: float, bandwidth: float
+    config: Qwen2Config,
+    work: Work,
+    lengths: list[tuple[int, int]],
+    flops: float,
+    bandwidth: float,
 ) -> dict[str, float]:
-    """The least time each phase can take: multiply-adds of the matrix products, bytes of decode."""
-    d, f, heads = config.hidden_size, config.intermediate_size, config.head_dim
-    attention = d * heads * (config.num_attention_heads * 2 + config.num_key_value_heads * 2)
-    body = config.num_hidden_layers * (attention + 3 * d * f)
-    head = config.vocab_size * d
-    tokens = work.batch_size * (work.prompt_length + work.response_length)
-    responses = work.batch_size * work.response_length
-    forward = 2 * (body * tokens + head * responses)
-    prefill = 2 * body * work.batch_size * work.prompt_length
-    decode = 2 * (body + head) * responses
-    weights = 4 * (body + head) * work.response_length
-    rollout = (prefill + decode) / flops + weights / bandwidth
+    """The least time each phase can take on the real tokens of these prompts and responses.
+
+    Multiply-adds of the matrix products, those of causal attention included; while decoding, the
+    bytes of the weights once a step, and of each row's keys and values up to its place.
+    """
+    d, head = config.hidden_size, config.head_dim
+    attention = d * head * (config.num_attention_heads + config.num_key_value_heads) * 2
+    body = config.num_hidden_layers * (attention + 3 * d * config.intermediate_size)
+    projection = config.vocab_size * d
+    mixing = config.num_hidden_layers * config.num_attention_heads * head  # a pair of positions
+    prompts = sum(prompt for prompt, _ in lengths)
+    responses = sum(response for _, response in lengths)
+    pairs = sum((prompt + response) ** 2 / 2 for prompt, response in lengths)
+    forward = 2 * (body * (prompts + responses) + projection * responses + 2 * mixing * pairs)
+    itemsize = jnp.dtype(work.dtype).itemsize
+    steps = max(response for _, response in lengths)
+    weights = itemsize * (body + projection) * steps
+    kept = 2 * itemsize * config.num_hidden_layers * config.num_key_value_heads * head
+    cache = kept * sum(response * (prompt + response / 2) for prompt, response in lengths)
+    rollout = forward / flops + (weights + cache) / bandwidth
     # Old and reference log-probabilities, then forward and backward once an epoch.
     update = (2 + 3 * work.epochs) * forward / flops
     return {"rollout": rollout, "update": update, "iteration": rollout + update}
 
 
-def matmul_speed(size: int = 2048) -> float:
-    """Best FLOP/s of a large float32 matrix product."""
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), jnp.float32)
+def matmul_speed(dtype: str) -> float:
+    """Best FLOP/s of a large matrix product in the compute type."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype)
     return 2 * size**3 / best_seconds(jax.jit(jnp.matmul), x, x)
 
 
-def copy_speed(size: int = 2**27) -> float:
+def read_speed(size: int = 2**27) -> float:
     """Best bytes read a second by a sum over a large array."""
-    x = jnp.asarray(np.random.default_rng(0).random(size), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).random(size, np.float32))
     return x.nbytes / best_seconds(jax.jit(jnp.sum), x)
 
 
@@ -159,6 +284,26 @@ def best_seconds(function: Callable[..., jax.Array], *arguments: jax.Array, runs
         function(*arguments).block_until_ready()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
+
+
+def peak_bytes() -> int:
+    """Of the device where it counts its memory, else of the process."""
+    statistics = jax.devices()[0].memory_stats() or {}
+    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    return statistics.get("peak_bytes_in_use", of_process)
+
+
+def show(report: dict[str, Any]) -> None:
+    table = Table("phase", "seconds", "floor", "times its floor")
+    for name, seconds in report["seconds"].items():
+        numbers = (seconds, report["floor_seconds"][name], report["times_its_floor"][name])
+        table.add_row(name, *(f"{number:.2f}" for number in numbers))
+    Console().print(table)
+    for name, value in report.items():
+        if isinstance(value, float):
+            print(f"{name}: {value:.2f}")
+    for row in report["decode"]:
+        print("decoding, batch {batch_size}: {generated_tokens_per_s:.0f} tokens/s".format(**row))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from flax import nnx
 
 from ppo_jax.models.heads import PolicyValueNetwork
 from ppo_jax.rollout import Rollout, rollout
+from ppo_jax.sampling import Sampling
 from qwen_env import mdp
 from qwen_env.errors import UsageError
 from qwen_env.prompts import Prompt
@@ -39,18 +40,19 @@ class Episodes:
 
 
 class Actor:
-    """Lets a network respond to prompts of a task. Compiles once for each batch size.
+    """Lets a network respond to prompts of a task. Compiles once for each batch size and
+    number of completions.
 
     Args:
         network: fixes the architecture; its parameters are given at each call.
         task: prompts, rules and reward; its vocabulary is the network's.
-        temperature: of sampling.
+        sampling: how tokens are drawn.
 
     Raises:
         UsageError: the network does not fit the task.
     """
 
-    def __init__(self, network: PolicyValueNetwork, task: TextTask, temperature: float):
+    def __init__(self, network: PolicyValueNetwork, task: TextTask, sampling: Sampling):
         if task.rules.vocab_size != network.config.vocab_size:
             raise UsageError(
                 f"The task has {task.rules.vocab_size} actions, but the model's vocabulary has "
@@ -65,7 +67,12 @@ class Actor:
         self.task = task
 
         def compiled(
-            params: nnx.State, ids: jax.Array, length: jax.Array, key: jax.Array, greedy: bool
+            params: nnx.State,
+            ids: jax.Array,
+            length: jax.Array,
+            key: jax.Array,
+            completions_per_prompt: int,
+            greedy: bool,
         ) -> Rollout:
             return rollout(
                 nnx.merge(graphdef, params),
@@ -73,16 +80,25 @@ class Actor:
                 length,
                 key,
                 rules=task.rules,
-                temperature=temperature,
+                sampling=sampling,
+                completions_per_prompt=completions_per_prompt,
                 greedy=greedy,
             )
 
-        self._rollout = jax.jit(compiled, static_argnames="greedy")
+        self._rollout = jax.jit(compiled, static_argnames=("completions_per_prompt", "greedy"))
 
     def respond(
-        self, params: nnx.State, prompts: Sequence[Prompt], key: jax.Array, *, greedy: bool = False
+        self,
+        params: nnx.State,
+        prompts: Sequence[Prompt],
+        key: jax.Array,
+        *,
+        completions_per_prompt: int = 1,
+        greedy: bool = False,
     ) -> Episodes:
-        """Write a response to each prompt and score them all in one call of the reward function.
+        """Respond to each prompt and score the responses in one call of the reward function.
+
+        The completions of one prompt follow each other; it is read once for all of them.
 
         Raises:
             RewardError: the reward function raised, or its answer cannot be a reward.
@@ -94,11 +110,13 @@ class Actor:
             jnp.asarray(first.tokens[:, : self.task.rules.max_prompt_length]),
             jnp.asarray(first.prompt_length),
             key,
+            completions_per_prompt=completions_per_prompt,
             greedy=greedy,
         )
         end: mdp.State = jax.device_get(result.state)
         rolled_out = time.perf_counter()
-        episodes = episodes_of(prompts, end)
+        rows = [prompt for prompt in prompts for _ in range(completions_per_prompt)]
+        episodes = episodes_of(rows, end)
         outcomes = self.task.evaluate(episodes)
         scored = time.perf_counter()
         return Episodes(result, episodes, outcomes, rolled_out - start, scored - rolled_out)

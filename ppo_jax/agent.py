@@ -17,9 +17,12 @@ from flax import nnx
 
 from ppo_jax.actor import Actor, Episodes, component_means
 from ppo_jax.config import TrainConfig
-from ppo_jax.learner import Learner, TrainState, learning_rate_schedule, make_optimizer
-from ppo_jax.models.heads import PolicyValueNetwork
+from ppo_jax.learner import Learner, TrainState
+from ppo_jax.models import PolicyValueNetwork, with_separate_critic
+from ppo_jax.models.qwen2 import Qwen2
+from ppo_jax.repetition import repetition
 from ppo_jax.rollout import choose_token
+from ppo_jax.sampling import Sampling
 from qwen_env import mdp
 from qwen_env.errors import UsageError
 from qwen_env.prompts import Prompt
@@ -51,40 +54,59 @@ class PPOAgent:
         num_iterations: iterations of the whole run, over which the learning rate is scheduled.
 
     Raises:
-        UsageError: the network does not fit the task.
+        UsageError: the network does not fit the task or the settings.
     """
 
     def __init__(
         self, network: PolicyValueNetwork, task: TextTask, config: TrainConfig, num_iterations: int
     ):
+        if (frozen := config.optimizer.num_frozen_layers) > network.config.num_hidden_layers:
+            raise UsageError(
+                f"num_frozen_layers is {frozen}, but the model has only "
+                f"{network.config.num_hidden_layers} layers (num_hidden_layers); lower it."
+            )
+        if config.ppo.critic == "separate":
+            network = with_separate_critic(network)
+        elif network.critic is not None:
+            raise UsageError(
+                f"critic is {config.ppo.critic!r}, but the model has a separate critic "
+                "(critic.safetensors); set critic to 'separate', or remove that file."
+            )
         graphdef, params = nnx.split(network)
         self.task = task
         self.config = config
         self.num_iterations = num_iterations
-        self.actor = Actor(network, task, config.ppo.temperature)
+        self.actor = Actor(network, task, config.ppo.sampling)
         self.learner = Learner(
             graphdef=graphdef,
-            optimizer=make_optimizer(config.optimizer),
-            learning_rate=learning_rate_schedule(config.optimizer, num_iterations),
             rules=task.rules,
             config=config.ppo,
+            optimizer_config=config.optimizer,
+            num_iterations=num_iterations,
             remat=config.run.remat,
         )
-        self.ref_params = params
+        self.initial_backbone = params["backbone"]
         # Updates donate the state's buffers, so the policy must not share the reference's.
         self.state: TrainState = self.learner.init(jax.tree.map(jnp.copy, params), config.run.seed)
         self._prepare = jax.jit(self.learner.prepare)
         self._update = jax.jit(self.learner.update, donate_argnums=0)
         self._act = jax.jit(
-            functools.partial(_act, graphdef, rules=task.rules, temperature=config.ppo.temperature),
+            functools.partial(_act, graphdef, rules=task.rules, sampling=config.ppo.sampling),
             static_argnames="greedy",
         )
         self._num_choices = 0
+        self.distributions: dict[str, np.ndarray] = {}  # of the last update, see `ppo_jax.batch`
 
     @property
     def iteration(self) -> int:
         """Iterations done."""
         return int(self.state.iteration)
+
+    @property
+    def reference(self) -> nnx.State:
+        """The backbone of the reference model: the policy's first, unless it moves."""
+        moving = self.state.reference
+        return self.initial_backbone if moving is None else moving
 
     @property
     def network(self) -> PolicyValueNetwork:
@@ -117,21 +139,41 @@ class PPOAgent:
 
     def collect(self) -> Episodes:
         """This iteration's episodes: its share of the prompts, answered by the present policy."""
+        num_prompts = self.config.ppo.prompts_per_batch
         indices = prompt_indices(
-            self.config.run.seed, self.iteration, self.config.ppo.batch_size, len(self.task.prompts)
+            self.config.run.seed, self.iteration, num_prompts, len(self.task.prompts)
         )
         prompts = [self.task.prompts[i] for i in indices]
-        return self.actor.respond(self.state.params, prompts, self._key(_ROLLOUT))
+        return self.actor.respond(
+            self.state.params,
+            prompts,
+            self._key(_ROLLOUT),
+            completions_per_prompt=self.config.ppo.completions_per_prompt,
+        )
 
     def update(self, episodes: Episodes) -> dict[str, float]:
-        """Learn from `episodes`, which the present policy wrote; returns the metrics."""
+        """Learn from `episodes`, which the present policy wrote; returns the metrics.
+
+        `distributions` then holds what single numbers would hide of this update.
+        """
         start = time.perf_counter()
-        batch, prepared = self._prepare(
-            self.state.params, self.ref_params, episodes.rollout, jnp.asarray(episodes.scores)
+        state = self.state
+        batch, controls, prepared, distributions = self._prepare(
+            state.params,
+            self.reference,
+            state.controls,
+            episodes.rollout,
+            jnp.asarray(episodes.scores),
         )
-        self.state, updated = self._update(self.state, batch, self._key(_SHUFFLE))
-        metrics = {name: float(x) for name, x in jax.device_get(prepared | updated).items()}
-        return metrics | {"time/update_s": time.perf_counter() - start}
+        self.state, updated, more = self._update(
+            state._replace(controls=controls), batch, self._key(_SHUFFLE)
+        )
+        metrics, distributions = jax.device_get((prepared | updated, distributions | more))
+        self.distributions = {name: np.asarray(x) for name, x in distributions.items()}
+        return {
+            **{name: float(x) for name, x in metrics.items()},
+            "time/update_s": time.perf_counter() - start,
+        }
 
     def learn(self) -> Iterator[tuple[Episodes, dict[str, float]]]:
         """Iterate until `num_iterations` are done in all; yields each one's episodes and metrics.
@@ -147,18 +189,17 @@ class PPOAgent:
             metrics = self.update(episodes)
             seconds = time.perf_counter() - start
             components = component_means(episodes.outcomes)
-            yield (
-                episodes,
-                {
-                    "iteration": self.iteration,
-                    **metrics,
-                    **{f"reward/{name}": mean for name, mean in components.items()},
-                    "time/rollout_s": episodes.rollout_s,
-                    "time/score_s": episodes.score_s,
-                    "time/iteration_s": seconds,
-                    "throughput/tokens_per_s": episodes.num_tokens / seconds,
-                },
-            )
+            metrics = {
+                "iteration": self.iteration,
+                **metrics,
+                **{f"reward/{name}": mean for name, mean in components.items()},
+                **repetition([episode.completion_ids for episode in episodes.episodes]),
+                "time/rollout_s": episodes.rollout_s,
+                "time/score_s": episodes.score_s,
+                "time/iteration_s": seconds,
+                "throughput/tokens_per_s": episodes.num_tokens / seconds,
+            }
+            yield episodes, metrics
             if (in_a_row := int(self.state.nonfinite_in_a_row)) >= limit:
                 raise TooManyNonfiniteUpdates(
                     f"The loss or its gradient was not finite in {in_a_row} updates in a row, up "
@@ -170,12 +211,12 @@ class PPOAgent:
         return jax.random.fold_in(jax.random.fold_in(root, self.state.iteration), use)
 
 
-def prompt_indices(seed: int, iteration: int, batch_size: int, count: int) -> list[int]:
-    """The prompts of an iteration: consecutive slices of one shuffled pass after another.
+def prompt_indices(seed: int, iteration: int, num_prompts: int, count: int) -> list[int]:
+    """The prompts of an iteration, of `count`: slices of one shuffled pass after another.
 
     A pure function of its arguments, so a resumed run neither repeats nor skips a prompt.
     """
-    places = range(iteration * batch_size, (iteration + 1) * batch_size)
+    places = range(iteration * num_prompts, (iteration + 1) * num_prompts)
     passes = {place // count for place in places}
     orders = {p: np.random.default_rng([seed, p]).permutation(count) for p in passes}
     return [int(orders[place // count][place % count]) for place in places]
@@ -190,20 +231,26 @@ def _act(
     key: jax.Array,
     *,
     rules: mdp.Rules,
-    temperature: float,
+    sampling: Sampling,
     greedy: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Action, log-probability and value [B] for each row's next token."""
     network = nnx.merge(graphdef, params)
-    hidden, _ = network.backbone(tokens, jnp.arange(tokens.shape[1]) < length[:, None])
-    hidden = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
-    action, logprob = choose_token(
+    mask = jnp.arange(tokens.shape[1]) < length[:, None]
+
+    def last_hidden(backbone: Qwen2) -> jax.Array:
+        hidden, _ = backbone(tokens, mask)
+        return jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
+
+    hidden = last_hidden(network.backbone)
+    action, logprob, _ = choose_token(
         network,
         hidden,
         length - prompt_length,
         key,
         rules=rules,
-        temperature=temperature,
+        sampling=sampling,
         greedy=greedy,
     )
-    return action, logprob, network.value_head(hidden)
+    value_hidden = hidden if network.critic is None else last_hidden(network.critic)
+    return action, logprob, network.value_head(value_hidden)

@@ -1,7 +1,7 @@
 """Checkpoints from which a run continues exactly: one folder each, complete or not there.
 
 checkpoints/25/arrays/          the state's arrays, by Orbax, under the names of their places
-               checkpoint.json  facts that are no arrays (the best score so far), array shapes
+               checkpoint.json  format, facts that are no arrays (the best score), array shapes
                manifest.json    a digest of every other file
 
 A checkpoint is written under another name and renamed once it is complete. Its digests are checked
@@ -26,6 +26,7 @@ from qwen_env.errors import UsageError
 Facts = dict[str, Any]
 
 _PARTIAL = ".partial"
+_FORMAT = 2  # goes up when a state holds other arrays than before
 
 
 class Checkpoints:
@@ -57,7 +58,8 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial / "arrays", arrays)
-        _write_json(partial / "checkpoint.json", {"facts": facts, "shapes": shapes})
+        content = {"format": _FORMAT, "facts": facts, "shapes": shapes}
+        _write_json(partial / "checkpoint.json", content)
         _write_json(partial / "manifest.json", _digests(partial))
         partial.rename(complete)
         for iteration in self.iterations()[: -self.keep]:
@@ -73,7 +75,7 @@ class Checkpoints:
             say: is told of a damaged checkpoint, which is removed once an earlier one is found.
 
         Raises:
-            UsageError: all checkpoints are damaged, or the latest is of another model.
+            UsageError: all checkpoints are damaged, or the latest is of another model or version.
         """
         saved = self.iterations()
         damaged: list[int] = []
@@ -96,6 +98,11 @@ class Checkpoints:
 
 def _read(folder: Path, like: TrainState) -> tuple[TrainState, Facts]:
     content = json.loads((folder / "checkpoint.json").read_text())
+    if (format := content.get("format", 1)) != _FORMAT:
+        raise UsageError(
+            f"{folder} has format {format}, but this version of ppo_jax reads format {_FORMAT}; "
+            "resume with the version that the run was started with."
+        )
     wanted = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         for name, x in _by_name(like).items()

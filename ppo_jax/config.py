@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ppo_jax.algorithm import KlEstimator
+from ppo_jax.algorithm import Aggregation, KlEstimator
+from ppo_jax.config_checks import check_contradictions, check_ranges
+from ppo_jax.sampling import Sampling
 from qwen_env import pocket
 from qwen_env.errors import UsageError
 from qwen_env.prompts import Overflow
@@ -57,36 +59,79 @@ class PPOConfig:
 
     batch_size: int = 64
     """B, episodes an iteration."""
+    completions_per_prompt: int = 1
+    """Episodes that start from one prompt; the iteration has that many fewer prompts."""
     temperature: float = 1.0
     """Of sampling, and so of every log-probability."""
+    top_k: int | None = None
+    """Sample from the k most probable tokens alone; log-probabilities are over the same ones."""
+    top_p: float | None = None
+    """Sample from the fewest most probable tokens that have this probability together."""
+
     kl_coef: float = 0.05
-    """β: weight of the KL penalty against the reference model, a token."""
+    """β: weight of the KL penalty against the reference model, a token; its first, if it adapts."""
     kl_penalty: Literal["k1", "k2", "k3"] = "k1"
     """Estimator of the KL penalty in the reward."""
+    kl_target: float | None = None
+    """Adapt kl_coef towards a KL from the reference of so many nats a response; None keeps it."""
+    kl_horizon: int = 10_000
+    """Episodes over which an adaptive kl_coef changes by about a fifth at most."""
+    ref_ema_decay: float | None = None
+    """Let the reference follow the policy: after each iteration it keeps this share of itself."""
+    scale_scores: bool = False
+    """Divide scores by the standard deviation of all scores so far."""
+    score_clip: float | None = None
+    """Clip scores, scaled ones if they are scaled, to ± this."""
+    whiten_rewards: bool = False
+    """Scale the rewards of a batch's tokens to variance 1; their mean stays."""
+    length_limit: Literal["score", "bootstrap"] = "score"
+    """What a response that the limit cuts off earns: its score, or the value of its last state."""
     gamma: float = 1.0
     """γ, the discount a token."""
     gae_lambda: float = 0.95
     """λ of generalized advantage estimation."""
-    whiten_advantages: bool = True
-    """Scale the batch's advantages to mean 0, variance 1."""
+    advantage_whitening: Literal["batch", "minibatch", "none"] = "batch"
+    """Scale the advantages of the whole batch, or of each minibatch, to mean 0, variance 1."""
+
     num_epochs: int = 4
     """Passes over the batch an iteration, if the KL early stop does not end them."""
     num_minibatches: int = 1
     """Optimizer steps a pass."""
     num_microbatches: int = 1
     """Parts a minibatch is computed in, to save memory; the result does not depend on it."""
+    num_length_buckets: int = 1
+    """Lengths that responses are padded to: more save work on ragged ones, and compile longer."""
+    loss_aggregation: Aggregation = "token"
+    """What counts alike in the mean loss of a minibatch: every token, or every sequence."""
     clip_range: float = 0.2
     """ε: the ratio is clipped to 1 ± ε."""
+    clip_range_high: float | None = None
+    """ε above 1, where it is another than below; None makes it clip_range."""
+    dual_clip: float | None = None
+    """Bound of the ratio's weight where the advantage is negative; None does not bound it."""
     value_clip_range: float | None = None
     """Clip of the value's change, in units of value; None does not clip."""
     value_coef: float = 0.1
     """Weight of the value loss."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
+    critic: Literal["shared", "stopped", "separate"] = "shared"
+    """The value head's backbone: the policy's, the same without a gradient into it, or its own."""
     target_kl: float | None = None
     """Stop an iteration's updates once KL(old ‖ new) exceeds this many nats a token; None never."""
     target_kl_estimator: KlEstimator = "k3"
     """Estimator of that KL."""
+    target_kl_grain: Literal["minibatch", "epoch"] = "minibatch"
+    """Stop before the minibatch that exceeds target_kl, or after the epoch whose mean does."""
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
+    @property
+    def prompts_per_batch(self) -> int:
+        """Different prompts an iteration."""
+        return self.batch_size // self.completions_per_prompt
 
 
 @dataclass(frozen=True)
@@ -109,6 +154,12 @@ class OptimizerConfig:
     """Decoupled weight decay of the matrices; norms and biases have none."""
     max_grad_norm: float = 1.0
     """Global norm that gradients are clipped to."""
+    critic_warmup_iterations: int = 0
+    """First iterations in which the value function learns and the policy does not."""
+    freeze_embeddings: bool = False
+    """Do not train the token embeddings (nor the output projection, where the two are tied)."""
+    num_frozen_layers: int = 0
+    """Do not train this many of the lowest layers."""
     max_nonfinite_updates: int = 5
     """Non-finite losses or gradients in a row (each is skipped) that stop the run."""
 
@@ -147,56 +198,11 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        ppo, run, optimizer, task = self.ppo, self.run, self.optimizer, self.task
-        pieces = ppo.num_minibatches * ppo.num_microbatches
-        if ppo.batch_size % max(pieces, 1):
-            raise UsageError(
-                f"batch_size ({ppo.batch_size}) must be a multiple of num_minibatches x "
-                f"num_microbatches ({ppo.num_minibatches} x {ppo.num_microbatches})."
-            )
-        at_least: dict[str, tuple[float | None, float]] = {
-            "batch_size": (ppo.batch_size, 1),
-            "num_minibatches": (ppo.num_minibatches, 1),
-            "num_microbatches": (ppo.num_microbatches, 1),
-            "num_epochs": (ppo.num_epochs, 1),
-            "num_iterations": (run.num_iterations, 1),
-            "num_prompt_epochs": (run.num_prompt_epochs, 1),
-            "eval_every": (run.eval_every, 1),
-            "eval_size": (run.eval_size, 1),
-            "save_every": (run.save_every, 1),
-            "keep_checkpoints": (run.keep_checkpoints, 1),
-            "max_nonfinite_updates": (optimizer.max_nonfinite_updates, 1),
-            "warmup_iterations": (optimizer.warmup_iterations, 0),
-            "kl_coef": (ppo.kl_coef, 0),
-            "weight_decay": (optimizer.weight_decay, 0),
-            "adam_eps": (optimizer.adam_eps, 0),
-            "missing_eos_penalty": (task.missing_eos_penalty, 0),
-        }
-        for name, (value, least) in at_least.items():
-            if value is not None and not value >= least:  # NaN is refused as well
-                raise UsageError(f"{name} is {value}; it must be at least {least}.")
-        above_zero: dict[str, float | None] = {
-            "temperature": ppo.temperature,
-            "clip_range": ppo.clip_range,
-            "value_clip_range": ppo.value_clip_range,
-            "target_kl": ppo.target_kl,
-            "learning_rate": optimizer.learning_rate,
-            "max_grad_norm": optimizer.max_grad_norm,
-        }
-        for name, value in above_zero.items():
-            if value is not None and not value > 0:
-                raise UsageError(f"{name} is {value}; it must be above 0.")
-        for name, value in (("gamma", ppo.gamma), ("gae_lambda", ppo.gae_lambda)):
-            if not 0 <= value <= 1:
-                raise UsageError(f"{name} is {value}; it must lie between 0 and 1.")
-        for name, value in (("adam_b1", optimizer.adam_b1), ("adam_b2", optimizer.adam_b2)):
-            if not 0 <= value < 1:
-                raise UsageError(f"{name} is {value}; it must be at least 0 and below 1.")
-        if run.num_iterations is not None and optimizer.warmup_iterations >= run.num_iterations:
-            raise UsageError(
-                f"warmup_iterations ({optimizer.warmup_iterations}) must be below num_iterations "
-                f"({run.num_iterations}); otherwise the learning rate would never fall."
-            )
+        """Raises:
+        UsageError: a field is out of its range, or two contradict each other.
+        """
+        check_ranges(self)
+        check_contradictions(self)
 
 
 PRESETS: dict[str, TrainConfig] = {

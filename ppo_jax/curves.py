@@ -1,30 +1,28 @@
-"""curves.png: what to look at while PPO trains, on one page."""
+"""curves.png: what to look at while PPO trains, on one page.
 
-from collections.abc import Mapping, Sequence
+What the curves look like when training goes wrong: `docs/when_it_goes_wrong.md`.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from ppo_jax.algorithm import ADVANTAGE_EDGES, RATIO_EDGES
+from ppo_jax.panels import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    HeatPanel,
+    Line,
+    LinePanel,
+    Panel,
+    PathPanel,
+    Records,
+)
 
-class Line(NamedTuple):
-    metric: str
-    label: str
-    color: str
-    style: str = "-"
-
-
-class Panel(NamedTuple):
-    title: str
-    unit: str
-    lines: Sequence[Line]
-    limits: tuple[float | None, float | None] = (None, None)  # of the vertical axis
-
-
-BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#718096"
+__all__ = ["PANELS", "Records", "draw_grid", "plot_curves", "save_png"]
 
 
 def _scores(training: str, held_out: str) -> Sequence[Line]:
@@ -36,112 +34,155 @@ def _scores(training: str, held_out: str) -> Sequence[Line]:
 
 
 def _one(metric: str) -> Sequence[Line]:
-    return (Line(metric, "", BLUE),)
+    return (Line(metric),)
 
 
-PANELS = (
-    Panel("Score", "reward function's units", _scores("objective/score", "score")),
-    Panel("Gold score, never trained on", "gold reward's units", _scores("reward/gold", "gold")),
-    Panel("Score less KL penalty", "reward function's units", _one("objective/reward")),
-    Panel("KL from the reference model", "nats a response", _one("objective/kl")),
-    Panel("Entropy", "nats a token", _one("policy/entropy"), (0, None)),
-    Panel("Response length", "tokens", _scores("rollout/length_mean", "length_mean"), (0, None)),
-    Panel(
+_SCORE = "reward function's units"
+_GAIN = "standard deviations at the start"
+_TOKEN = "token of the response"
+
+PANELS: Sequence[Panel] = (
+    # What is earned. A score that still rises while the gold score falls is over-optimised.
+    LinePanel("Score", _SCORE, _scores("objective/score", "score")),
+    LinePanel(
+        "Gold score, never trained on", "gold reward's units", _scores("reward/gold", "gold")
+    ),
+    LinePanel(
+        "Gain of score and gold score",
+        _GAIN,
+        (
+            Line("reward/gold", "gold score", ORANGE, unit="reward/gold_std"),
+            Line("objective/score", "score", BLUE, unit="objective/score_std"),
+        ),
+    ),
+    PathPanel(
+        "Gain against KL",
+        Line("objective/kl"),
+        (
+            Line("reward/gold", "gold score", ORANGE, "^", unit="reward/gold_std"),
+            Line("objective/score", "score", BLUE, "o", unit="objective/score_std"),
+        ),
+        "KL, nats a response",
+        _GAIN,
+    ),
+    # How far the policy has gone, and how fast it goes.
+    LinePanel("Score less KL penalty", _SCORE, _one("objective/reward")),
+    LinePanel("KL from the reference model", "nats a response", _one("objective/kl")),
+    HeatPanel(
+        "KL from the reference, by position", _TOKEN, "kl_by_position", "nats", is_count=False
+    ),
+    LinePanel("KL(old ‖ new) of an update", "nats a token", _one("policy/approx_kl"), (0, None)),
+    LinePanel("Clip fraction", "share of tokens", _one("policy/clip_fraction"), (0, None)),
+    HeatPanel(
+        "Ratio of new to old probability",
+        "ratio",
+        "ratio",
+        "of tokens",
+        edges=RATIO_EDGES,
+        shows_clip_limits=True,
+    ),
+    LinePanel("Entropy", "nats a token", _one("policy/entropy"), (0, None)),
+    HeatPanel("Entropy, by position", _TOKEN, "entropy_by_position", "nats", is_count=False),
+    # What it writes.
+    LinePanel(
+        "Response length", "tokens", _scores("rollout/length_mean", "length_mean"), (0, None)
+    ),
+    HeatPanel("Response lengths of a batch", "tokens", "length", "of responses"),
+    LinePanel(
         "Responses that end by themselves",
         "share of responses",
         _scores("rollout/eos_rate", "eos_rate"),
         (-0.03, 1.03),
     ),
-    Panel(
+    LinePanel(
+        "Repetition",
+        "share of n-grams",
+        (
+            Line("text/distinct_1", "distinct 1", BLUE),
+            Line("text/distinct_2", "distinct 2", GREEN),
+            Line("text/repeated_4", "repeated 4", ORANGE),
+        ),
+        (-0.03, 1.03),
+    ),
+    # What it learns from.
+    LinePanel(
         "Value function: explained variance",
         "share of the returns' variance",
         _one("value/explained_variance"),
         (-1, 1),
     ),
-    Panel("Clip fraction", "share of tokens", _one("policy/clip_fraction"), (0, None)),
-    Panel("KL(old ‖ new) of an update", "nats a token", _one("policy/approx_kl"), (0, None)),
-    Panel("Gradient norm, before clipping", "norm", _one("policy/grad_norm"), (0, None)),
-    Panel("Speed", "tokens a second", _one("throughput/tokens_per_s"), (0, None)),
+    HeatPanel(
+        "Advantages",
+        "standard deviations",
+        "advantage",
+        "of tokens",
+        edges=ADVANTAGE_EDGES,
+    ),
+    LinePanel("Gradient norm, before clipping", "norm", _one("policy/grad_norm"), (0, None)),
+    LinePanel("Speed", "tokens a second", _one("throughput/tokens_per_s"), (0, None)),
+    LinePanel(
+        "KL coefficient", "weight", _one("objective/kl_coef"), (0, None), only_if_it_changes=True
+    ),
+    LinePanel(
+        "Epochs before an early stop",
+        "passes over the batch",
+        _one("update/epochs"),
+        (0, None),
+        only_if_it_changes=True,
+    ),
 )
-"""Panels whose metrics a run does not have are left out."""
+"""Panels of which a run has no data are left out."""
 
 _COLUMNS = 4
-_WINDOW = 9  # iterations, of the running mean that is drawn over noisy curves
+_SIZE = 4.4, 3.2  # inches, width and height of a panel with all around it
+_GAPS = 1.2, 1.0  # inches, between two axes
 
 
-def plot_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the metrics of a run, one record an iteration, to a PNG file."""
-    known = {name for record in metrics for name in record}
-    panels = [p for p in PANELS if any(line.metric in known for line in p.lines)]
-    rows = max(-(-len(panels) // _COLUMNS), 1)
-    width, height = 4.2 * _COLUMNS, 3.2 * rows  # inches
+def plot_curves(run: Records, path: Path) -> None:
+    """Draw all that a run recorded to a PNG file."""
+    cells = [(panel, run) for panel in PANELS if panel.is_known(run)]
+    save_png(draw_grid(cells, columns=_COLUMNS), path)
+
+
+def draw_grid(
+    cells: Sequence[tuple[Panel, Records]],
+    *,
+    columns: int,
+    size: tuple[float, float] = _SIZE,
+    left: float = 0.7,
+) -> Figure:
+    """Panels, each of the run beside it, row by row.
+
+    Args:
+        size: width and height of a panel with its share of the gaps, in inches.
+        left: margin, in inches.
+    """
+    rows = max(-(-len(cells) // columns), 1)
+    right, bottom, top = 0.8, 0.5, 0.5
+    width, height = size[0] * columns, size[1] * rows
     figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
     # Fixed margins: to compute them takes as long as to draw.
+    axis_width = (width - left - right - _GAPS[0] * (columns - 1)) / columns
+    axis_height = (height - bottom - top - _GAPS[1] * (rows - 1)) / rows
     figure.subplots_adjust(
-        left=0.9 / width,
-        right=1 - 0.2 / width,
-        bottom=0.5 / height,
-        top=1 - 0.5 / height,
-        wspace=0.28,
-        hspace=0.46,
+        left=left / width,
+        right=1 - right / width,
+        bottom=bottom / height,
+        top=1 - top / height,
+        wspace=_GAPS[0] / axis_width,
+        hspace=_GAPS[1] / axis_height,
     )
-    axes = figure.subplots(rows, _COLUMNS, squeeze=False)
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        _draw(axis, panel, metrics)
-    for axis in axes.flat[len(panels) :]:
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis, (panel, run) in zip(axes.flat, cells, strict=False):
+        panel.draw(axis, run)
+    for axis in axes.flat[len(cells) :]:
         axis.set_axis_off()
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write the whole file or, if the process is killed meanwhile, nothing."""
     partial = path.with_name(path.name + ".partial")
+    FigureCanvasAgg(figure)
     figure.savefig(partial, dpi=110, format="png")
     partial.replace(path)
-
-
-def _draw(axis: Axes, panel: Panel, metrics: Sequence[Mapping[str, Any]]) -> None:
-    for line in panel.lines:
-        x, y = _points(line.metric, metrics)
-        if line.style != "-":
-            style: dict[str, Any] = {"ms": 3.5, "lw": 1.2, "clip_on": False}
-            axis.plot(x, y, line.style, color=line.color, label=line.label, **style)
-        elif len(y) < 2 * _WINDOW:
-            axis.plot(x, y, color=line.color, label=line.label, lw=1.4)
-        else:
-            axis.plot(x, y, color=line.color, alpha=0.3, lw=0.8)
-            axis.plot(x, _running_mean(y), color=line.color, label=line.label, lw=1.6)
-    several = len(panel.lines) > 1
-    pad = 20 if several else 6
-    axis.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", pad=pad)
-    if several:  # between title and axes, where no data can be
-        where: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.02, 0.99), "ncols": 3}
-        axis.legend(**where, fontsize=8, frameon=False, handlelength=1.6, columnspacing=1.2)
-    axis.set_ylabel(panel.unit, fontsize=9, color=GREY)
-    axis.set_xlabel("iteration", fontsize=9, color=GREY)
-    axis.set_xlim(left=0)
-    bottom, top = panel.limits
-    if bottom == 0:
-        top = 1.08 * axis.dataLim.ymax or None
-    axis.set_ylim(bottom, top)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8)
-
-
-def _points(
-    metric: str, metrics: Sequence[Mapping[str, Any]]
-) -> tuple[Sequence[int], Sequence[float]]:
-    """Iterations and values, without those that were not finite (null in the file)."""
-    points = [(m["iteration"], m[metric]) for m in metrics if m.get(metric) is not None]
-    # The untrained policy's evaluation stands in the first record: iteration 0 has none.
-    baseline = metrics[0].get(metric.replace("eval/", "baseline/"))
-    if metric.startswith("eval/") and baseline is not None:
-        points.insert(0, (0, baseline))
-    x, y = zip(*points, strict=True) if points else ((), ())
-    return x, y
-
-
-def _running_mean(y: Sequence[float]) -> list[float]:
-    """Centred mean over at most `_WINDOW` points, fewer at the ends."""
-    half = _WINDOW // 2
-    windows = (y[max(0, i - half) : i + half + 1] for i in range(len(y)))
-    return [sum(window) / len(window) for window in windows]

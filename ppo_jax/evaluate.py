@@ -16,6 +16,7 @@ from ppo_jax.actor import Actor
 from ppo_jax.evaluation import evaluation_means
 from ppo_jax.models import load_pretrained
 from ppo_jax.rewards import load_training_reward
+from ppo_jax.sampling import Sampling
 from qwen_env import pocket
 from qwen_env.errors import UsageError
 from qwen_env.prompts import Overflow, load_prompts
@@ -49,6 +50,10 @@ class Arguments:
     """System message of every chat that has none of its own."""
     temperature: float = 1.0
     """Of the sampled pass."""
+    top_k: int | None = None
+    """The sampled pass draws from the k most probable tokens alone."""
+    top_p: float | None = None
+    """It draws from the fewest most probable tokens that have this probability together."""
     batch_size: int = 16
     """Prompts decoded at one time."""
     seed: int = 0
@@ -79,8 +84,8 @@ def evaluate(arguments: Arguments) -> dict[str, dict[str, float]]:
     """
     if arguments.batch_size < 1:
         raise UsageError(f"batch_size is {arguments.batch_size}; it must be at least 1.")
-    if not arguments.temperature > 0:
-        raise UsageError(f"temperature is {arguments.temperature}; it must be above 0.")
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    sampling.check()
     limit = arguments.max_prompt_length
     tokenizer = load_tokenizer(arguments.model)
     prompts = load_prompts(
@@ -101,7 +106,7 @@ def evaluate(arguments: Arguments) -> dict[str, dict[str, float]]:
         max_new_tokens=arguments.max_new_tokens,
         vocab_size=network.config.vocab_size,
     )
-    actor = Actor(network, task, arguments.temperature)
+    actor = Actor(network, task, sampling)
 
     def means(*, greedy: bool) -> dict[str, float]:
         _, outcomes = actor.respond_to_all(

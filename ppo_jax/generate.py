@@ -14,6 +14,7 @@ from flax import nnx
 from ppo_jax import cli
 from ppo_jax.actor import Actor
 from ppo_jax.models import load_pretrained
+from ppo_jax.sampling import Sampling
 from qwen_env import pocket
 from qwen_env.errors import UsageError
 from qwen_env.prompts import load_prompts
@@ -38,6 +39,10 @@ class Arguments:
     """Always take the most probable token."""
     temperature: float | None = None
     """Of sampling; 1 where it is not given."""
+    top_k: int | None = None
+    """Sample from the k most probable tokens alone."""
+    top_p: float | None = None
+    """Sample from the fewest most probable tokens that have this probability together."""
     seed: int = 0
     """Of sampling."""
     chat: bool = False
@@ -65,7 +70,7 @@ def generate(arguments: Arguments) -> list[dict[str, str]]:
     Raises:
         UsageError: an argument or the model is wrong.
     """
-    temperature = _temperature(arguments)
+    sampling = _sampling(arguments)
     if not arguments.prompts:
         raise UsageError(f"There is no prompt; give one or more: {PROG} --model FOLDER 'The plot'.")
     tokenizer = load_tokenizer(arguments.model)
@@ -92,7 +97,7 @@ def generate(arguments: Arguments) -> list[dict[str, str]]:
         max_new_tokens=arguments.max_new_tokens,
         vocab_size=network.config.vocab_size,
     )
-    done = Actor(network, task, temperature).respond(
+    done = Actor(network, task, sampling).respond(
         nnx.state(network), prompts, jax.random.key(arguments.seed), greedy=arguments.greedy
     )
     return [
@@ -105,16 +110,16 @@ def generate(arguments: Arguments) -> list[dict[str, str]]:
     ]
 
 
-def _temperature(arguments: Arguments) -> float:
-    if arguments.temperature is None:
-        return 1.0
-    if arguments.greedy:
-        raise UsageError("greedy and temperature exclude each other; leave one of them out.")
-    if not arguments.temperature > 0:
+def _sampling(arguments: Arguments) -> Sampling:
+    given = {name: getattr(arguments, name) for name in Sampling._fields}
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.greedy and given:
         raise UsageError(
-            f"temperature is {arguments.temperature}; it must be above 0 (--greedy is its limit)."
+            f"greedy and {next(iter(given))} exclude each other; leave one of them out."
         )
-    return arguments.temperature
+    sampling = Sampling(**given)
+    sampling.check()
+    return sampling
 
 
 def _nothing(batch: RewardBatch) -> np.ndarray:

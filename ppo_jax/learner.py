@@ -3,8 +3,8 @@
     prepare   old and reference log-probabilities, values -> rewards -> advantages, returns
     update    epochs x minibatches of clipped PPO, with the KL early stop inside
 
-Both are pure: state in, state out. Losses are sums over valid tokens divided by the count in the
-whole minibatch, so they do not depend on how it is cut into micro-batches.
+Both are pure: state in, state out. Losses are weighted sums over valid tokens, whose weights add up
+to 1 over the whole minibatch, so they do not depend on how it is cut into micro-batches.
 
 Shapes: B batch, M minibatch, T response limit, S = P + T.
 """
@@ -20,13 +20,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppo_jax import algorithm
+from ppo_jax.batch import Batch, Controls, Distributions, Metrics, Prepared, make_batch
 from ppo_jax.config import OptimizerConfig, PPOConfig
+from ppo_jax.length_buckets import at_bucket, bucket_limits
 from ppo_jax.models.response import ResponseOutputs, response_outputs
+from ppo_jax.optimizer import Params, learning_rate_schedule, learning_share, make_optimizer
 from ppo_jax.rollout import Rollout
 from qwen_env import mdp
-
-Params = nnx.State
-Metrics = dict[str, Array]
 
 
 class TrainState(NamedTuple):
@@ -34,22 +34,11 @@ class TrainState(NamedTuple):
 
     params: Params
     opt_state: optax.OptState
+    controls: Controls
+    reference: Params | None  # the backbone of a moving reference model; None if it stands still
     root_key: Array  # uint32, jax.random.key_data of the root key; never changes
     iteration: Int[Array, ""]
     nonfinite_in_a_row: Int[Array, ""]
-
-
-class Batch(NamedTuple):
-    """B episodes, ready to be learnt from; response-aligned arrays are 0 beyond the response."""
-
-    tokens: Int[Array, "B S"]
-    prompt_length: Int[Array, "B"]
-    length: Int[Array, "B"]
-    mask: Bool[Array, "B T"]
-    logprobs: Float[Array, "B T"]  # of the policy that wrote the responses
-    values: Float[Array, "B T"]
-    advantages: Float[Array, "B T"]
-    returns: Float[Array, "B T"]
 
 
 @dataclass(frozen=True)
@@ -57,190 +46,221 @@ class Learner:
     """The constants of learning; hashable, so each method compiles once for each learner."""
 
     graphdef: Any  # the network without its arrays
-    optimizer: optax.GradientTransformation
-    learning_rate: optax.Schedule  # of the iteration
     rules: mdp.Rules
     config: PPOConfig
+    optimizer_config: OptimizerConfig
+    num_iterations: int  # over which the learning rate is scheduled
     remat: bool = False
 
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.optimizer_config)
+
     def init(self, params: Params, seed: int) -> TrainState:
+        moves = self.config.ref_ema_decay is not None
         return TrainState(
             params=params,
             opt_state=self.optimizer.init(params),
+            controls=Controls(jnp.float32(self.config.kl_coef), algorithm.no_moments()),
+            reference=jax.tree.map(jnp.copy, params["backbone"]) if moves else None,
             root_key=jax.random.key_data(jax.random.key(seed)),
             iteration=jnp.zeros((), jnp.int32),
             nonfinite_in_a_row=jnp.zeros((), jnp.int32),
         )
 
     def prepare(
-        self, params: Params, ref_params: Params, rollout: Rollout, score: Float[Array, "B"]
-    ) -> tuple[Batch, Metrics]:
-        """Score every token: rewards, advantages and returns, and what to watch of them."""
-        state, config = rollout.state, self.config
-        written = mdp.response_length(state)
-        mask = jnp.arange(self.rules.max_new_tokens) < written[:, None]
-        is_last = jnp.arange(self.rules.max_new_tokens) == written[:, None] - 1
+        self,
+        params: Params,
+        reference: Params,
+        controls: Controls,
+        rollout: Rollout,
+        score: Float[Array, "B"],
+    ) -> Prepared:
+        """Score every token: rewards, advantages and returns, and what to watch of them.
 
-        def outputs(params: Params) -> ResponseOutputs:
-            episodes = (state.tokens, state.prompt_length, state.length)
-            return _in_pieces(
-                lambda piece: self._response_outputs(params, *piece),
-                episodes,
-                config.num_minibatches * config.num_microbatches,
-            )
-
-        old, ref = outputs(params), outputs(ref_params)
-        logprobs, ref_logprobs, values = (
-            jnp.where(mask, x, 0.0) for x in (old.logprobs, ref.logprobs, old.values)
+        Args:
+            params: of the policy that wrote the responses.
+            reference: the backbone of the reference model.
+        """
+        reference_params = nnx.State({**params, "backbone": reference})
+        return make_batch(
+            rollout,
+            score,
+            self._outputs_of(params, rollout, lambda outputs: outputs),
+            # The log-probabilities alone, so that no values are computed.
+            self._outputs_of(reference_params, rollout, lambda outputs: outputs.logprobs),
+            controls,
+            self.config,
         )
-        rewards = algorithm.token_rewards(
-            score, logprobs, ref_logprobs, mask, kl_coef=config.kl_coef, estimator=config.kl_penalty
-        )
-        advantages, returns = algorithm.generalized_advantage_estimation(
-            rewards,
-            values,
-            is_last,  # the length limit ends an episode as an end of sequence does
-            jnp.zeros_like(score),
-            mask=mask,
-            gamma=config.gamma,
-            gae_lambda=config.gae_lambda,
-        )
-        unexplained = algorithm.masked_var(returns - values, mask)
-        gap = jnp.abs(rollout.logprobs - logprobs)
-        metrics = {
-            "objective/score": score.mean(),
-            "objective/score_std": score.std(),
-            "objective/kl": jnp.where(mask, logprobs - ref_logprobs, 0.0).sum(-1).mean(),
-            "objective/reward": rewards.sum(-1).mean(),
-            "policy/entropy": algorithm.masked_mean(old.entropy, mask),
-            "value/mean": algorithm.masked_mean(values, mask),
-            "value/explained_variance": 1
-            - unexplained / jnp.maximum(algorithm.masked_var(returns, mask), 1e-8),
-            "rollout/length_mean": written.mean(),
-            "rollout/eos_rate": state.terminated.mean(),
-            "rollout/logprob_gap_max": jnp.where(mask, gap, 0.0).max(),
-        }
-        if config.whiten_advantages:
-            advantages = algorithm.masked_whiten(advantages, mask)
-        batch = Batch(
-            tokens=state.tokens,
-            prompt_length=state.prompt_length,
-            length=state.length,
-            mask=mask,
-            logprobs=logprobs,
-            values=values,
-            advantages=advantages,
-            returns=returns,
-        )
-        return batch, metrics
 
     def update(
         self, state: TrainState, batch: Batch, key: PRNGKeyArray
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, Metrics, Distributions]:
         """Epochs x minibatches, each epoch in an order of its own, until done or KL early stop.
 
-        A minibatch whose KL(old ‖ new) exceeds the target ends the iteration without a step; one
+        At the grain of minibatches, one whose KL(old ‖ new) exceeds the target ends the iteration
+        without a step; at the grain of epochs, an epoch whose mean does is the last. A minibatch
         whose loss or gradient is not finite is skipped.
         """
-        config = self.config
+        config, optimizer = self.config, self.optimizer
         batch_size = batch.tokens.shape[0]
         num_minibatches = config.num_minibatches
-        learning_rate = jnp.asarray(self.learning_rate(state.iteration), jnp.float32)
+        num_steps = config.num_epochs * num_minibatches
+        schedule = learning_rate_schedule(self.optimizer_config, self.num_iterations)
+        learning_rate = jnp.asarray(schedule(state.iteration), jnp.float32)
+        share = learning_share(state.params, self.optimizer_config, state.iteration)
 
         def is_running(carry: _UpdateCarry) -> Array:
-            return (carry.num_seen < config.num_epochs * num_minibatches) & ~carry.stopped
+            return (carry.num_seen < num_steps) & ~carry.stopped
 
         def one_minibatch(carry: _UpdateCarry) -> _UpdateCarry:
             epoch, part = carry.num_seen // num_minibatches, carry.num_seen % num_minibatches
             order = jax.random.permutation(jax.random.fold_in(key, epoch), batch_size)
             rows = order.reshape(num_minibatches, -1)[part]
-            minibatch = jax.tree.map(lambda x: x[rows], batch)
-            gradients, metrics = self._gradients(carry.params, minibatch)
-            metrics["policy/grad_norm"] = optax.tree.norm(gradients)
-            stopped = jnp.zeros((), bool)
-            if config.target_kl is not None:
-                stopped = metrics["policy/stop_kl"] > config.target_kl
+            minibatch = _take(batch, rows)
+            if config.advantage_whitening == "minibatch":
+                advantages = algorithm.masked_whiten(minibatch.advantages, minibatch.mask)
+                minibatch = minibatch._replace(advantages=advantages)
+            gradients, seen = self._gradients(carry.params, minibatch)
+            gradients = jax.tree.map(jnp.multiply, gradients, share)
+            metrics = seen.metrics | {"policy/grad_norm": optax.tree.norm(gradients)}
+            epoch_kl = jnp.where(part == 0, 0.0, carry.epoch_kl) + seen.stop_kl
+            stopped, is_refused = self._stops(seen.stop_kl, epoch_kl, part)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["policy/grad_norm"])
-            applied = finite & ~stopped
-            updates, opt_state = self.optimizer.update(gradients, carry.opt_state, carry.params)
-            updates = jax.tree.map(lambda update: learning_rate * update, updates)
+            applied = finite & ~is_refused
+            updates, opt_state = optimizer.update(gradients, carry.opt_state, carry.params)
+            # Frozen parameters have no gradient, but weight decay would still move them.
+            updates = jax.tree.map(lambda x, share: learning_rate * share * x, updates, share)
             params = optax.apply_updates(carry.params, updates)
-            ratio_error = metrics.pop("policy/ratio_max_error")
             return _UpdateCarry(
                 num_seen=carry.num_seen + 1,
                 stopped=stopped,
+                epoch_kl=epoch_kl,
                 params=_select(applied, params, carry.params),
                 opt_state=_select(applied, opt_state, carry.opt_state),
                 nonfinite_in_a_row=jnp.where(finite, 0, carry.nonfinite_in_a_row + 1),
                 num_nonfinite=carry.num_nonfinite + ~finite,
                 num_applied=carry.num_applied + applied,
                 first_ratio_max_error=jnp.where(
-                    carry.num_seen == 0, ratio_error, carry.first_ratio_max_error
+                    carry.num_seen == 0, seen.ratio_max_error, carry.first_ratio_max_error
                 ),
+                ratios=carry.ratios + seen.ratios,
                 sums={k: v + jnp.where(finite, metrics[k], 0.0) for k, v in carry.sums.items()},
             )
 
+        opt_state = state.opt_state
+        if warmup := self.optimizer_config.critic_warmup_iterations:
+            # Adam's bias correction counts steps: without a fresh start, the policy's first ones
+            # after the critic's warm-up would be several times too long.
+            starts_anew = state.iteration == warmup
+            opt_state = _select(starts_anew, optimizer.init(state.params), opt_state)
         start = _UpdateCarry(
             num_seen=jnp.zeros((), jnp.int32),
             stopped=jnp.zeros((), bool),
+            epoch_kl=jnp.zeros((), jnp.float32),
             params=state.params,
-            opt_state=state.opt_state,
+            opt_state=opt_state,
             nonfinite_in_a_row=state.nonfinite_in_a_row,
             num_nonfinite=jnp.zeros((), jnp.int32),
             num_applied=jnp.zeros((), jnp.int32),
             first_ratio_max_error=jnp.zeros((), jnp.float32),
+            ratios=jnp.zeros(len(algorithm.RATIO_EDGES) - 1, jnp.int32),
             sums=dict.fromkeys(_AVERAGED, jnp.zeros((), jnp.float32)),
         )
         end = jax.lax.while_loop(is_running, one_minibatch, start)
         count = jnp.maximum(end.num_seen - end.num_nonfinite, 1)
+        stopped_early = end.stopped & (
+            (end.num_seen < num_steps) | (end.num_applied < end.num_seen)
+        )
         metrics = {name: total / count for name, total in end.sums.items()} | {
             "policy/first_ratio_max_error": end.first_ratio_max_error,
             "policy/learning_rate": learning_rate,
             "update/epochs": end.num_applied / num_minibatches,
-            "update/early_stopped": end.stopped.astype(jnp.int32),
+            "update/early_stopped": stopped_early.astype(jnp.int32),
             "update/nonfinite": end.num_nonfinite,
         }
+        reference = state.reference
+        if (decay := config.ref_ema_decay) is not None:
+            reference = jax.tree.map(
+                lambda old, new: decay * old + (1 - decay) * new, reference, end.params["backbone"]
+            )
         next_state = TrainState(
             params=end.params,
             opt_state=end.opt_state,
+            controls=state.controls,
+            reference=reference,
             root_key=state.root_key,
             iteration=state.iteration + 1,
             nonfinite_in_a_row=end.nonfinite_in_a_row,
         )
-        return next_state, metrics
+        return next_state, metrics, {"ratio": end.ratios}
 
-    def _gradients(self, params: Params, minibatch: Batch) -> tuple[Params, Metrics]:
+    def _stops(self, kl: Array, epoch_kl: Array, part: Array) -> tuple[Array, Array]:
+        """Whether this minibatch is the last, and whether its step is refused as well.
+
+        Args:
+            kl: of the minibatch.
+            epoch_kl: summed over the epoch's minibatches up to this one, which is number `part`.
+        """
+        config, never = self.config, jnp.zeros((), bool)
+        if config.target_kl is None:
+            return never, never
+        if config.target_kl_grain == "minibatch":
+            return kl > config.target_kl, kl > config.target_kl
+        ends_epoch = part == config.num_minibatches - 1
+        return ends_epoch & (epoch_kl / config.num_minibatches > config.target_kl), never
+
+    def _gradients(self, params: Params, minibatch: Batch) -> tuple[Params, "_Seen"]:
         """Gradients and metrics of a minibatch, summed over its micro-batches."""
-        count = minibatch.mask.sum()
-        differentiate = jax.grad(self._loss, has_aux=True)
         pieces = self.config.num_microbatches
+        if pieces > 1:
+            minibatch = _take(minibatch, self._order(minibatch.mask.sum(1)))
+        weights = algorithm.token_weights(minibatch.mask, self.config.loss_aggregation)
+
+        def differentiate(piece: Batch, weights: Array) -> tuple[Params, _Seen]:
+            def up_to(limit: int, params: Params, piece: Batch, weights: Array) -> Any:
+                loss = jax.grad(self._loss, has_aux=True)
+                return loss(params, piece.up_to(limit), weights[:, :limit])
+
+            longest = piece.mask.sum(1).max()
+            return at_bucket(up_to, longest, self._limits, params, piece, weights)
+
         if pieces == 1:
-            return differentiate(params, minibatch, count)
+            return differentiate(minibatch, weights)
 
-        def add(total: Any, piece: Batch) -> tuple[Any, None]:
-            gradients, metrics = differentiate(params, piece, count)
-            summed = jax.tree.map(jnp.add, total, (gradients, metrics))
-            worst = jnp.maximum(
-                total[1]["policy/ratio_max_error"], metrics["policy/ratio_max_error"]
-            )
-            return (summed[0], summed[1] | {"policy/ratio_max_error": worst}), None
+        def add(total: Any, piece: Any) -> tuple[Any, None]:
+            gradients, seen = differentiate(*piece)
+            summed = jax.tree.map(jnp.add, total, (gradients, seen))
+            worst = jnp.maximum(total[1].ratio_max_error, seen.ratio_max_error)
+            return (summed[0], summed[1]._replace(ratio_max_error=worst)), None
 
-        cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), minibatch)
-        shapes = jax.eval_shape(differentiate, params, jax.tree.map(lambda x: x[0], cut), count)
+        cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), (minibatch, weights))
+        shapes = jax.eval_shape(differentiate, *jax.tree.map(lambda x: x[0], cut))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(add, zeros, cut)[0]
 
-    def _loss(self, params: Params, batch: Batch, count: Array) -> tuple[Array, Metrics]:
-        """The total loss of a micro-batch: its share of the minibatch's, with `count` tokens."""
+    def _loss(
+        self, params: Params, batch: Batch, weights: Float[Array, "M T"]
+    ) -> tuple[Array, "_Seen"]:
+        """The total loss of a micro-batch: its share of the minibatch's, by its tokens' weights."""
         config, mask = self.config, batch.mask
-        new = self._response_outputs(params, batch.tokens, batch.prompt_length, batch.length)
+        new = self._response_outputs(
+            params,
+            batch.tokens,
+            batch.prompt_length,
+            batch.length,
+            batch.support,
+            num_steps=mask.shape[1],
+        )
         policy = algorithm.clipped_policy_loss(
             new.logprobs,
             batch.logprobs,
             batch.advantages,
             mask,
             clip_range=config.clip_range,
-            denominator=count,
+            clip_range_high=config.clip_range_high,
+            dual_clip=config.dual_clip,
+            weights=weights,
         )
         value_loss = algorithm.value_loss(
             new.values,
@@ -248,9 +268,9 @@ class Learner:
             mask,
             old_values=None if config.value_clip_range is None else batch.values,
             clip_range=config.value_clip_range,
-            denominator=count,
+            weights=weights,
         )
-        entropy = algorithm.masked_mean(new.entropy, mask, denominator=count)
+        entropy = algorithm.masked_mean(new.entropy, mask, weights=weights)
         loss = algorithm.total_loss(
             policy.loss,
             value_loss,
@@ -261,43 +281,106 @@ class Learner:
 
         def kl(estimator: algorithm.KlEstimator) -> Array:
             return algorithm.approx_kl(
-                batch.logprobs, new.logprobs, mask, estimator, denominator=count
+                batch.logprobs, new.logprobs, mask, estimator, weights=weights
             )
 
         ratio = jnp.exp(jnp.where(mask, new.logprobs - batch.logprobs, 0.0))
-        return loss, {
-            "loss": loss,
-            "policy/loss": policy.loss,
-            "policy/clip_fraction": policy.clip_fraction,
-            "policy/approx_kl": kl("k3"),
-            "policy/stop_kl": kl(config.target_kl_estimator),
-            "policy/ratio_max_error": jnp.abs(ratio - 1).max(),
-            "value/loss": value_loss,
-        }
+        return loss, _Seen(
+            metrics={
+                "loss": loss,
+                "policy/loss": policy.loss,
+                "policy/clip_fraction": policy.clip_fraction,
+                "policy/approx_kl": kl("k3"),
+                "value/loss": value_loss,
+            },
+            stop_kl=kl(config.target_kl_estimator),
+            ratio_max_error=jnp.abs(ratio - 1).max(),
+            ratios=algorithm.masked_histogram(ratio, mask, algorithm.RATIO_EDGES),
+        )
+
+    def _outputs_of(
+        self, params: Params, rollout: Rollout, choose: Callable[[ResponseOutputs], Any]
+    ) -> Any:
+        """What `choose` takes of the outputs of a whole rollout, a micro-batch at a time."""
+        state, limit = rollout.state, rollout.logprobs.shape[1]
+        pieces = self.config.num_minibatches * self.config.num_microbatches
+
+        def outputs(rows: Any) -> Any:
+            def up_to(steps: int, params: Params, rows: Any) -> Any:
+                tokens, prompt_length, length, support = rows
+                width = tokens.shape[1] - limit + steps
+                support = None if support is None else support[:, :steps]
+                part = choose(
+                    self._response_outputs(
+                        params, tokens[:, :width], prompt_length, length, support, num_steps=steps
+                    )
+                )
+                missing = [(0, 0), (0, limit - steps)]
+                return jax.tree.map(lambda x: jnp.pad(x, missing[: x.ndim]), part)
+
+            longest = (rows[2] - rows[1]).max()
+            return at_bucket(up_to, longest, self._limits, params, rows)
+
+        rows = (state.tokens, state.prompt_length, state.length, rollout.support)
+        if pieces == 1:
+            return outputs(rows)
+        order = self._order(mdp.response_length(state))
+        rows = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), _take(rows, order))
+        parts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(outputs, rows))
+        return _take(parts, jnp.argsort(order))
+
+    @property
+    def _limits(self) -> tuple[int, ...]:
+        return bucket_limits(self.rules.max_new_tokens, self.config.num_length_buckets)
+
+    def _order(self, lengths: Int[Array, "rows"]) -> Int[Array, "rows"]:
+        """Rows of like length beside each other, if that makes any piece of them shorter."""
+        return jnp.argsort(lengths) if len(self._limits) > 1 else jnp.arange(len(lengths))
 
     def _response_outputs(
-        self, params: Params, tokens: Array, prompt_length: Array, length: Array
+        self,
+        params: Params,
+        tokens: Array,
+        prompt_length: Array,
+        length: Array,
+        support: Array | None,
+        *,
+        num_steps: int,
     ) -> ResponseOutputs:
         return response_outputs(
             nnx.merge(self.graphdef, params),
             tokens,
             prompt_length,
             length,
+            support,
             rules=self.rules,
-            temperature=self.config.temperature,
+            sampling=self.config.sampling,
+            num_steps=num_steps,
+            stop_value_gradient=self.config.critic == "stopped",
             remat=self.remat,
         )
+
+
+class _Seen(NamedTuple):
+    """What a minibatch says of itself; all but `ratio_max_error` are sums over its tokens."""
+
+    metrics: Metrics
+    stop_kl: Float[Array, ""]
+    ratio_max_error: Float[Array, ""]
+    ratios: Int[Array, "bins"]
 
 
 class _UpdateCarry(NamedTuple):
     num_seen: Int[Array, ""]  # minibatches
     stopped: Bool[Array, ""]
+    epoch_kl: Float[Array, ""]  # summed over the minibatches of the epoch under way
     params: Params
     opt_state: optax.OptState
     nonfinite_in_a_row: Int[Array, ""]
     num_nonfinite: Int[Array, ""]
     num_applied: Int[Array, ""]
     first_ratio_max_error: Float[Array, ""]
+    ratios: Int[Array, "bins"]
     sums: Metrics
 
 
@@ -311,54 +394,9 @@ _AVERAGED = (
 """Metrics that are averaged over the minibatches of an iteration."""
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) at learning rate 1, behind a gradient-norm clip.
-
-    The learner scales its updates by `learning_rate`, which depends on the iteration: a KL early
-    stop takes fewer optimizer steps and must not stretch the schedule.
-    """
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.scale_by_adam(b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps),
-        optax.add_decayed_weights(config.weight_decay, mask=_is_decayed),
-        optax.scale(-1.0),
-    )
-
-
-def learning_rate_schedule(config: OptimizerConfig, num_iterations: int) -> optax.Schedule:
-    """The learning rate of each iteration: a linear warm-up, then the schedule down to zero."""
-    peak, warmup = config.learning_rate, config.warmup_iterations
-    rest = max(num_iterations - warmup, 1)
-    falling = {
-        "constant": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(peak, rest),
-    }[config.schedule]
-    if not warmup:
-        return falling
-    # The first iteration is the first step of the ramp, not a step of length zero.
-    rising = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
-    return optax.join_schedules([rising, falling], [warmup])
-
-
-def _is_decayed(params: Params) -> Any:
-    """True for matrices, False for norms and biases (which are stacked, so rank does not tell)."""
-
-    def is_matrix(path: tuple[Any, ...], _: Array) -> bool:
-        name = jax.tree_util.keystr(path)
-        return "norm" not in name and "bias" not in name
-
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
-
-
 def _select(condition: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
 
 
-def _in_pieces(function: Callable[[Any], Any], rows: Any, pieces: int) -> Any:
-    """`function` of `rows`, computed one piece after another to bound memory."""
-    if pieces == 1:
-        return function(rows)
-    cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rows)
-    outputs = jax.lax.map(function, cut)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+def _take(tree: Any, rows: Int[Array, "rows"]) -> Any:
+    return jax.tree.map(lambda x: x[rows], tree)

@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from ppo_jax.models.heads import PolicyValueNetwork
 from ppo_jax.models.qwen2 import DecoderLayer, KeyValue, rotary_angles
-from ppo_jax.models.response import sampling_logits
+from ppo_jax.sampling import Sampling, packed, sampling_logits, truncation
 from qwen_env import mdp
 
 
@@ -23,6 +24,7 @@ class Rollout(NamedTuple):
 
     state: mdp.State
     logprobs: Float[Array, "B T"]  # of the tokens as they were drawn; 0 beyond the response
+    support: UInt8[Array, "B T V/8"] | None = None  # what they were drawn from, if truncated
 
 
 class _Carry(NamedTuple):
@@ -31,45 +33,52 @@ class _Carry(NamedTuple):
     state: mdp.State
     cache: tuple[KeyValue, ...]
     logprobs: Float[Array, "B T"]
+    support: UInt8[Array, "B T V/8"] | None
 
 
 def rollout(
     network: PolicyValueNetwork,
-    prompt_ids: Int[Array, "B P"],
-    prompt_length: Int[Array, "B"],
+    prompt_ids: Int[Array, "prompts P"],
+    prompt_length: Int[Array, "prompts"],
     key: PRNGKeyArray,
     *,
     rules: mdp.Rules,
-    temperature: float = 1.0,
+    sampling: Sampling = Sampling(),  # noqa: B008  (immutable)
+    completions_per_prompt: int = 1,
     greedy: bool = False,
 ) -> Rollout:
-    """Write a response behind every prompt.
+    """Write `completions_per_prompt` responses behind every prompt, in rows that follow each other.
 
-    Tokens are drawn from softmax(logits / temperature) over the allowed ids, or are the most
-    probable ones if `greedy`; `logprobs` are under that same distribution either way.
+    Tokens are drawn from the sampling distribution over the allowed ids, or are the most probable
+    ones if `greedy`; `logprobs` are under that same distribution either way. The prompts of B rows
+    are read once for all their completions.
     """
     layers = network.backbone.unstacked_layers()
 
     def choose(hidden: Array, carry: _Carry) -> _Carry:
         """Draw token number `carry.step` of the response from its predecessor's hidden state."""
-        token, logprob = choose_token(
+        has_ended = mdp.has_ended(carry.state)
+        token, logprob, support = choose_token(
             network,
             hidden,
             mdp.response_length(carry.state),
             jax.random.fold_in(key, carry.step),
             rules=rules,
-            temperature=temperature,
+            sampling=sampling,
             greedy=greedy,
         )
-        logprob = jnp.where(mdp.has_ended(carry.state), 0.0, logprob)
+        logprob = jnp.where(has_ended, 0.0, logprob)
+        supports = carry.support
+        if supports is not None and support is not None:
+            support = jnp.where(has_ended[:, None], _EVERYTHING, packed(support))
+            supports = _written(supports, support, carry.step)
         return _Carry(
             step=carry.step + 1,
             token=token,
             state=mdp.step(carry.state, token, rules, jnp),
             cache=carry.cache,
-            logprobs=jax.lax.dynamic_update_slice_in_dim(
-                carry.logprobs, logprob[:, None], carry.step, axis=1
-            ),
+            logprobs=_written(carry.logprobs, logprob, carry.step),
+            support=supports,
         )
 
     def is_running(carry: _Carry) -> Array:
@@ -79,17 +88,27 @@ def rollout(
         hidden, cache = _decode(network, layers, carry, rules)
         return choose(hidden, carry._replace(cache=cache))
 
-    state = mdp.initial_state(prompt_ids, prompt_length, rules, jnp)
-    hidden, cache = _prefill(network, state, rules)
+    def several(x: Array) -> Array:
+        return jnp.repeat(x, completions_per_prompt, axis=0)
+
+    prompts = mdp.initial_state(prompt_ids, prompt_length, rules, jnp)
+    hidden, cache, state = jax.tree.map(several, (*_prefill(network, prompts, rules), prompts))
+    shape = state.length.shape[0], rules.max_new_tokens
     start = _Carry(
         step=jnp.zeros((), jnp.int32),
         token=jnp.zeros_like(state.length),
         state=state,
         cache=cache,
-        logprobs=jnp.zeros((state.length.shape[0], rules.max_new_tokens), jnp.float32),
+        logprobs=jnp.zeros(shape, jnp.float32),
+        support=jnp.full((*shape, -(-rules.vocab_size // 8)), _EVERYTHING)
+        if sampling.is_truncated
+        else None,
     )
     end = jax.lax.while_loop(is_running, advance, choose(hidden, start))
-    return Rollout(end.state, end.logprobs)
+    return Rollout(end.state, end.logprobs, end.support)
+
+
+_EVERYTHING = np.uint8(255)  # eight ids that may all be drawn
 
 
 def choose_token(
@@ -99,15 +118,28 @@ def choose_token(
     key: PRNGKeyArray,
     *,
     rules: mdp.Rules,
-    temperature: float,
+    sampling: Sampling,
     greedy: bool,
-) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """The token behind each hidden state, after `num_written` others, and its log-probability."""
+) -> tuple[Int[Array, "B"], Float[Array, "B"], Bool[Array, "B V"] | None]:
+    """The token behind each hidden state, after `num_written` others.
+
+    Returns:
+        tokens, their log-probabilities, and the ids they were drawn from if those are truncated.
+    """
     allowed = mdp.action_mask(num_written, rules, jnp)
-    logits = sampling_logits(network.logits(hidden), allowed, temperature)
+    logits = sampling_logits(network.logits(hidden), allowed, sampling.temperature)
+    support = None
+    if sampling.is_truncated:
+        support = truncation(logits, sampling)
+        logits = jnp.where(support, logits, -jnp.inf)
     token = jnp.argmax(logits, axis=-1) if greedy else jax.random.categorical(key, logits)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
+    return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1), support
+
+
+def _written(x: Array, column: Array, step: Array) -> Array:
+    """`x` [B, T, ...] with `column` [B, ...] in place `step`."""
+    return jax.lax.dynamic_update_slice_in_dim(x, column[:, None], step, axis=1)
 
 
 def _prefill(

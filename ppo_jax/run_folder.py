@@ -1,7 +1,17 @@
 """The files of a run, apart from what its checkpoints and models hold.
 
-config.json  metrics.jsonl  samples.jsonl  curves.png  tensorboard/
+config.json  metrics.jsonl  distributions.jsonl  samples.jsonl  curves.png  tensorboard/
 checkpoints/  best/  final/
+
+distributions.jsonl holds, for each iteration, what single numbers would hide:
+
+    ratio                counts of π_new / π_old over the tokens of all minibatches
+    advantage            counts of advantages, in standard deviations from their mean
+    length               counts of responses with 1, 2, ..., T tokens
+    kl_by_position       log π_old - log π_ref, a mean over the batch: tokens 1, 2, ..., T
+    entropy_by_position  likewise; null where no response is that long
+
+The bins of the first two are `algorithm.RATIO_EDGES` and `algorithm.ADVANTAGE_EDGES`.
 """
 
 import json
@@ -12,15 +22,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from tensorboardX import SummaryWriter
 
+from ppo_jax.algorithm import ADVANTAGE_EDGES, RATIO_EDGES
 from ppo_jax.config import TrainConfig, as_json, from_json
-from ppo_jax.curves import plot_curves
+from ppo_jax.curves import Records, plot_curves
 from qwen_env.errors import UsageError
 
 Record = dict[str, Any]
 
-_RECORDS = ("metrics.jsonl", "samples.jsonl")
+_RECORDS = ("metrics.jsonl", "distributions.jsonl", "samples.jsonl")
+_DIGITS = 5  # significant ones, of what distributions.jsonl holds
 _PARTIAL = ".partial"
 
 
@@ -87,6 +100,23 @@ class RunFolder:
             if name != "iteration" and math.isfinite(value):
                 self._tensorboard.add_scalar(name, value, metrics["iteration"])
 
+    def write_distributions(self, record: Record) -> None:
+        """A line of `distributions.jsonl`, made by `distributions_record`; and for TensorBoard.
+
+        There the means by position are histograms too: position is the axis, the mean (0 where it
+        is negative or unknown) the height.
+        """
+        self._append("distributions.jsonl", [record])
+        assert self._tensorboard is not None
+        for name, values in record.items():
+            if name != "iteration":
+                heights = np.maximum(np.array(values, float), 0.0)  # null becomes NaN
+                histogram = _tensorboard_histogram(_edges(name, len(values)), heights)
+                tag = f"distribution/{name}"
+                self._tensorboard.add_histogram_raw(
+                    tag, **histogram, global_step=record["iteration"]
+                )
+
     def write_samples(self, samples: Sequence[Record]) -> None:
         """Lines of `samples.jsonl`."""
         self._append("samples.jsonl", samples)
@@ -100,7 +130,7 @@ class RunFolder:
     def plot(self) -> Path:
         """Draw `curves.png` anew."""
         path = self.path / "curves.png"
-        plot_curves(_read_jsonl(self.path / "metrics.jsonl"), path)
+        plot_curves(read_records(self.path), path)
         return path
 
     def close(self) -> None:
@@ -131,6 +161,50 @@ def read_config(folder: Path) -> TrainConfig:
         raise UsageError(f"{path} has no field {error}; another version wrote it.") from error
     except (ValueError, TypeError) as error:
         raise UsageError(f"{path} is not the config of a run of this version: {error}.") from error
+
+
+def read_records(folder: Path) -> Records:
+    """What the curves of the run in `folder` are drawn from.
+
+    Raises:
+        UsageError: there is no run, or its config cannot be read.
+    """
+    ppo = read_config(folder).ppo
+    high = ppo.clip_range if ppo.clip_range_high is None else ppo.clip_range_high
+    return Records(
+        metrics=_read_jsonl(folder / "metrics.jsonl"),
+        distributions=_read_jsonl(folder / "distributions.jsonl"),
+        clip_limits=(1 - ppo.clip_range, 1 + high),
+    )
+
+
+def distributions_record(iteration: int, distributions: Mapping[str, np.ndarray]) -> Record:
+    """A record for `RunFolder.write_distributions`: JSON, apart from NaN, of a few digits."""
+    rounded = {
+        name: [float(f"{x:.{_DIGITS}g}") if isinstance(x, float) else x for x in array.tolist()]
+        for name, array in distributions.items()
+    }
+    return {"iteration": iteration, **rounded}
+
+
+def _edges(name: str, count: int) -> np.ndarray:
+    """The outer and inner edges of the bins of a distribution; of positions, halfway between."""
+    by_name = {"ratio": RATIO_EDGES, "advantage": ADVANTAGE_EDGES}
+    return by_name.get(name, np.arange(count + 1) + 0.5)
+
+
+def _tensorboard_histogram(edges: np.ndarray, heights: np.ndarray) -> dict[str, Any]:
+    heights = np.nan_to_num(heights)
+    middles = (edges[1:] + edges[:-1]) / 2
+    return {
+        "min": edges[0],
+        "max": edges[-1],
+        "num": heights.sum(),
+        "sum": (heights * middles).sum(),
+        "sum_squares": (heights * middles**2).sum(),
+        "bucket_limits": edges[1:].tolist(),
+        "bucket_counts": heights.tolist(),
+    }
 
 
 _MAY_CHANGE = {"num_iterations", "eval_every", "eval_size", "save_every", "keep_checkpoints"}
@@ -165,11 +239,13 @@ def _check_usable(folder: Path, *, resume: bool) -> None:
 
 def _as_line(record: Mapping[str, Any]) -> str:
     """JSON has no NaN and no infinity: they become null."""
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in record.items()
-    }
-    return json.dumps(finite, ensure_ascii=False) + "\n"
+    return json.dumps({k: _finite(v) for k, v in record.items()}, ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read_jsonl(path: Path) -> list[Record]:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from ppo_jax import cli
+from ppo_jax.actor import Episodes
 from ppo_jax.agent import PPOAgent
 from ppo_jax.checkpoints import Checkpoints
 from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TaskConfig, TrainConfig, preset
@@ -23,7 +24,7 @@ from ppo_jax.interruption import EXIT_STATUS, stop_on_signal
 from ppo_jax.models import load_pretrained, save_pretrained
 from ppo_jax.progress import Progress
 from ppo_jax.rewards import load_training_reward
-from ppo_jax.run_folder import Record, RunFolder, read_config
+from ppo_jax.run_folder import Record, RunFolder, distributions_record, read_config
 from qwen_env.errors import UsageError
 from qwen_env.prompts import PromptDataset, load_prompts
 from qwen_env.task import make_task
@@ -154,10 +155,10 @@ class Run:
         self.plotted_at = -SECONDS_BETWEEN_PLOTS
         # What is saved beside the agent's state.
         self.facts: dict[str, Any] = {
-            "model_fingerprint": fingerprint(agent.ref_params),
+            "model_fingerprint": fingerprint(agent.initial_backbone),
             "best_score": None,
             "best_iteration": None,
-            "unfinished": None,  # metrics of an iteration whose evaluation failed
+            "unfinished": None,  # what an iteration whose evaluation failed will record
         }
 
     def go(self, *, resume: bool) -> None:
@@ -196,8 +197,13 @@ class Run:
             self.progress.doing("compiling ...")
         if self.facts["unfinished"] is not None:
             self._finish_iteration()
-        for _, metrics in self.agent.learn():
-            self.facts["unfinished"] = metrics | baseline
+        for episodes, metrics in self.agent.learn():
+            lengths = length_counts(episodes, self.agent.task.rules.max_new_tokens)
+            distributions = self.agent.distributions | {"length": lengths}
+            self.facts["unfinished"] = {
+                "metrics": metrics | gold_spread(episodes) | baseline,
+                "distributions": distributions_record(self.agent.iteration, distributions),
+            }
             baseline = {}
             self._finish_iteration()
             if should_stop():
@@ -206,11 +212,12 @@ class Run:
     def _finish_iteration(self) -> None:
         """Evaluate, record and save what falls due after an iteration's update."""
         iteration, settings = self.agent.iteration, self.settings
-        metrics: Record = self.facts["unfinished"]
+        metrics: Record = self.facts["unfinished"]["metrics"]
         evaluates = iteration % settings.eval_every == 0 or iteration >= self.agent.num_iterations
         if evaluates:
             means, _ = self._evaluate()
             metrics = metrics | {f"eval/{name}": mean for name, mean in means.items()}
+        self.folder.write_distributions(self.facts["unfinished"]["distributions"])
         self.folder.write_metrics(metrics)
         self.facts["unfinished"] = None
         self.progress.iterated(metrics)
@@ -279,6 +286,20 @@ class Run:
             f"{self.checkpoints.folder}; continue it with: {PROG} --output-dir "
             f"{self.folder.path} --resume"
         )
+
+
+def length_counts(episodes: Episodes, limit: int) -> np.ndarray:
+    """int [T]: how many responses have 1, 2, ..., T = `limit` tokens."""
+    lengths = [len(episode.completion_ids) for episode in episodes.episodes]
+    return np.bincount(lengths, minlength=limit + 1)[1:]
+
+
+def gold_spread(episodes: Episodes) -> dict[str, float]:
+    """The standard deviation of the gold score in a batch, where there is a gold score."""
+    components = [outcome.info["reward_components"] for outcome in episodes.outcomes]
+    if "gold" not in components[0]:
+        return {}
+    return {"reward/gold_std": float(np.std([row["gold"] for row in components]))}
 
 
 def fingerprint(params: Any) -> str:

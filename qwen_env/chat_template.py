@@ -35,8 +35,8 @@ def render_chat(
     Raises:
         UsageError: the messages are malformed, or the template refuses them.
     """
-    import jinja2
-
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise UsageError(f"messages is a {type(messages).__name__}; it must be a list of messages.")
     if not messages:
         raise UsageError("messages is empty; a chat needs at least one message.")
     for index, message in enumerate(messages):
@@ -50,8 +50,10 @@ def render_chat(
         return _compile(template).render(
             messages=messages, add_generation_prompt=add_generation_prompt, **variables
         )
-    except jinja2.TemplateError as error:
-        raise UsageError(f"the chat template fails on these messages: {error}.") from error
+    except Exception as error:  # a template is a program: it can fail in every way
+        raise UsageError(
+            f"the chat template fails on these messages: {str(error).rstrip('.')}."
+        ) from error
 
 
 @lru_cache(maxsize=16)

@@ -8,11 +8,11 @@ import numpy as np
 from gymnasium.error import InvalidAction, ResetNeeded
 
 from qwen_env import mdp
-from qwen_env.errors import UsageError
+from qwen_env.arguments import one_of
 from qwen_env.prompts import Prompt
 from qwen_env.rendering import LiveText, render_episode
 from qwen_env.sampling import PromptSampler
-from qwen_env.task import Outcome, episodes_of, make_task, observe
+from qwen_env.task import Outcome, episodes_of, make_task, observe, takes_task_arguments
 
 Observation = dict[str, Any]  # of arrays; `spaces.Dict` is typed like this
 
@@ -26,25 +26,32 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     arguments, the task is to complete short film reviews of a small grammar, and the reward is
     how positive the review is: it needs no network and no deep-learning library.
 
-        import gymnasium
-        import qwen_env  # registers QwenText-v0
+    ```python
+    import gymnasium
+    import qwen_env  # registers QwenText-v0
 
-        env = gymnasium.make("QwenText-v0", render_mode="human")
-        observation, info = env.reset(seed=0)
-        done = False
-        while not done:
-            mask = env.unwrapped.action_mask()
-            action = env.action_space.sample(mask)
-            observation, reward, terminated, truncated, info = env.step(action)
-            done = terminated or truncated
+    env = gymnasium.make("QwenText-v0", render_mode="human")
+    observation, info = env.reset(seed=0)
+    ended = False
+    while not ended:
+        mask = env.unwrapped.action_mask()
+        action = env.action_space.sample(mask)
+        observation, reward, terminated, truncated, info = env.step(action)
+        ended = terminated or truncated
+    env.close()
+    ```
 
-    `gymnasium.make_vec("QwenText-v0", num_envs=N)` makes a `QwenTextVectorEnv`.
+    `gymnasium.make_vec("QwenText-v0", num_envs=N)` makes a `QwenTextVectorEnv`: N episodes at
+    once, stepped in one call, and the ones that end together scored in one call. Row i of one with
+    seed s is this environment with seed s + i.
 
     ## Action Space
-    `Discrete(vocab_size)`: the id of the token to append. Some ids may be forbidden: those in
-    `forbidden_token_ids`, those of a padded vocabulary that have no text, and the end-of-sequence
-    ids before `min_new_tokens`; `action_mask()` tells (int8, 1 is allowed), and taking a forbidden
-    one raises `gymnasium.error.InvalidAction`.
+    `Discrete(vocab_size)`: the id of the token to append. Any integer type will do. Some ids may
+    be forbidden: those in `forbidden_token_ids`, those of a padded vocabulary that have no text,
+    and the end-of-sequence ids before `min_new_tokens`. `action_mask()` tells (int8 of shape (V,),
+    1 is allowed; (N, V) in the vector environment, whose `action_space.sample` takes it as a
+    tuple of rows). An action that is forbidden, outside the vocabulary or no integer raises
+    `gymnasium.error.InvalidAction` and leaves the episode as it was.
 
     ## Observation Space
     A `Dict`, with S = `max_prompt_length` + `max_new_tokens`:
@@ -57,16 +64,40 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     | `prompt_length`  | `Box`, int32, shape ()         | tokens of the prompt                 |
 
     ## Starting State
-    A prompt, drawn as `sampling` says, and an empty response.
-    `reset(options={"prompt": text})`, `{"messages": chat}` and `{"prompt_index": i}` name one.
+    A prompt and an empty response. The prompt is drawn as `sampling` says, or named by one of the
+    options of `reset`:
+
+    - `{"prompt": text}`: this text, treated as those of `prompts` are;
+    - `{"messages": [{"role": ..., "content": ...}, ...]}`: this chat, in the chat template;
+    - `{"prompt_index": i}`: number i of `prompts`, from 0.
+
+    `reset(seed=s)` also begins the order of the prompts anew: equal seeds, equal episodes. In the
+    vector environment the options hold for every row that is reset, and a further one chooses the
+    rows: `{"reset_mask": mask}`, a NumPy array of bool of shape (N,).
 
     ## Rewards
     0 until the episode ends, then the reward function's score, less `missing_eos_penalty` if the
     response was cut off. A KL penalty belongs to the learner, which has the log-probabilities.
 
+    A reward function takes a `qwen_env.rewards.RewardBatch` of finished episodes (prompts,
+    completions, their token ids, the rows of the dataset, how they ended) and returns a number for
+    each, or `(numbers, {name: numbers})` to report components beside the score. If it raises, or
+    returns another count, another type or a number that is not finite, `step` raises
+    `qwen_env.rewards.RewardError`, which names the function and the row; the step is not taken.
+
     ## Episode End
     - Terminated: the action is an end-of-sequence id.
     - Truncated: the response holds `max_new_tokens` tokens, and the last is no end-of-sequence id.
+
+    A step after that, or before the first `reset`, raises `gymnasium.error.ResetNeeded`. Do not
+    pass `max_episode_steps`: Gymnasium's `TimeLimit` would cut the episode before it is scored.
+
+    The vector environment resets rows as `autoreset_mode` says, in Gymnasium's terms:
+
+    - `"NextStep"`: by the next step, which ignores the row's action and gives it reward 0;
+    - `"SameStep"`: within the step that ends it; what the episode ended with is then in
+      `info["final_obs"]` and `info["final_info"]`;
+    - `"Disabled"`: by `reset(options={"reset_mask": mask})`; no step is taken before.
 
     ## Information
     `reset` gives `prompt` (its text) and `prompt_index` (-1 if it came by the options). The last
@@ -75,30 +106,48 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     `reward_components` (the `score`, the parts that the reward function names, and the
     `missing_eos_penalty` if there is one). Other steps give nothing.
 
+    In the vector environment each key holds an array over the rows, and the key with an underscore
+    before it (`_completion`) the bool mask of the rows that have it.
+
     ## Arguments
-    - `tokenizer`: a Hugging Face folder, a hub id, a `.gguf` file, or a tokenizer of the
+    - `tokenizer=None`: a Hugging Face folder, a hub id, a `.gguf` file, or a tokenizer of the
       `tokenizers` or `transformers` packages. Default: the pocket task's.
-    - `prompts`: the path of a `.jsonl` file, or a list or `datasets.Dataset` of texts or of rows
-      with `"prompt"` or `"messages"`; other columns reach the reward function. Default: the pocket
-      task's.
-    - `reward`: a callable, or a string; see `qwen_env.rewards.load_reward`. Default: the pocket
-      grammar's sentiment.
+    - `prompts=None`: the path of a `.jsonl` file, or a list or `datasets.Dataset` of texts or of
+      rows with `"prompt"` (text) or `"messages"` (a chat); other columns reach the reward
+      function. `qwen_env.rewards.reasoning_gym.ReasoningGym` makes prompts and their reward of a
+      task of that package. Default: the pocket task's.
+    - `reward`: a callable, or the name of one: `"package.module:callable"`; or
+      `"hf:FOLDER_OR_HUB_ID"`, a sequence-classification model run by `transformers`, with options
+      as in `"hf:FOLDER?device=cuda&dtype=bfloat16&batch_size=64"`; or `"http://HOST:PORT/PATH"`, a
+      reward server (see `qwen_env.rewards.http`, also for time limits); or a weighted sum,
+      `"1.0 * SPEC + 0.2 * SPEC"` or `{name: (weight, reward)}`. Default: the pocket grammar's
+      sentiment.
     - `max_prompt_length=32`, `max_new_tokens=32`: limits, in tokens.
-    - `vocab_size`: the model's vocabulary size, if it is padded beyond the tokenizer's.
-    - `eos_token_ids`: what ends the response. Default: what the tokenizer's folder says.
-    - `chat_template`: `None` renders chats with the tokenizer's template and takes text as it is;
-      `True`, or a template, also makes text a user's message; `False` takes no chats.
-    - `system_prompt`: goes before every chat without a system message.
+    - `vocab_size=None`: the model's vocabulary size, if it is padded beyond the tokenizer's.
+    - `eos_token_ids=None`: the id, or ids, that end the response. Default: what the tokenizer's
+      folder says.
+    - `chat_template=None`: `None` renders chats with the tokenizer's template and takes text as it
+      is; `True`, or a template, also makes text a user's message; `False` takes no chats.
+    - `chat_template_kwargs=None`: variables for the template, such as `{"enable_thinking": False}`;
+      a row may have its own in a column of this name.
+    - `system_prompt=None`: goes before every chat without a system message.
     - `prompt_overflow="error"`: what to do with a prompt over the limit; or `"drop"`, or
       `"truncate_left"`.
     - `sampling="uniform"`: how prompts are drawn; or `"shuffle"` (a new permutation each time
-      round), or `"sequential"`. `reset(seed=...)` begins the order anew.
+      round), or `"sequential"`.
     - `min_new_tokens=0`: no end-of-sequence token can be chosen before the response has as many.
     - `forbidden_token_ids=()`: what can never be chosen.
     - `missing_eos_penalty=0.0`: taken from the reward of a response that was cut off.
-    - `render_mode`: `"human"` prints the episode as it grows, `"ansi"` lets `render()` return it.
+    - `render_mode=None`: `"human"` prints the episode as it grows, `"ansi"` lets `render()` return
+      it as text.
 
-    Wrong arguments raise `qwen_env.errors.UsageError`, a `ValueError`.
+    `make_vec` takes the same (of the render modes, `"ansi"`), and:
+
+    - `num_envs=1`: the number of rows, N.
+    - `autoreset_mode="NextStep"`: or `"SameStep"`, or `"Disabled"`; see Episode End.
+
+    Wrong arguments raise `qwen_env.errors.UsageError`, a `ValueError`, and a missing optional
+    package `gymnasium.error.DependencyNotInstalled`; both say what to do.
 
     ## Version History
     - v0: initial version.
@@ -106,9 +155,10 @@ class QwenTextEnv(gym.Env[Observation, Any]):
 
     metadata = {"render_modes": ["human", "ansi"], "render_fps": 30}  # noqa: RUF012
 
+    @takes_task_arguments
     def __init__(self, *, render_mode: str | None = None, **task_arguments: Any) -> None:
-        if render_mode not in (None, "human", "ansi"):
-            raise UsageError(f"render_mode is {render_mode!r}; it must be None, 'human' or 'ansi'.")
+        if render_mode is not None:
+            one_of("render_mode", render_mode, self.metadata["render_modes"])
         self.render_mode = render_mode
         self.task = make_task(**task_arguments)
         self.action_space = self.task.action_space
@@ -152,19 +202,19 @@ class QwenTextEnv(gym.Env[Observation, Any]):
         Raises:
             gymnasium.error.InvalidAction: not an integer, outside the vocabulary, or forbidden.
             gymnasium.error.ResetNeeded: no episode is going.
-            RewardError: the reward function failed.
+            qwen_env.rewards.RewardError: the reward function failed; the step was not taken.
         """
         state = self._state
         if state is None or mdp.has_ended(state):
             raise ResetNeeded("no episode is going; call reset() before step().")
         state = mdp.step(state, self._checked(action, state), self.task.rules, np)
-        self._state = state
         terminated, truncated = bool(state.terminated), bool(state.truncated)
         reward, info = 0.0, {}
         if terminated or truncated:
-            batch_of_one = mdp.State(*(field[None] for field in state))
+            batch_of_one = mdp.State(*(field[None].copy() for field in state))
             (self._outcome,) = self.task.evaluate(episodes_of([self._prompt], batch_of_one))
             reward, info = self._outcome.reward, self._outcome.info
+        self._state = state
         if self.render_mode == "human":
             self._live_text.show(self._text(state))
         return observe(state), reward, terminated, truncated, info
@@ -187,6 +237,10 @@ class QwenTextEnv(gym.Env[Observation, Any]):
         if self._state is None:
             raise ResetNeeded("call reset() before render().")
         return self._text(self._state) if self.render_mode == "ansi" else None
+
+    def close(self) -> None:
+        """End the line that mode "human" is writing; there is nothing else to close."""
+        self._live_text.finish()
 
     def _checked(self, action: Any, state: mdp.State) -> int:
         try:

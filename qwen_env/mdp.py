@@ -13,18 +13,20 @@ Shapes: P prompt limit, T response limit, S = P + T, V vocabulary; `...` any bat
 """
 
 import functools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from qwen_env.arguments import integer, token_ids
 from qwen_env.errors import UsageError
 
 Array = Any  # a NumPy or a JAX array: the functions below are written for both
 
 PAD_TOKEN_ID = 0
 """What `tokens` holds behind `length`. Lengths say what is real; no code compares ids with this."""
+
+_LARGEST = 2**31 - 1  # ids and lengths are int32
 
 
 @dataclass(frozen=True)
@@ -48,26 +50,32 @@ class Rules:
 
     def __post_init__(self) -> None:
         for name in ("max_prompt_length", "max_new_tokens", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+            self._set(name, integer(name, getattr(self, name), at_least=1))
+        for name, size in (
+            ("vocab_size", self.vocab_size),
+            ("max_prompt_length + max_new_tokens", self.max_length),
+        ):
+            if size > _LARGEST:
+                raise UsageError(f"{name} is {size}; it must be at most {_LARGEST} (int32).")
+        self._set("min_new_tokens", integer("min_new_tokens", self.min_new_tokens))
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise UsageError(
                 f"min_new_tokens is {self.min_new_tokens}; it must lie between 0 and "
                 f"max_new_tokens ({self.max_new_tokens})."
             )
-        if not self.eos_token_ids:
-            raise UsageError(
-                "eos_token_ids is empty, so no episode could end by itself; "
-                "name at least one end-of-sequence id."
-            )
         for name in ("eos_token_ids", "forbidden_token_ids"):
-            ids = _as_id_tuple(getattr(self, name))
-            object.__setattr__(self, name, ids)
+            ids = token_ids(name, getattr(self, name))
+            self._set(name, ids)
             if ids and not (ids[0] >= 0 and ids[-1] < self.vocab_size):
                 raise UsageError(
                     f"{name} holds {ids[0] if ids[0] < 0 else ids[-1]}, which is outside the "
                     f"vocabulary (0 to {self.vocab_size - 1})."
                 )
+        if not self.eos_token_ids:
+            raise UsageError(
+                "eos_token_ids is empty, so no episode could end by itself; "
+                "name at least one end-of-sequence id."
+            )
         choosable = self.vocab_size - len(self.forbidden_token_ids)
         if self.min_new_tokens:
             choosable -= len(set(self.eos_token_ids) - set(self.forbidden_token_ids))
@@ -81,6 +89,9 @@ class Rules:
     def max_length(self) -> int:
         """S, the width of `State.tokens`."""
         return self.max_prompt_length + self.max_new_tokens
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # what a frozen dataclass does itself
 
 
 class State(NamedTuple):
@@ -164,10 +175,6 @@ def _positions(count: int) -> np.ndarray:
     positions = np.arange(count, dtype=np.int32)
     positions.flags.writeable = False
     return positions
-
-
-def _as_id_tuple(ids: Iterable[int]) -> tuple[int, ...]:
-    return tuple(sorted({int(i) for i in ids}))
 
 
 def _is_any_of(members: tuple[int, ...], ids: Array) -> Array:

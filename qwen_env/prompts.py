@@ -1,13 +1,14 @@
 """Where prompts come from: a jsonl file, a list, or a dataset, tokenised and checked once."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
 import numpy as np
 
+from qwen_env.arguments import integer, one_of
 from qwen_env.errors import UsageError
 from qwen_env.tokenizer import Tokenizer
 
@@ -38,8 +39,8 @@ class PromptEncoder:
 
     `chat_template` decides how: `None` renders chats with the tokenizer's template and takes text
     as it is; `True`, or a template, also wraps text as a user's message; `False` takes no chats.
-    Variables for the template may stand in the row as `"chat_template_kwargs"`. `system_prompt`
-    goes before every chat that has no system message of its own.
+    `chat_template_kwargs` are variables for the template; a row may have some of its own under
+    that name. `system_prompt` goes before every chat that has no system message of its own.
     """
 
     tokenizer: Tokenizer
@@ -47,13 +48,20 @@ class PromptEncoder:
     overflow: Overflow = "error"
     chat_template: bool | str | None = None
     system_prompt: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.overflow not in get_args(Overflow):
+        integer("max_prompt_length", self.max_prompt_length, at_least=1)
+        one_of("prompt_overflow", self.overflow, get_args(Overflow))
+        template = self.chat_template
+        if not (template is None or isinstance(template, bool | str)) or template == "":
             raise UsageError(
-                f"prompt_overflow is {self.overflow!r}; it must be one of "
-                f"{', '.join(map(repr, get_args(Overflow)))}."
+                f"chat_template is {template!r}; it must be None, True, False, or a template."
             )
+        if not isinstance(self.system_prompt, str | None):
+            raise UsageError(f"system_prompt is {self.system_prompt!r}; it must be text, or None.")
+        if self.chat_template_kwargs is not None:
+            _check_variables(self.chat_template_kwargs, "chat_template_kwargs")
 
     def encode(self, row: Mapping[str, Any] | str, index: int, place: str) -> Prompt | None:
         """The prompt of `row`, or None where `overflow` drops it.
@@ -72,7 +80,10 @@ class PromptEncoder:
                 "'prompt' or 'messages'."
             )
         text = self._text(row, place)
-        ids = np.array(self.tokenizer.encode(text), np.int32)
+        try:
+            ids = np.array(self.tokenizer.encode(text), np.int32)
+        except TypeError as error:  # what the Rust library says of half a surrogate pair
+            raise UsageError(f"{place} holds a prompt that is not valid Unicode text.") from error
         if not len(ids):
             raise UsageError(f"{place} holds an empty prompt; a prompt needs at least one token.")
         excess = len(ids) - self.max_prompt_length
@@ -106,20 +117,32 @@ class PromptEncoder:
                     )
                 return prompt
             messages = [{"role": "user", "content": prompt}]
+        elif "prompt" in row:
+            raise UsageError(f"{place} has a 'prompt' that is {prompt!r}; it must be text.")
         else:
             raise UsageError(
                 f"{place} has neither 'prompt' (text) nor 'messages' (a list); its keys are "
                 f"{', '.join(map(repr, row)) or 'none'}."
             )
+        of_the_row = row.get("chat_template_kwargs") or {}
+        _check_variables(of_the_row, f"chat_template_kwargs of {place}")
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
                 system_prompt=self.system_prompt,
                 chat_template=self.chat_template if isinstance(self.chat_template, str) else None,
-                **(row.get("chat_template_kwargs") or {}),
+                **{**(self.chat_template_kwargs or {}), **of_the_row},
             )
         except UsageError as error:
             raise UsageError(f"{place}: {error}") from error
+
+
+def _check_variables(variables: Any, name: str) -> None:
+    if not isinstance(variables, Mapping) or not all(isinstance(key, str) for key in variables):
+        raise UsageError(f"{name} is {variables!r}; it must be an object with names as keys.")
+    for taken in ("messages", "system_prompt", "chat_template"):
+        if taken in variables:
+            raise UsageError(f"{name} holds {taken!r}, which has a place of its own; leave it out.")
 
 
 class PromptDataset(Sequence[Prompt]):
@@ -155,6 +178,7 @@ def load_prompts(
     overflow: Overflow = "error",
     chat_template: bool | str | None = None,
     system_prompt: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> PromptDataset:
     """Read, tokenise and check all the prompts of `source`.
 
@@ -163,24 +187,41 @@ def load_prompts(
             texts or of rows; a row has `"prompt"` (text) or `"messages"` (a chat), and its other
             columns reach the reward function. A `PromptDataset` is taken as it is.
         overflow: what to do with a prompt over the limit: refuse it, drop it, or cut its left.
-        chat_template, system_prompt: see `PromptEncoder`.
+        chat_template, system_prompt, chat_template_kwargs: see `PromptEncoder`.
 
     Raises:
         UsageError: a row is wrong (named by file and line, or by index), or there is none.
     """
     return encode_prompts(
         source,
-        PromptEncoder(tokenizer, max_prompt_length, overflow, chat_template, system_prompt),
+        PromptEncoder(
+            tokenizer,
+            max_prompt_length,
+            overflow,
+            chat_template,
+            system_prompt,
+            chat_template_kwargs,
+        ),
     )
 
 
 def encode_prompts(source: Any, encoder: PromptEncoder) -> PromptDataset:
     """`load_prompts` with an encoder that is there already."""
     if isinstance(source, PromptDataset):
+        longest = max((len(prompt.ids) for prompt in source), default=0)
+        if longest > encoder.max_prompt_length:
+            raise UsageError(
+                f"prompts holds a prompt of {longest} tokens, over the limit of "
+                f"{encoder.max_prompt_length}; raise max_prompt_length."
+            )
         return source
     if isinstance(source, str | Path):
         name, rows = str(source), _read_jsonl(Path(source).expanduser())
-    elif isinstance(source, Iterable) and not isinstance(source, Mapping):
+    elif isinstance(source, Set):
+        raise UsageError("prompts is a set, which has no order that a seed could repeat; sort it.")
+    elif type(source).__name__ == "DataFrame":  # whose items are its columns
+        raise UsageError("prompts is a DataFrame; give its rows, as df.to_dict('records') does.")
+    elif isinstance(source, Iterable) and not isinstance(source, Mapping | bytes):
         name, rows = "prompts", ((f"prompts[{i}]", row) for i, row in enumerate(source))
     else:
         raise UsageError(
@@ -198,9 +239,11 @@ def encode_prompts(source: Any, encoder: PromptEncoder) -> PromptDataset:
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     """Each row and how messages call it. Blank lines are skipped."""
     if not path.is_file():
-        raise UsageError(f"{path}: no such file; prompts are read from a .jsonl file.")
+        raise UsageError(
+            f"{path}: no such file; a string names a .jsonl file of prompts, a list holds texts."
+        )
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue

@@ -1,5 +1,7 @@
 """An episode as text, for a terminal or a notebook."""
 
+from unicodedata import category
+
 from qwen_env.task import Outcome
 
 
@@ -34,4 +36,8 @@ class LiveText:
 
 def _printable(text: str) -> str:
     """Control characters, which a model may write and a terminal would obey, as escapes."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return "".join(
+        # Category Zs: spaces of all kinds, such as the wide one of Chinese text.
+        c if c.isprintable() or c == "\n" or category(c) == "Zs" else ascii(c)[1:-1]
+        for c in text
+    )

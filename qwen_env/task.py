@@ -4,15 +4,17 @@ Everything that the single and the vector environment share, and nothing that ch
 are stepped.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from inspect import Signature, signature
 from typing import Any, get_args
 
 import numpy as np
 from gymnasium import spaces
 
 from qwen_env import mdp, pocket
+from qwen_env.arguments import finite, integer, one_of, token_ids
 from qwen_env.errors import UsageError
 from qwen_env.prompts import Overflow, Prompt, PromptDataset, PromptEncoder, encode_prompts
 from qwen_env.rewards import RewardBatch, RewardFn, load_reward, score
@@ -64,7 +66,8 @@ class TextTask:
                 "input_ids": spaces.Box(0, last_id, (width,), np.int32),
                 "attention_mask": spaces.Box(0, 1, (width,), np.int8),
                 "length": spaces.Box(1, width, (), np.int32),
-                "prompt_length": spaces.Box(1, self.rules.max_prompt_length, (), np.int32),
+                # From 0, which it never is: Gymnasium warns of a box that holds a single value.
+                "prompt_length": spaces.Box(0, self.rules.max_prompt_length, (), np.int32),
             }
         )
 
@@ -105,6 +108,11 @@ class TextTask:
         Raises:
             UsageError: an unknown option, two prompts at once, or a wrong value.
         """
+        if options is not None and not isinstance(options, Mapping):
+            raise UsageError(
+                f"the options of reset are a {type(options).__name__}; they must be a dict such as "
+                "{'prompt': text}."
+            )
         if not options:
             return None
         unknown = [key for key in options if key not in _RESET_OPTIONS]
@@ -147,7 +155,8 @@ class TextTask:
             RewardBatch(
                 prompts=[episode.prompt.text for episode in episodes],
                 completions=completions,
-                prompt_ids=[episode.prompt.ids for episode in episodes],
+                # A copy: a reward function may do with its arrays what it likes.
+                prompt_ids=[episode.prompt.ids.copy() for episode in episodes],
                 completion_ids=[episode.completion_ids for episode in episodes],
                 rows=[episode.prompt.row for episode in episodes],
                 finish_reasons=reasons,
@@ -210,6 +219,7 @@ def make_task(
     vocab_size: int | None = None,
     eos_token_ids: int | Sequence[int] | None = None,
     chat_template: bool | str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     system_prompt: str | None = None,
     prompt_overflow: Overflow = "error",
     sampling: Sampling = "uniform",
@@ -222,39 +232,43 @@ def make_task(
     Raises:
         UsageError: an argument is wrong.
     """
-    if sampling not in get_args(Sampling):
-        raise UsageError(
-            f"sampling is {sampling!r}; it must be one of "
-            f"{', '.join(map(repr, get_args(Sampling)))}."
-        )
+    one_of("sampling", sampling, get_args(Sampling))
+    missing_eos_penalty = finite("missing_eos_penalty", missing_eos_penalty)
     if missing_eos_penalty < 0:
         raise UsageError(
             f"missing_eos_penalty is {missing_eos_penalty}; it is taken from the reward, so it "
             "must not be negative."
         )
     tokenizer = load_tokenizer(pocket.POLICY_FOLDER if tokenizer is None else tokenizer)
-    if vocab_size is None:
-        vocab_size = tokenizer.vocab_size
-    elif vocab_size < tokenizer.vocab_size:
+    size = tokenizer.vocab_size if vocab_size is None else integer("vocab_size", vocab_size)
+    if size < tokenizer.vocab_size:
         raise UsageError(
-            f"vocab_size is {vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids; "
+            f"vocab_size is {size}, but the tokenizer has {tokenizer.vocab_size} ids; "
             "give the model's vocabulary size, or leave it out."
         )
-    if eos_token_ids is None:
-        eos_token_ids = tokenizer.eos_token_ids
-    if isinstance(eos_token_ids, int | np.integer):
-        eos_token_ids = (eos_token_ids,)
-    without_text = set(range(vocab_size)) - tokenizer.ids
+    without_text = set(range(size)) - tokenizer.ids
     rules = mdp.Rules(
         max_prompt_length=max_prompt_length,
         max_new_tokens=max_new_tokens,
-        vocab_size=vocab_size,
-        eos_token_ids=tuple(eos_token_ids),
-        forbidden_token_ids=(*forbidden_token_ids, *without_text),
+        vocab_size=size,
+        eos_token_ids=token_ids(
+            "eos_token_ids", tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids
+        ),
+        forbidden_token_ids=(*token_ids("forbidden_token_ids", forbidden_token_ids), *without_text),
         min_new_tokens=min_new_tokens,
     )
+    if without_text.issuperset(rules.eos_token_ids):
+        raise UsageError(
+            f"eos_token_ids holds {rules.eos_token_ids[0]}, which has no text in the tokenizer, so "
+            "it can never be chosen; name an end-of-sequence id that the tokenizer has."
+        )
     encoder = PromptEncoder(
-        tokenizer, max_prompt_length, prompt_overflow, chat_template, system_prompt
+        tokenizer,
+        max_prompt_length,
+        prompt_overflow,
+        chat_template,
+        system_prompt,
+        chat_template_kwargs,
     )
     return TextTask(
         tokenizer=tokenizer,
@@ -265,3 +279,10 @@ def make_task(
         reward=load_reward(reward),
         missing_eos_penalty=missing_eos_penalty,
     )
+
+
+def takes_task_arguments(init: Callable[..., None]) -> Callable[..., None]:
+    """Show the parameters of `make_task` where `init` takes `**task_arguments`, as in `help`."""
+    own = [p for p in signature(init).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    init.__signature__ = Signature([*own, *signature(make_task).parameters.values()])  # type: ignore[attr-defined]
+    return init

@@ -1,6 +1,6 @@
 """QwenTextVectorEnv: many episodes at once over the batched MDP, rewards scored in batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -11,29 +11,21 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from qwen_env import mdp
+from qwen_env.arguments import integer, one_of
 from qwen_env.env import Observation
 from qwen_env.errors import UsageError
 from qwen_env.prompts import Prompt
 from qwen_env.rendering import render_episode
 from qwen_env.sampling import PromptSampler
-from qwen_env.task import Outcome, episodes_of, make_task, observe
+from qwen_env.task import Outcome, episodes_of, make_task, observe, takes_task_arguments
 
 
 class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     """`num_envs` copies of `QwenTextEnv` that are stepped together.
 
-    Row i of an environment with seed s is the single environment with seed s + i. The arguments
-    are those of `QwenTextEnv`, and these:
-
-    Args:
-        num_envs: the number of rows, N.
-        autoreset_mode: what happens to a row that ended, in Gymnasium's terms: it is reset by the
-            next step ("NextStep"), within the step that ended it ("SameStep", which puts the last
-            observation and info into `info["final_obs"]` and `info["final_info"]`), or by
-            `reset(options={"reset_mask": mask})` ("Disabled").
-        render_mode: None or "ansi".
-
-    The rows that end in one step are scored in one call of the reward function.
+    Row i of an environment with seed s is the single environment with seed s + i. The rows that
+    end in one step are scored in one call of the reward function. Arguments, options and the three
+    `autoreset_mode`s are described with `QwenTextEnv`.
     """
 
     metadata = {  # noqa: RUF012
@@ -42,6 +34,7 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
 
+    @takes_task_arguments
     def __init__(
         self,
         num_envs: int = 1,
@@ -50,10 +43,9 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         render_mode: str | None = None,
         **task_arguments: Any,
     ) -> None:
-        if num_envs < 1:
-            raise UsageError(f"num_envs is {num_envs}; it must be at least 1.")
-        if render_mode not in (None, "ansi"):
-            raise UsageError(f"render_mode is {render_mode!r}; it must be None or 'ansi' here.")
+        num_envs = integer("num_envs", num_envs, at_least=1)
+        if render_mode is not None:
+            one_of("render_mode", render_mode, self.metadata["render_modes"])
         try:
             self.autoreset_mode = AutoresetMode(autoreset_mode)
         except ValueError:
@@ -103,15 +95,16 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         Raises:
             UsageError: the options are wrong.
         """
-        options = dict(options or {})
-        mask = self._checked_mask(options.pop("reset_mask", None))
+        mask = self._checked_mask(options)
+        if isinstance(options, Mapping):
+            options = {key: value for key, value in options.items() if key != "reset_mask"}
         prompt = self.task.prompt_from_options(options)
-        seeds = self._seeds(seed)
         rows = np.flatnonzero(mask)
-        for i in rows.tolist():
-            if seeds[i] is not None:
-                self._rngs[i] = seeding.np_random(seeds[i])
-                self._samplers[i].restart()
+        seeds = self._seeds(seed)
+        seeded = {i: seeding.np_random(seeds[i]) for i in rows.tolist() if seeds[i] is not None}
+        for i, rng in seeded.items():
+            self._rngs[i] = rng
+            self._samplers[i].restart()
         infos = self._start(rows, prompt)
         return observe(self._started_state()), infos
 
@@ -123,7 +116,7 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         Raises:
             gymnasium.error.InvalidAction: not an integer, outside the vocabulary, or forbidden.
             gymnasium.error.ResetNeeded: before the first reset, or a row ended ("Disabled").
-            RewardError: the reward function failed.
+            qwen_env.rewards.RewardError: the reward function failed; the step was not taken.
         """
         state = self._started_state()
         had_ended = mdp.has_ended(state)
@@ -133,11 +126,12 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
                 "call reset(options={'reset_mask': mask})."
             )
         actions = self._checked_actions(actions, state, ~had_ended)
-        self._state = state = mdp.step(state, actions, self.task.rules, np)
+        state = mdp.step(state, actions, self.task.rules, np)
 
         rewards = np.zeros(self.num_envs)
         ended = np.flatnonzero(mdp.has_ended(state) & ~had_ended)
         infos = self._evaluate(ended, state, rewards)
+        self._state = state
         if self.autoreset_mode is AutoresetMode.SAME_STEP:
             terminations, truncations = state.terminated.copy(), state.truncated.copy()
             if len(ended):
@@ -211,16 +205,20 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self._outcomes.update(zip(indices, outcomes, strict=True))
         return _batch_infos([outcome.info for outcome in outcomes], rows, self.num_envs)
 
-    def _seeds(self, seed: int | Sequence[int | None] | None) -> Sequence[int | None]:
+    def _seeds(self, seed: Any) -> Sequence[int | None]:
         if seed is None:
             return [None] * self.num_envs
         if isinstance(seed, int | np.integer):
             return [int(seed) + i for i in range(self.num_envs)]
-        if len(seed) != self.num_envs:
-            raise UsageError(f"seed holds {len(seed)} seeds for {self.num_envs} rows.")
-        return seed
+        if not isinstance(seed, Sequence | np.ndarray) or len(seed) != self.num_envs:
+            raise UsageError(
+                f"seed is {seed!r}; it must be an integer, or a list of {self.num_envs} integers "
+                "or None, one a row."
+            )
+        return [int(s) if isinstance(s, np.integer) else s for s in seed]
 
-    def _checked_mask(self, mask: Any) -> np.ndarray:
+    def _checked_mask(self, options: Any) -> np.ndarray:
+        mask = options.get("reset_mask") if isinstance(options, Mapping) else None
         if mask is None:
             return np.ones(self.num_envs, dtype=bool)
         shape = (self.num_envs,)
@@ -233,7 +231,12 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         return mask
 
     def _checked_actions(self, actions: Any, state: mdp.State, running: np.ndarray) -> np.ndarray:
-        tokens = np.asarray(actions)
+        try:
+            tokens = np.asarray(actions)
+        except ValueError as error:  # rows of unequal lengths
+            raise InvalidAction(
+                f"the actions are {actions!r}; they must be integers of shape ({self.num_envs},)."
+            ) from error
         if tokens.shape != (self.num_envs,) or not np.issubdtype(tokens.dtype, np.integer):
             raise InvalidAction(
                 f"the actions are {tokens.dtype} of shape {tokens.shape}; they must be integers "

@@ -5,22 +5,39 @@ elsewhere. All can be jitted, differentiated and vmapped.
 """
 
 from ppo_jax.algorithm.gae import generalized_advantage_estimation
-from ppo_jax.algorithm.kl import KlEstimator, approx_kl, kl_estimate
+from ppo_jax.algorithm.histogram import ADVANTAGE_EDGES, RATIO_EDGES, masked_histogram
+from ppo_jax.algorithm.kl import KlEstimator, adapted_kl_coef, approx_kl, kl_estimate
 from ppo_jax.algorithm.losses import PolicyLoss, clipped_policy_loss, total_loss, value_loss
-from ppo_jax.algorithm.masking import masked_mean, masked_var, masked_whiten
+from ppo_jax.algorithm.masking import (
+    Aggregation,
+    masked_mean,
+    masked_var,
+    masked_whiten,
+    token_weights,
+)
 from ppo_jax.algorithm.rewards import token_rewards
+from ppo_jax.algorithm.running import RunningMoments, no_moments, updated_moments
 
 __all__ = [
+    "ADVANTAGE_EDGES",
+    "RATIO_EDGES",
+    "Aggregation",
     "KlEstimator",
     "PolicyLoss",
+    "RunningMoments",
+    "adapted_kl_coef",
     "approx_kl",
     "clipped_policy_loss",
     "generalized_advantage_estimation",
     "kl_estimate",
+    "masked_histogram",
     "masked_mean",
     "masked_var",
     "masked_whiten",
+    "no_moments",
     "token_rewards",
+    "token_weights",
     "total_loss",
+    "updated_moments",
     "value_loss",
 ]

@@ -59,7 +59,7 @@ def approx_kl(
     mask: Bool[Array, "*shape"],
     estimator: KlEstimator = "k3",
     *,
-    denominator: Float[Array, ""] | float | None = None,
+    weights: Float[Array, "*shape"] | None = None,
 ) -> Float[Array, ""]:
     """Mean estimate of KL(old‖new) a token, in nats, over the valid actions drawn from `old`.
 
@@ -68,7 +68,32 @@ def approx_kl(
             them and under the policy as it is now.
         mask: True where an action is real.
         estimator: see `kl_estimate`.
-        denominator: see `masked_mean`.
+        weights: see `masked_mean`.
     """
     old, new = zero_invalid(old_logprobs, mask), zero_invalid(new_logprobs, mask)
-    return masked_mean(kl_estimate(old, new, estimator), mask, denominator=denominator)
+    return masked_mean(kl_estimate(old, new, estimator), mask, weights=weights)
+
+
+def adapted_kl_coef(
+    kl_coef: Float[Array, ""] | float,
+    kl: Float[Array, ""] | float,
+    *,
+    target: float,
+    num_episodes: int,
+    horizon: int,
+) -> Float[Array, ""]:
+    """The KL penalty's coefficient after a batch, moved towards holding `kl` at `target`:
+
+        e = clip(kl / target - 1, -0.2, 0.2)          β ← β (1 + e · num_episodes / horizon)
+
+    (Ziegler et al. 2019, arXiv:1909.08593, section 2.2.)
+
+    Args:
+        kl_coef: β until now.
+        kl: mean KL(policy‖reference) of the batch, nats a response.
+        target: nats a response.
+        num_episodes: in the batch.
+        horizon: episodes over which β moves by a factor of about e^0.2 at most.
+    """
+    error = jnp.clip(kl / target - 1, -0.2, 0.2)
+    return kl_coef * (1 + error * num_episodes / horizon)

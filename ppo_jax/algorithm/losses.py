@@ -1,8 +1,8 @@
 """The PPO objective (Schulman et al. 2017, arXiv:1707.06347), as losses to be minimised.
 
-Every loss is a sum over valid tokens divided by `denominator`, the number of valid tokens in the
-minibatch. Cut into micro-batches, a minibatch has the same loss and gradient if each micro-batch
-gets the minibatch's count and the results are added; None counts the tokens at hand.
+Every loss is a mean over valid tokens or, given `weights`, their weighted sum. Cut into
+micro-batches, a minibatch has the same loss and gradient if each micro-batch gets its part of the
+minibatch's weights (`masking.token_weights`) and the results are added.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from qwen_env.errors import UsageError
 
 
 class PolicyLoss(NamedTuple):
-    """`clip_fraction` is the share of valid tokens whose ratio lies outside 1 ± clip_range."""
+    """`clip_fraction` is the share of valid tokens whose ratio lies outside the clip range."""
 
     loss: Float[Array, ""]
     clip_fraction: Float[Array, ""]
@@ -30,14 +30,21 @@ def clipped_policy_loss(
     mask: Bool[Array, "*shape"],
     *,
     clip_range: float = 0.2,
-    denominator: Float[Array, ""] | float | None = None,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
+    weights: Float[Array, "*shape"] | None = None,
 ) -> PolicyLoss:
-    """The clipped surrogate, with ρₜ = exp(new - old) and ε = clip_range:
+    """The clipped surrogate, with ρₜ = exp(new - old), ε = clip_range and ε⁺ = clip_range_high:
 
-        L = -mean min(ρₜ Aₜ, clip(ρₜ, 1-ε, 1+ε) Aₜ)
+        L = -mean min(ρₜ Aₜ, clip(ρₜ, 1-ε, 1+ε⁺) Aₜ)
 
-    Its gradient is 0 for a token that has already moved by more than ε the way its advantage
-    points: ρₜ > 1+ε with Aₜ > 0, ρₜ < 1-ε with Aₜ < 0.
+    Its gradient is 0 for a token that has already moved past the range the way its advantage
+    points: ρₜ > 1+ε⁺ with Aₜ > 0, ρₜ < 1-ε with Aₜ < 0. An ε⁺ above ε lets unlikely tokens rise
+    faster (arXiv:2503.14476, "clip-higher").
+
+    Against a token that has become much likelier although its advantage is negative, nothing above
+    bounds the loss. The dual clip (arXiv:1912.09729) does, by c = dual_clip: where Aₜ < 0, the
+    surrogate is at least c Aₜ.
 
     Args:
         new_logprobs: log-probabilities of the actions under the policy that is being trained.
@@ -45,19 +52,24 @@ def clipped_policy_loss(
         advantages: Aₜ.
         mask: True where an action is real.
         clip_range: ε.
-        denominator: see the top of this file.
+        clip_range_high: ε⁺; None makes it ε.
+        dual_clip: c, above 1; None leaves the surrogate unbounded below.
+        weights: see the top of this file.
     """
     chex.assert_equal_shape([new_logprobs, old_logprobs, advantages, mask])
+    low, high = 1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high)
     ratio = jnp.exp(zero_invalid(new_logprobs, mask) - zero_invalid(old_logprobs, mask))
     advantages = zero_invalid(advantages, mask)
     unclipped = ratio * advantages
-    clipped = jnp.clip(ratio, 1 - clip_range, 1 + clip_range) * advantages
+    clipped = jnp.clip(ratio, low, high) * advantages
     # Not jnp.minimum: where the two are equal, the gradient is the first one's, not a mixture.
     surrogate = jnp.where(unclipped <= clipped, unclipped, clipped)
-    outside = jnp.abs(ratio - 1) > clip_range
+    if dual_clip is not None:
+        least = dual_clip * advantages
+        surrogate = jnp.where((advantages < 0) & (surrogate < least), least, surrogate)
     return PolicyLoss(
-        loss=-masked_mean(surrogate, mask, denominator=denominator),
-        clip_fraction=masked_mean(outside, mask, denominator=denominator),
+        loss=-masked_mean(surrogate, mask, weights=weights),
+        clip_fraction=masked_mean((ratio < low) | (ratio > high), mask, weights=weights),
     )
 
 
@@ -68,7 +80,7 @@ def value_loss(
     *,
     old_values: Float[Array, "*shape"] | None = None,
     clip_range: float | None = None,
-    denominator: Float[Array, ""] | float | None = None,
+    weights: Float[Array, "*shape"] | None = None,
 ) -> Float[Array, ""]:
     """Mean of (Vₜ - Gₜ)², without a factor 1/2: `total_loss` weighs it.
 
@@ -81,7 +93,7 @@ def value_loss(
         mask: True where a step is real.
         old_values: the values that `returns` were made with; data.
         clip_range: in units of value.
-        denominator: see the top of this file.
+        weights: see the top of this file.
 
     Raises:
         UsageError: only one of `old_values` and `clip_range` is given.
@@ -95,7 +107,7 @@ def value_loss(
         old_values = zero_invalid(old_values, mask)
         clipped_values = jnp.clip(values, old_values - clip_range, old_values + clip_range)
         error = jnp.maximum(error, jnp.square(clipped_values - returns))
-    return masked_mean(error, mask, denominator=denominator)
+    return masked_mean(error, mask, weights=weights)
 
 
 def total_loss(

@@ -5,10 +5,14 @@ that is True where an entry is real. What stands elsewhere is unspecified, NaN a
 included, and `NaN * 0` is NaN: so it is replaced before any arithmetic, never multiplied away.
 """
 
+from typing import Literal
+
 import chex
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
+
+Aggregation = Literal["token", "sequence"]
 
 _WHITEN_EPSILON = 1e-8
 
@@ -27,23 +31,49 @@ def masked_mean(
     x: Float[Array, "*shape"],
     mask: Bool[Array, "*shape"],
     *,
-    denominator: Float[Array, ""] | float | None = None,
+    weights: Float[Array, "*shape"] | None = None,
 ) -> Float[Array, ""]:
     """Mean of the valid entries, Σ mask·x / Σ mask; 0 when none is valid.
 
     Args:
         x: any shape.
         mask: True where `x` is valid.
-        denominator: what to divide by instead of Σ mask. With the number of valid entries of the
-            whole minibatch, the results of its micro-batches add up to the minibatch's mean,
-            however it was cut.
+        weights: of the entries, instead of 1 / Σ mask each: the result is Σ mask·weights·x. With
+            those of a whole minibatch (`token_weights`), the results of its micro-batches add up
+            to the minibatch's mean, however it was cut.
 
     Returns:
         float32 scalar.
     """
-    total = jnp.sum(zero_invalid(x, mask))
-    count = jnp.sum(jnp.asarray(mask, bool)) if denominator is None else jnp.asarray(denominator)
-    return total / jnp.where(count == 0, 1, count).astype(jnp.float32)
+    x = zero_invalid(x, mask)
+    if weights is not None:
+        return jnp.sum(zero_invalid(weights, mask) * x)
+    count = jnp.sum(jnp.asarray(mask, bool))
+    return jnp.sum(x) / jnp.where(count == 0, 1, count).astype(jnp.float32)
+
+
+def token_weights(
+    mask: Bool[Array, "B T"], aggregation: Aggregation = "token"
+) -> Float[Array, "B T"]:
+    """What each token counts for in a mean over a minibatch: at least 0, in all 1.
+
+        "token"      1 / Σ mask                  a long response counts for more than a short one
+        "sequence"   1 / (rows · row's length)   every response counts alike, its tokens for less
+
+    Args:
+        mask: True where a token is real. Rows without any do not count as rows.
+
+    Returns:
+        float32 [B, T]; 0 where `mask` is False.
+    """
+    chex.assert_rank(mask, 2)
+    mask = jnp.asarray(mask, bool)
+    if aggregation == "token":
+        share = jnp.sum(mask)[None, None]
+    else:
+        length = jnp.sum(mask, axis=1, keepdims=True)
+        share = length * jnp.sum(length > 0)
+    return jnp.where(mask, 1 / jnp.maximum(share, 1).astype(jnp.float32), 0.0)
 
 
 def masked_var(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:

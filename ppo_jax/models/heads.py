@@ -25,10 +25,13 @@ class ScalarHead(nnx.Module):
 
 
 class PolicyValueNetwork(nnx.Module):
-    """A Qwen2 policy and a value function on one backbone.
+    """A Qwen2 policy, and a value function on its backbone or on one of its own.
 
     The value head starts at zero, so that the first advantages are those of a zero baseline
     rather than of random numbers.
+
+    Args:
+        separate_critic: give the value function a backbone of its own, `critic`.
     """
 
     def __init__(
@@ -38,8 +41,14 @@ class PolicyValueNetwork(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        separate_critic: bool = False,
     ):
         self.backbone = Qwen2(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.critic = (
+            Qwen2(_without_projection(config), rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+            if separate_critic
+            else None
+        )
         self.value_head = ScalarHead(jnp.zeros((config.hidden_size,)), bias=True)
 
     @property
@@ -54,12 +63,28 @@ class PolicyValueNetwork(nnx.Module):
         Training never takes this path, see `ppo_jax.models.response`.
         """
         hidden, _ = self.backbone(input_ids, attention_mask)
-        return self.logits(hidden), self.value_head(hidden)
+        value_hidden = self.critic(input_ids, attention_mask)[0] if self.critic else hidden
+        return self.logits(hidden), self.value_head(value_hidden)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """float32 logits of the tokens that follow."""
         weight = self.backbone.unembedding.astype(hidden.dtype)
         return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+
+
+def with_separate_critic(network: PolicyValueNetwork) -> PolicyValueNetwork:
+    """The network with a backbone for its values alone: at first, a copy of the policy's."""
+    if network.critic is not None:
+        return network
+    backbone, dtype = nnx.state(network.backbone), network.backbone.dtype
+    shaped = nnx.eval_shape(
+        lambda: PolicyValueNetwork(
+            network.config, rngs=nnx.Rngs(0), dtype=dtype, separate_critic=True
+        )
+    )
+    critic = {name: jax.tree.map(jnp.copy, x) for name, x in backbone.items() if name != "lm_head"}
+    params = nnx.State({**nnx.state(network), "critic": nnx.State(critic)})
+    return nnx.merge(nnx.graphdef(shaped), params)
 
 
 class RewardModel(nnx.Module):
@@ -74,8 +99,7 @@ class RewardModel(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
     ):
         std = 1 / math.sqrt(config.hidden_size + 1)
-        # It writes no tokens, so it has no output projection, whatever the policy it came from has.
-        config = dataclasses.replace(config, tie_word_embeddings=True)
+        config = _without_projection(config)
         self.backbone = Qwen2(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.score = ScalarHead(
             std * jax.random.normal(rngs.params(), (config.hidden_size,)), bias=False
@@ -92,3 +116,8 @@ class RewardModel(nnx.Module):
         hidden, _ = self.backbone(input_ids, attention_mask)
         last = jnp.sum(attention_mask, axis=-1) - 1
         return self.score(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+
+
+def _without_projection(config: Qwen2Config) -> Qwen2Config:
+    """Of a network that writes no tokens, whatever the policy that it came from has."""
+    return dataclasses.replace(config, tie_word_embeddings=True)

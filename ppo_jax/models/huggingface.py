@@ -2,13 +2,15 @@
 
 The modules carry Hugging Face's attribute names, so a tensor's name is its path; only the L layers,
 one array here and L tensors there, are stacked and unstacked on the way. The value head, which no
-Hugging Face class knows, has a file of its own, `value_head.safetensors`.
+Hugging Face class knows, has a file of its own, `value_head.safetensors`; so has the backbone of a
+separate critic, `critic.safetensors`.
 """
 
+import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -31,6 +33,9 @@ from qwen_env.tokenizer import Tokenizer
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 VALUE_HEAD = "value_head.safetensors"
+CRITIC = "critic.safetensors"
+OWN_FILES = {"value_head.": VALUE_HEAD, "critic.": CRITIC}
+"""Where tensors are that no Hugging Face class knows, by what their names here begin with."""
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 
 Network = TypeVar("Network", PolicyValueNetwork, RewardModel)
@@ -71,7 +76,7 @@ def load_pretrained(
 
     Returns:
         The network. Its value head is the one in `value_head.safetensors` where the folder has
-        such a file, else zero.
+        such a file, else zero; it has a separate critic where there is a `critic.safetensors`.
 
     Raises:
         UsageError: no such folder, hub unreachable, no safetensors, another architecture, or a
@@ -83,7 +88,9 @@ def load_pretrained(
         source = GGUFFile(folder_or_hub_id_or_gguf)
     else:
         source = SafetensorsFolder(resolve(folder_or_hub_id_or_gguf, allow_patterns=HUB_PATTERNS))
-    return _load(PolicyValueNetwork, source, dtype, param_dtype)
+    has_critic = any(name.startswith("critic.") for name in source.names)
+    make = functools.partial(PolicyValueNetwork, separate_critic=has_critic)
+    return _load(make, source, dtype, param_dtype)
 
 
 def load_reward_model(
@@ -109,9 +116,6 @@ def save_pretrained(
     """
     with _replacing(Path(folder)) as partial:
         _save_model(network, "Qwen2ForCausalLM", partial, tokenizer)
-        head = nnx.to_flat_state(nnx.state(network.value_head))
-        tensors = {str(name): np.asarray(param.get_value()) for (name,), param in head}
-        _save(tensors, partial / VALUE_HEAD)
 
 
 def save_reward_model(
@@ -128,7 +132,7 @@ def save_reward_model(
 class SafetensorsFolder:
     """The weights of a folder, one file or many with an index; each tensor is read when asked.
 
-    Those of `value_head.safetensors` go by the names `value_head.weight` and `value_head.bias`.
+    Those of `value_head.safetensors` and `critic.safetensors` have that name before their own.
     """
 
     def __init__(self, folder: Path):
@@ -151,8 +155,9 @@ class SafetensorsFolder:
                 + (f", only {pickled[0]}, and pickled weights are never loaded" if pickled else "")
                 + "; save the model with transformers' save_pretrained to make one."
             )
-        if (folder / VALUE_HEAD).exists():
-            self._add(folder / VALUE_HEAD, prefix="value_head.")
+        for prefix, file in OWN_FILES.items():
+            if (folder / file).exists():
+                self._add(folder / file, prefix)
 
     @property
     def names(self) -> Collection[str]:
@@ -169,12 +174,12 @@ class SafetensorsFolder:
 
 
 def _load(
-    kind: type[Network], source: TensorSource, dtype: DTypeLike, param_dtype: DTypeLike
+    make: Callable[..., Network], source: TensorSource, dtype: DTypeLike, param_dtype: DTypeLike
 ) -> Network:
     config = Qwen2Config.from_huggingface(source.config, source.config_where)
     # A checkpoint may say "tied" and still hold an lm_head; the config decides, as in transformers.
     network = nnx.eval_shape(
-        lambda: kind(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
+        lambda: make(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
     )
     graphdef, state = nnx.split(network)
     filled = [
@@ -222,6 +227,8 @@ def _tensor_names(path: tuple[Any, ...], config: Qwen2Config) -> list[str]:
         case ("backbone", "layers", *rest):
             suffix = ".".join(map(str, rest))
             return [f"model.layers.{i}.{suffix}" for i in range(config.num_hidden_layers)]
+        case ("critic", *rest):
+            return ["critic." + name for name in _tensor_names(("backbone", *rest), config)]
         case ("backbone", *rest):
             return ["model." + ".".join(map(str, rest))]
         case _:
@@ -245,19 +252,18 @@ def _save_model(
         config["pad_token_id"] = tokenizer.pad_token_id
         _write_json(folder / "generation_config.json", special)
         tokenizer.save(folder)
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, dict[str, np.ndarray]] = {}  # by file
     for path, variable in nnx.to_flat_state(nnx.state(network, nnx.Param)):
-        if path[0] == "value_head":
-            continue
         array = np.asarray(variable.get_value())
-        names = _tensor_names(path, network.config)
         parts = array if "layers" in path else [array]
-        tensors.update(
-            (name, np.ascontiguousarray(part)) for name, part in zip(names, parts, strict=True)
-        )
-    config["dtype"] = str(tensors["model.norm.weight"].dtype)
+        for name, part in zip(_tensor_names(path, network.config), parts, strict=True):
+            prefix = next((prefix for prefix in OWN_FILES if name.startswith(prefix)), "")
+            own = tensors.setdefault(OWN_FILES.get(prefix, WEIGHTS), {})
+            own[name.removeprefix(prefix)] = np.ascontiguousarray(part)
+    config["dtype"] = str(tensors[WEIGHTS]["model.norm.weight"].dtype)
     _write_json(folder / "config.json", config)
-    _save(tensors, folder / WEIGHTS)
+    for file, content in tensors.items():
+        _save(content, folder / file)
 
 
 def _save(tensors: dict[str, np.ndarray], path: Path) -> None:

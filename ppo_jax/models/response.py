@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from ppo_jax.models.heads import PolicyValueNetwork
+from ppo_jax.sampling import Sampling, sampling_logits, unpacked
 from qwen_env import mdp
 
 CHUNK_SIZE = 128
@@ -24,6 +25,7 @@ class ResponseOutputs(NamedTuple):
     logprobs: Float[Array, "B T"]  # of the tokens chosen, under the sampling distribution
     entropy: Float[Array, "B T"]  # of the sampling distribution
     values: Float[Array, "B T"]  # of the state before each token
+    last_value: Float[Array, "B"]  # of the state behind the last token
 
 
 def response_outputs(
@@ -31,40 +33,55 @@ def response_outputs(
     tokens: Int[Array, "B S"],
     prompt_length: Int[Array, "B"],
     length: Int[Array, "B"],
+    support: UInt8[Array, "B T V/8"] | None = None,
     *,
     rules: mdp.Rules,
-    temperature: float,
+    sampling: Sampling,
+    num_steps: int,
+    stop_value_gradient: bool = False,
     remat: bool = False,
 ) -> ResponseOutputs:
     """Log-probabilities, entropies and values of responses. Beyond `length` they mean nothing.
 
     The hidden state at position p-1 predicts token p; values use the same shift.
+
+    Args:
+        support: the ids that each token was drawn from, as `rollout` recorded them.
+        num_steps: T, at least the longest response.
+        stop_value_gradient: keep the gradient of the values out of the backbone.
     """
     attention_mask = jnp.arange(tokens.shape[1]) < length[:, None]
     hidden, _ = network.backbone(tokens, attention_mask, remat=remat)
-    step = jnp.arange(rules.max_new_tokens)
-    index = prompt_length[:, None] + step
+    step = jnp.arange(num_steps)
+    # Clipped, because a row that ends early may have fewer than T places behind its prompt.
+    index = jnp.minimum(prompt_length[:, None] + step, tokens.shape[1] - 1)
     chosen = jnp.take_along_axis(tokens, index, axis=1)
-    hidden = jnp.take_along_axis(hidden, index[..., None] - 1, axis=1)
+
+    def before_each_token(hidden: Float[Array, "B S D"]) -> Float[Array, "B T D"]:
+        return jnp.take_along_axis(hidden, index[..., None] - 1, axis=1)
+
+    if network.critic is not None:
+        value_hidden, _ = network.critic(tokens, attention_mask, remat=remat)
+    else:
+        value_hidden = jax.lax.stop_gradient(hidden) if stop_value_gradient else hidden
+    last = jnp.take_along_axis(value_hidden, (length - 1)[:, None, None], axis=1)[:, 0]
+    hidden = before_each_token(hidden)
     batch, steps, size = hidden.shape
     logprobs, entropy = _logprobs_and_entropy(
         network,
         hidden.reshape(batch * steps, size),
         chosen.reshape(batch * steps),
         jnp.broadcast_to(step, (batch, steps)).reshape(batch * steps),
+        None if support is None else support.reshape(batch * steps, -1),
         rules,
-        temperature,
+        sampling,
     )
     return ResponseOutputs(
-        logprobs.reshape(batch, steps), entropy.reshape(batch, steps), network.value_head(hidden)
+        logprobs.reshape(batch, steps),
+        entropy.reshape(batch, steps),
+        network.value_head(before_each_token(value_hidden)),
+        network.value_head(last),
     )
-
-
-def sampling_logits(
-    logits: Float[Array, "N V"], allowed: Bool[Array, "N V"], temperature: float
-) -> Float[Array, "N V"]:
-    """The logits that tokens are drawn from: tempered, forbidden ids at -inf. In float32."""
-    return jnp.where(allowed, logits.astype(jnp.float32) / temperature, -jnp.inf)
 
 
 def _logprobs_and_entropy(
@@ -72,15 +89,18 @@ def _logprobs_and_entropy(
     hidden: Float[Array, "N D"],
     chosen: Int[Array, "N"],
     step: Int[Array, "N"],
+    support: UInt8[Array, "N V/8"] | None,
     rules: mdp.Rules,
-    temperature: float,
+    sampling: Sampling,
 ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
     """log p(chosen) and H(p), CHUNK_SIZE rows at a time; the backward pass recomputes logits."""
 
     def of_chunk(rows: Any) -> tuple[Array, Array]:
-        hidden, chosen, step = rows
+        hidden, chosen, step, support = rows
         allowed = mdp.action_mask(step, rules, jnp)
-        logits = sampling_logits(network.logits(hidden), allowed, temperature)
+        if support is not None:
+            allowed &= unpacked(support, rules.vocab_size)
+        logits = sampling_logits(network.logits(hidden), allowed, sampling.temperature)
         log_p = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         # 0 log 0 = 0; the inner where keeps -inf out of the gradient.
         p_log_p = jnp.where(allowed, jnp.exp(log_p) * jnp.where(allowed, log_p, 0.0), 0.0)
@@ -92,9 +112,10 @@ def _logprobs_and_entropy(
     chunk = -(-count // num_chunks)
 
     def in_chunks(x: Array) -> Array:
-        padded = jnp.pad(x, [(0, num_chunks * chunk - count)] + [(0, 0)] * (x.ndim - 1))
-        return padded.reshape(num_chunks, chunk, *x.shape[1:])
+        # Edge values, because a row of zeros would be a token that was drawn from no ids.
+        extra = [(0, num_chunks * chunk - count)] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, extra, mode="edge").reshape(num_chunks, chunk, *x.shape[1:])
 
-    rows = jax.tree.map(in_chunks, (hidden, chosen, step))
+    rows = jax.tree.map(in_chunks, (hidden, chosen, step, support))
     logprobs, entropy = jax.lax.map(jax.checkpoint(of_chunk, prevent_cse=False), rows)
     return logprobs.reshape(-1)[:count], entropy.reshape(-1)[:count]

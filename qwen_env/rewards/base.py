@@ -9,9 +9,10 @@ It may return `(scores, components)` instead, where `components` maps names to a
 length; they are reported, not trained on.
 """
 
+import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, SupportsFloat
 
 import numpy as np
 from gymnasium.error import DependencyNotInstalled
@@ -38,11 +39,18 @@ class RewardBatch:
     def __len__(self) -> int:
         return len(self.completions)
 
+    def row(self, index: int) -> "RewardBatch":
+        """The batch of one row."""
+        return RewardBatch(*([getattr(self, field.name)[index]] for field in fields(self)))
+
+
+Numbers = np.ndarray | Sequence[float]  # N of them
+
 
 class RewardFn(Protocol):
     def __call__(
         self, batch: RewardBatch, /
-    ) -> np.ndarray | tuple[np.ndarray, Mapping[str, np.ndarray]]: ...
+    ) -> Numbers | tuple[Numbers, Mapping[str, Numbers]]: ...
 
 
 class RewardError(UsageError):
@@ -57,8 +65,14 @@ class Scores:
     components: Mapping[str, np.ndarray]
 
 
+RESERVED_COMPONENTS = ("score", "missing_eos_penalty")
+"""Components that the environment reports itself."""
+
+
 def score(reward: RewardFn, batch: RewardBatch) -> Scores:
     """Call `reward` and check what it returns.
+
+    When it raises, it is called once more for each row, to find the one to blame.
 
     Raises:
         RewardError: it raised, returned another count, a type that is not a number, or a value
@@ -72,13 +86,26 @@ def score(reward: RewardFn, batch: RewardBatch) -> Scores:
         raise
     except Exception as error:
         raise RewardError(
-            f"The reward function {name} raised {type(error).__name__}: {error}"
+            f"The reward function {name} raised {type(error).__name__}: {error}, for "
+            f"{_culprit(reward, batch, type(error))}."
         ) from error
-    values, components = answer if isinstance(answer, tuple) else (answer, {})
+    values, components = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, {})
+    if isinstance(values, tuple) or not isinstance(components, Mapping):
+        raise RewardError(
+            f"The reward function {name} returned a tuple of "
+            f"{', '.join(type(part).__name__ for part in answer)}; it must return an array, or "
+            "(array, {component: array})."
+        )
+    for key in components:
+        if not isinstance(key, str) or key in RESERVED_COMPONENTS:
+            raise RewardError(
+                f"The reward function {name} names a component {key!r}; names must be text, and "
+                f"none of {', '.join(map(repr, RESERVED_COMPONENTS))}, which are taken."
+            )
     return Scores(
-        _checked(values, len(batch), f"The reward function {name}"),
+        _checked(values, batch, f"The reward function {name}"),
         {
-            key: _checked(value, len(batch), f"Component {key!r} of the reward function {name}")
+            key: _checked(value, batch, f"Component {key!r} of the reward function {name}")
             for key, value in components.items()
         },
     )
@@ -91,17 +118,54 @@ def reward_name(reward: RewardFn) -> str:
     return f"{module}.{getattr(reward, '__qualname__', kind.__qualname__)}"
 
 
-def _checked(values: Any, count: int, who: str) -> np.ndarray:
+def _checked(values: Any, batch: RewardBatch, who: str) -> np.ndarray:
     try:
-        array = np.asarray(values, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise RewardError(f"{who} must return numbers; {error}.") from error
-    if array.shape != (count,):
+        given = np.asarray(values)
+        if (
+            given.dtype.kind in "USmMc"
+        ):  # text, times and complex numbers, which NumPy would convert
+            raise TypeError(f"of type {given.dtype}")
+        with np.errstate(over="ignore"):  # an infinity, which is refused below
+            array = np.asarray(given, dtype=np.float32)
+    except Exception as error:  # of whatever type it is that `values` has
+        what = _no_number(values, batch) or f"a {type(values).__name__} ({error})"
+        raise RewardError(f"{who} returned {what}; it must return one number a row.") from error
+    if array.shape != (len(batch),):
         raise RewardError(
-            f"{who} returned shape {array.shape} for a batch of {count}; it must return "
-            f"one number a row, shape ({count},)."
+            f"{who} returned shape {array.shape} for a batch of {len(batch)}; it must return "
+            f"one number a row, shape ({len(batch)},)."
         )
     if not np.isfinite(array).all():
         row = int(np.flatnonzero(~np.isfinite(array))[0])
-        raise RewardError(f"{who} returned {array[row]} for row {row}; rewards must be finite.")
+        raise RewardError(
+            f"{who} returned {given[row]} for {_row(batch, row)}; rewards must be finite (float32)."
+        )
     return array
+
+
+def _no_number(values: Any, batch: RewardBatch) -> str | None:
+    """The first value that is none, and its row."""
+    for row in range(len(batch)):
+        try:
+            value = values[row]
+        except (TypeError, LookupError):
+            return None
+        if isinstance(value, str | bytes) or not isinstance(value, SupportsFloat):
+            return f"{reprlib.repr(value)} for {_row(batch, row)}"
+    return None
+
+
+def _culprit(reward: RewardFn, batch: RewardBatch, raised: type[Exception]) -> str:
+    """Which row makes `reward` raise, if one does so alone."""
+    for row in range(len(batch)):
+        try:
+            reward(batch.row(row))
+        except raised:
+            return _row(batch, row)
+        except Exception:
+            continue
+    return f"a batch of {len(batch)}, none of whose rows does it alone"
+
+
+def _row(batch: RewardBatch, row: int) -> str:
+    return f"row {row} (prompt {reprlib.repr(batch.prompts[row])})"

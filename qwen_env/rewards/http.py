@@ -19,9 +19,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
-import numpy as np
-
+from qwen_env.arguments import finite, integer
 from qwen_env.errors import UsageError
 from qwen_env.rewards.base import RewardBatch, RewardError
 from qwen_env.rewards.progress import with_progress
@@ -49,16 +49,20 @@ class HTTPReward:
         retries: int = 3,
         backoff: float = 1.0,
     ) -> None:
-        if batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size}; it must be at least 1.")
+        _check_url(url)
         self.url = url
-        self.batch_size = batch_size
-        self.timeout = timeout
-        self.retries = retries
-        self.backoff = backoff
+        self.batch_size = integer("batch_size", batch_size, at_least=1)
+        self.timeout = finite("timeout", timeout)
+        self.retries = integer("retries", retries, at_least=0)
+        self.backoff = finite("backoff", backoff)
+        if self.timeout <= 0 or self.backoff < 0:
+            raise UsageError(
+                f"timeout is {timeout} and backoff {backoff}; they are seconds, the first above 0, "
+                "the second not below."
+            )
 
-    def __call__(self, batch: RewardBatch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The rewards, float32 [N], and the components that the server names.
+    def __call__(self, batch: RewardBatch) -> tuple[list[Any], dict[str, list[Any]]]:
+        """The N rewards, and the components that the server names; `score` checks the values.
 
         Raises:
             RewardError: the server cannot be reached, or its answer is not of the form above.
@@ -66,18 +70,16 @@ class HTTPReward:
         starts = range(0, len(batch), self.batch_size)
         answers = [self._ask(batch, start) for start in with_progress(starts, "reward server")]
         rewards = [reward for answer in answers for reward in answer["rewards"]]
-        names = answers[0].get("components", {}) if answers else {}
-        try:
-            components = {
-                name: np.concatenate([answer["components"][name] for answer in answers])
-                for name in names
-            }
-        except (KeyError, ValueError) as error:
+        names = answers[0]["components"] if answers else {}
+        if any(answer["components"].keys() != names.keys() for answer in answers):
             raise RewardError(
                 f"The reward server {self.url} answered with components that differ from batch to "
-                f"batch ({error})."
-            ) from error
-        return np.array(rewards, np.float32), components
+                "batch; it must name the same ones in every answer."
+            )
+        return rewards, {
+            name: [value for answer in answers for value in answer["components"][name]]
+            for name in names
+        }
 
     def _ask(self, batch: RewardBatch, start: int) -> dict[str, Any]:
         part = slice(start, start + self.batch_size)
@@ -88,14 +90,25 @@ class HTTPReward:
             "finish_reasons": batch.finish_reasons[part],
         }
         answer = self._post(json.dumps(columns).encode())
-        rewards = answer.get("rewards") if isinstance(answer, dict) else None
+        rewards, components = None, None
+        if isinstance(answer, dict):
+            rewards, components = answer.get("rewards"), answer.get("components") or {}
         count = len(batch.prompts[part])
-        if not isinstance(rewards, list) or len(rewards) != count:
+
+        def is_column(values: Any) -> bool:
+            return isinstance(values, list) and len(values) == count
+
+        if not (
+            is_column(rewards)
+            and isinstance(components, dict)
+            and all(map(is_column, components.values()))
+        ):
             raise RewardError(
                 f"The reward server {self.url} must answer with an object whose 'rewards' are a "
-                f"list of {count} numbers; it answered {str(answer)[:200]}."
+                f"list of {count} numbers, as is each of its 'components', if it has any; it "
+                f"answered {str(answer)[:200]}."
             )
-        return answer
+        return {"rewards": rewards, "components": components}
 
     def _post(self, body: bytes) -> Any:
         request = urllib.request.Request(
@@ -123,3 +136,13 @@ class HTTPReward:
             f"The reward server {self.url} {problem}, {self.retries + 1} times; "
             "start it, or raise timeout or retries."
         )
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        is_right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except (ValueError, AttributeError):  # no such port, no text
+        is_right = False
+    if not is_right:
+        raise UsageError(f"the reward server is {url!r}; write it as 'http://HOST:PORT/PATH'.")

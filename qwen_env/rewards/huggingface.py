@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen_env.arguments import integer
 from qwen_env.errors import UsageError
 from qwen_env.extras import import_extra
 from qwen_env.hub import resolve
@@ -52,8 +53,9 @@ class HuggingFaceReward:
         transformers = import_extra("transformers", extra="torch")
         if dtype not in ("float32", "bfloat16", "float16"):
             raise UsageError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16.")
-        if batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size}; it must be at least 1.")
+        self.batch_size = integer("batch_size", batch_size, at_least=1)
+        if max_length is not None:
+            integer("max_length", max_length, at_least=1)
         folder = resolve(model, allow_patterns=_FILES)
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -69,8 +71,13 @@ class HuggingFaceReward:
             )
         self._column = _label_column(self.model.config, label, str(model))
         self.device = device or ("cuda" if self._torch.cuda.is_available() else "cpu")
-        self.model.to(self.device, getattr(self._torch, dtype)).eval()
-        self.batch_size = batch_size
+        try:
+            self.model.to(self.device, getattr(self._torch, dtype)).eval()
+        except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+            reason = str(error).splitlines()[0]
+            raise UsageError(
+                f"hf:{model} cannot be moved to the device {self.device!r}: {reason}"
+            ) from error
         self.max_length = max_length or getattr(self.model.config, "max_position_embeddings", None)
         self.use_chat_template = use_chat_template and self.tokenizer.chat_template is not None
         self.__qualname__ = f"hf:{model}"

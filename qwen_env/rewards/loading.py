@@ -25,7 +25,7 @@ _HUGGINGFACE_OPTIONS: dict[str, Callable[[str], Any]] = {
     "max_length": int,
 }
 
-_WEIGHTED = re.compile(r"(?:(?P<weight>[-+\d.eE]+)\s*\*\s*)?(?P<spec>\S.*)")
+_WEIGHTED = re.compile(r"\s*(?P<weight>[^:/*]*?)\s*\*(?P<spec>.*)")
 
 
 def load_reward(spec: Any) -> RewardFn:
@@ -47,9 +47,14 @@ def load_reward(spec: Any) -> RewardFn:
         UsageError: no such module, callable or form.
     """
     if isinstance(spec, str):
-        if " + " in spec or " * " in spec:
+        if " + " in spec or _WEIGHTED.match(spec):
             return _load_sum(spec)
-        scheme, _, rest = spec.partition(":")
+        scheme, _, rest = spec.strip().partition(":")
+        if scheme == "flax":
+            raise UsageError(
+                f"reward {spec!r}: 'flax:' rewards belong to the training entry points; the "
+                "environment takes the same folder as 'hf:FOLDER'."
+            )
         if scheme == "hf":
             return _load_huggingface(rest)
         if scheme in ("http", "https"):
@@ -61,37 +66,38 @@ def load_reward(spec: Any) -> RewardFn:
     elif isinstance(spec, Mapping):
         return WeightedSum({name: _load_term(name, term) for name, term in spec.items()})
     elif callable(spec):
-        return spec
+        return _instance(spec, spec)
     raise UsageError(f"reward is {spec!r}; give a callable, or a string: {FORMS}.")
 
 
 def _load_term(name: str, term: Any) -> tuple[float, RewardFn]:
     try:
         weight, spec = term
-        return float(weight), load_reward(spec)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
+    except (TypeError, ValueError):
         raise UsageError(
             f"the term {name!r} of a weighted sum is {term!r}; it must be (weight, reward)."
         ) from None
+    return weight, load_reward(spec)
 
 
-def _load_sum(spec: str) -> WeightedSum:
+def _load_sum(text: str) -> WeightedSum:
     """Components are named after the last part of their spec."""
     terms: dict[str, tuple[float, RewardFn]] = {}
-    for term in spec.split(" + "):
-        match = _WEIGHTED.fullmatch(term.strip())
-        if match is None:
-            raise UsageError(f"reward {spec!r} has an empty term; write it as {FORMS}.")
-        name = re.split(r"[:/]", match["spec"].rstrip("/"))[-1]
+    for term in re.split(r"\s\+\s", text):
+        match = _WEIGHTED.fullmatch(term)
+        factor, spec = match.groups() if match else ("1", term)
+        if not (spec := spec.strip()):
+            raise UsageError(f"reward {text!r} has an empty term; write it as {FORMS}.")
+        name = re.split(r"[:/]", spec.rstrip("/"))[-1]
         if name in terms:
-            raise UsageError(f"reward {spec!r} names {name!r} twice; add up its weights.")
+            raise UsageError(f"reward {text!r} names {name!r} twice; add up its weights.")
         try:
-            weight = float(match["weight"] or 1)
+            weight = float(factor)
         except ValueError:
-            raise UsageError(f"reward {spec!r}: {match['weight']!r} is not a weight.") from None
-        terms[name] = (weight, load_reward(match["spec"]))
+            raise UsageError(
+                f"reward {text!r}: {factor!r} is not a weight; write it as {FORMS}."
+            ) from None
+        terms[name] = (weight, load_reward(spec))
     return WeightedSum(terms)
 
 
@@ -99,6 +105,8 @@ def _load_huggingface(rest: str) -> RewardFn:
     from qwen_env.rewards.huggingface import HuggingFaceReward
 
     model, _, query = rest.partition("?")
+    if not model:
+        raise UsageError(f"reward 'hf:{rest}' names no model; write 'hf:FOLDER_OR_HUB_ID'.")
     options = {}
     for name, text in parse_qsl(query):
         try:
@@ -114,6 +122,10 @@ def _load_huggingface(rest: str) -> RewardFn:
 def _load_callable(module_name: str, attribute: str) -> RewardFn:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    if module_name.startswith("."):
+        raise UsageError(
+            f"reward {module_name}:{attribute}: name the module in full, without leading dots."
+        )
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
@@ -123,11 +135,25 @@ def _load_callable(module_name: str, attribute: str) -> RewardFn:
             f"reward {module_name}:{attribute}: there is no module {module_name!r}; it is looked "
             "for among the installed packages and in the current directory."
         ) from error
-    reward = getattr(module, attribute, None)
-    if isinstance(reward, type):
-        reward = reward()
+    reward = _instance(getattr(module, attribute, None), f"{module_name}:{attribute}")
     if not callable(reward):
         raise UsageError(
             f"reward {module_name}:{attribute}: {module_name} has no callable {attribute!r}."
         )
     return reward
+
+
+def _instance(reward: Any, name: Any) -> Any:
+    """What a class makes without arguments; anything else as it is."""
+    if not isinstance(reward, type):
+        return reward
+    try:
+        instance = reward()
+    except Exception as error:
+        raise UsageError(
+            f"reward {name}: making one without arguments raised {type(error).__name__}: {error}; "
+            "name an instance of it instead."
+        ) from error
+    if not callable(instance):
+        raise UsageError(f"reward {name}: what this class makes cannot be called with a batch.")
+    return instance

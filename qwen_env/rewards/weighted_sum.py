@@ -4,8 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from qwen_env.arguments import finite
 from qwen_env.errors import UsageError
-from qwen_env.rewards.base import RewardBatch, RewardFn, score
+from qwen_env.rewards.base import RESERVED_COMPONENTS, RewardBatch, RewardFn, score
 
 
 class WeightedSum:
@@ -19,7 +20,16 @@ class WeightedSum:
     def __init__(self, terms: Mapping[str, tuple[float, RewardFn]]) -> None:
         if not terms:
             raise UsageError("a weighted sum of rewards needs at least one term.")
-        self.terms = dict(terms)
+        for name in terms:
+            if not isinstance(name, str) or name in RESERVED_COMPONENTS:
+                raise UsageError(
+                    f"a weighted sum names a term {name!r}; names must be text, and none of "
+                    f"{', '.join(map(repr, RESERVED_COMPONENTS))}, which are taken."
+                )
+        self.terms = {
+            name: (finite(f"the weight of {name!r} in a weighted sum", weight), reward)
+            for name, (weight, reward) in terms.items()
+        }
 
     def __call__(self, batch: RewardBatch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         total = np.zeros(len(batch), np.float32)

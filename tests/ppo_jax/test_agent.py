@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import qwen_env  # noqa: F401  (registers QwenText-v0)
 from ppo_jax.agent import PPOAgent, TooManyNonfiniteUpdates, prompt_indices
 from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TrainConfig
+from ppo_jax.models import with_separate_critic
 from qwen_env.errors import UsageError
 
 CONFIG = TrainConfig(
@@ -29,9 +30,15 @@ def make_agent(make_network, make_test_task):
     return make
 
 
-def test_it_learns_and_compiles_nothing_after_the_second_iteration(make_agent):
-    """Ragged episodes, so the shapes inside differ; the programs must not."""
-    compilations = []
+def test_it_learns_and_compiles_nothing_after_the_second_iteration(make_agent, monkeypatch):
+    """Ragged episodes, so the shapes inside differ; the programs must not.
+
+    Nor does an iteration wait for the device more than twice: for its episodes and its metrics.
+    """
+    compilations, fetches = [], []
+    device_get = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: fetches.append(1) or device_get(x))
+    buckets = dataclasses.replace(CONFIG.ppo, num_length_buckets=2)
 
     def count(event: str, duration: float, **_: object) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
@@ -40,7 +47,7 @@ def test_it_learns_and_compiles_nothing_after_the_second_iteration(make_agent):
     scores, lengths = [], set()
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
-        for episodes, metrics in make_agent().learn():
+        for episodes, metrics in make_agent(dataclasses.replace(CONFIG, ppo=buckets)).learn():
             scores.append(metrics["objective/score"])
             lengths.add(metrics["rollout/length_mean"])
             if metrics["iteration"] == 2:
@@ -53,6 +60,7 @@ def test_it_learns_and_compiles_nothing_after_the_second_iteration(make_agent):
     finally:
         jax.monitoring.clear_event_listeners()
     assert not compilations
+    assert len(fetches) == 2 * len(scores)
     assert len(lengths) > 5
     assert np.mean(scores[-5:]) > np.mean(scores[:5]) + 3 * np.std(scores[:5])
 
@@ -127,6 +135,36 @@ def test_a_network_that_does_not_fit_the_task_is_refused(
 ):
     with pytest.raises(UsageError, match=words):
         PPOAgent(make_network(**network), make_test_task(**task), CONFIG, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optimizer": OptimizerConfig(num_frozen_layers=3)}, "num_frozen_layers is 3.*only 2"),
+        ({"ppo": PPOConfig(critic="shared")}, "critic is 'shared'.*separate critic"),
+    ],
+)
+def test_settings_that_do_not_fit_the_network_are_refused(
+    make_network, make_test_task, changes, words
+):
+    network = with_separate_critic(make_network())
+    with pytest.raises(UsageError, match=words):
+        PPOAgent(network, make_test_task(), dataclasses.replace(CONFIG, **changes), 1)
+
+
+def test_several_completions_a_prompt(make_agent):
+    ppo = dataclasses.replace(CONFIG.ppo, completions_per_prompt=4)
+    agent = make_agent(dataclasses.replace(CONFIG, ppo=ppo))
+    episodes = agent.collect()
+    prompts = [episode.prompt.text for episode in episodes.episodes]
+    assert len(prompts) == CONFIG.ppo.batch_size
+    assert prompts == [text for text in prompts[::4] for _ in range(4)]
+    assert len(set(prompts)) == 4
+    tokens = np.asarray(episodes.rollout.state.tokens)
+    assert len(np.unique(tokens, axis=0)) > 12, "each completion is a draw of its own"
+    for row, episode in enumerate(episodes.episodes):
+        width = len(episode.prompt.ids)
+        np.testing.assert_array_equal(tokens[row, :width], episode.prompt.ids)
 
 
 @given(

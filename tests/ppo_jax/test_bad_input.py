@@ -184,7 +184,7 @@ ANSWERS: dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
     ),
     "wrong count": (lambda batch: [0.0], ("shape (1,)", "batch of 4")),
     "wrong shape": (lambda batch: np.zeros((4, 1)), ("shape (4, 1)", "batch of 4")),
-    "no numbers": (lambda batch: ["good"] * 4, ("must return numbers",)),
+    "no numbers": (lambda batch: ["good"] * 4, ("must return one number a row",)),
     "None": (lambda batch: None, ("rewards_of_tests.scripted",)),
 }
 

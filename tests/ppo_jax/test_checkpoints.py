@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ppo_jax.algorithm import no_moments
+from ppo_jax.batch import Controls
 from ppo_jax.checkpoints import Checkpoints
 from ppo_jax.learner import TrainState
 from qwen_env.errors import UsageError
@@ -22,6 +24,8 @@ def state(iteration: int, width: int = 3) -> TrainState:
     return TrainState(
         params=params,
         opt_state=(jnp.asarray(iteration, jnp.int32), jax.tree.map(jnp.sqrt, params)),
+        controls=Controls(jnp.float32(0.05 + iteration), no_moments()),
+        reference=None,
         root_key=jax.random.key_data(jax.random.key(7)),
         iteration=jnp.asarray(iteration, jnp.int32),
         nonfinite_in_a_row=jnp.asarray(0, jnp.int32),
@@ -113,6 +117,25 @@ def test_all_damaged(saved: Checkpoints) -> None:
     with pytest.raises(UsageError, match=r"Every checkpoint in .* is damaged"):
         saved.restore(state(0), lambda _: None)
     assert saved.iterations() == [6, 9], "evidence is not removed"
+
+
+def test_another_format_is_refused(
+    saved: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ppo_jax.checkpoints._FORMAT", 3)
+    with pytest.raises(UsageError, match=r"has format 2, but .* reads format 3"):
+        saved.restore(state(0))
+
+
+def test_a_moving_reference_is_saved_and_a_fixed_one_is_not(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    moving = state(3)._replace(reference={"weight": jnp.full((2, 3), 7.0, jnp.float32)})
+    checkpoints.save(moving, FACTS)
+    restored = checkpoints.restore(state(0)._replace(reference={"weight": jnp.zeros((2, 3))}))
+    assert restored is not None
+    assert_is(restored[0], moving)
+    with pytest.raises(UsageError, match=r"reference.*needs none of that name"):
+        checkpoints.restore(state(0))
 
 
 def test_another_model_is_named_by_its_array(saved: Checkpoints) -> None:

@@ -81,9 +81,12 @@ def test_chat_renders_the_template_and_prints_the_answer_alone(
     [
         ([], ["no prompt", "--model"]),
         ([""], ["prompts[0]", "empty prompt"]),
-        (["a", "--temperature", "0"], ["temperature is 0.0", "--greedy"]),
+        (["a", "--temperature", "0"], ["temperature is 0.0", "above 0"]),
         (["a", "--temperature", "nan"], ["temperature is nan"]),
         (["a", "--greedy", "--temperature", "1"], ["greedy and temperature"]),
+        (["a", "--greedy", "--top-k", "3"], ["greedy and top_k"]),
+        (["a", "--top-k", "0"], ["top_k is 0"]),
+        (["a", "--top-p", "1.5"], ["top_p is 1.5"]),
         (["a", "--max-new-tokens", "0"], ["max_new_tokens is 0"]),
         (["a " * 30, "--max-new-tokens", "60"], ["max_new_tokens (60)", "64 positions"]),
         (["a", "--chat"], ["chat template"]),

@@ -15,6 +15,7 @@ import qwen_env  # noqa: F401  (registers QwenText-v0)
 from ppo_jax.models import save_pretrained
 from ppo_jax.models.response import response_outputs
 from ppo_jax.rollout import Rollout, rollout
+from ppo_jax.sampling import Sampling
 from qwen_env import mdp
 
 
@@ -46,7 +47,7 @@ def test_decoding_through_the_cache_equals_the_full_forward_pass(
     make_network, make_test_task, temperature
 ):
     network, task = make_network(), make_test_task(min_new_tokens=2)
-    sample = compile_rollout(network, task, temperature=temperature)
+    sample = compile_rollout(network, task, sampling=Sampling(temperature))
     graphdef, params = nnx.split(network)
 
     @jax.jit
@@ -57,7 +58,8 @@ def test_decoding_through_the_cache_equals_the_full_forward_pass(
             state.prompt_length,
             state.length,
             rules=task.rules,
-            temperature=temperature,
+            sampling=Sampling(temperature),
+            num_steps=task.rules.max_new_tokens,
         )
 
     lengths = set()
@@ -98,7 +100,7 @@ def test_draws_follow_the_sampling_distribution(make_network, make_test_task):
     )
     network = make_network(sharpness=8.0)
     draws = 4000
-    result = run(network, task, prompts=[task.prompts[2]] * draws, temperature=1.3)
+    result = run(network, task, prompts=[task.prompts[2]] * draws, sampling=Sampling(1.3))
     length = result.state.prompt_length[0]
     prompt = jnp.asarray(result.state.tokens[:1, :length])
     logits = jax.jit(network)(prompt, jnp.ones((1, length), bool))[0][0, -1]

@@ -4,10 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import HistogramProto
 
 from ppo_jax.config import preset
-from ppo_jax.run_folder import RunFolder, read_config
+from ppo_jax.run_folder import RunFolder, distributions_record, read_config, read_records
 from qwen_env.errors import UsageError
 
 CONFIG = preset("pocket")
@@ -15,6 +18,16 @@ CONFIG = preset("pocket")
 
 def metrics(iteration: int) -> dict[str, Any]:
     return {"iteration": iteration, "objective/score": 0.5 * iteration}
+
+
+def distributions(iteration: int) -> dict[str, Any]:
+    arrays = {
+        "ratio": np.eye(40, dtype=np.int32)[20] * 7,
+        "advantage": np.arange(40),
+        "length": np.array([0, 4, 1]),
+        "kl_by_position": np.array([0.123456789, -2.0, np.nan], np.float32),
+    }
+    return distributions_record(iteration, arrays)
 
 
 def sample(iteration: int, text: str = "x") -> dict[str, Any]:
@@ -33,6 +46,7 @@ def run(tmp_path: Path) -> Path:
     folder.open(0)
     folder.write_samples([sample(0)])
     for iteration in (1, 2, 3):
+        folder.write_distributions(distributions(iteration))
         folder.write_metrics(metrics(iteration))
         folder.write_samples([sample(iteration)])
     folder.close()
@@ -50,10 +64,12 @@ def test_nothing_is_written_before_create(tmp_path: Path) -> None:
 def test_opening_drops_what_lies_beyond(run: Path, iteration: int) -> None:
     folder = RunFolder(run, CONFIG, resume=True)
     folder.open(iteration)
+    folder.write_distributions(distributions(iteration + 1))
     folder.write_metrics(metrics(iteration + 1))
     folder.close()
-    kept = [m["iteration"] for m in records(run, "metrics.jsonl")]
-    assert kept == [*range(1, iteration + 1), iteration + 1]
+    for name in ("metrics.jsonl", "distributions.jsonl"):
+        kept = [record["iteration"] for record in records(run, name)]
+        assert kept == [*range(1, iteration + 1), iteration + 1]
     # The evaluation before the first iteration is made again if the run starts again.
     kept = [s["iteration"] for s in records(run, "samples.jsonl")]
     assert kept == (list(range(iteration + 1)) if iteration else [])
@@ -89,6 +105,68 @@ def test_numbers_that_json_lacks_become_null(run: Path) -> None:
     assert "NaN" not in text
     assert "Infinity" not in text
     assert records(run, "metrics.jsonl")[-1] == metrics(4) | {"policy/loss": None, "kl": None}
+
+
+def test_distributions_are_short_and_have_no_nan(run: Path) -> None:
+    record = records(run, "distributions.jsonl")[1]
+    assert record == {
+        "iteration": 2,
+        "ratio": [0] * 20 + [7] + [0] * 19,
+        "advantage": list(range(40)),
+        "length": [0, 4, 1],
+        "kl_by_position": [0.12346, -2.0, None],
+    }
+    # What a checkpoint keeps of it comes back the same.
+    before = json.loads(json.dumps(distributions(4)))
+    folder = RunFolder(run, CONFIG, resume=True)
+    folder.open(3)
+    folder.write_distributions(before)
+    folder.close()
+    assert records(run, "distributions.jsonl")[3] == record | {"iteration": 4}
+
+
+def test_tensorboard_holds_the_distributions(run: Path) -> None:
+    histograms = {(v.tag, step): v.histo for step, v in tensorboard_values(run) if v.histo.num}
+    names = {"ratio", "advantage", "length", "kl_by_position"}
+    assert histograms.keys() == {(f"distribution/{n}", step) for n in names for step in (1, 2, 3)}
+
+    def bars(name: str) -> dict[float, float]:
+        """Upper edges of the bins that hold something."""
+        histogram: HistogramProto = histograms[f"distribution/{name}", 2]
+        bins = zip(histogram.bucket_limit, histogram.bucket, strict=True)
+        return {round(edge, 6): count for edge, count in bins if count}
+
+    assert bars("ratio") == {1.05: 7}, "no move is in the bin [1, 1.05)"
+    assert bars("advantage")[5.0] == 39
+    assert bars("length") == {2.5: 4, 3.5: 1}
+    assert bars("kl_by_position") == {1.5: pytest.approx(0.12346)}
+    lengths = histograms["distribution/length", 2]
+    assert (lengths.num, lengths.sum, lengths.sum_squares) == (5, 11, 25)
+
+
+def tensorboard_values(run: Path) -> list[tuple[int, Any]]:
+    """(step, value) of each summary: the file is of records of length, crc, bytes, crc."""
+    values = []
+    for path in (run / "tensorboard").iterdir():
+        content, place = path.read_bytes(), 0
+        while place < len(content):
+            size = int.from_bytes(content[place : place + 8], "little")
+            event = Event.FromString(content[place + 12 : place + 12 + size])
+            values += [(event.step, value) for value in event.summary.value]
+            place += 12 + size + 4
+    return values
+
+
+def test_the_curves_are_drawn_from_what_is_on_record(run: Path, tmp_path: Path) -> None:
+    found = read_records(run)
+    assert [record["iteration"] for record in found.metrics] == [1, 2, 3]
+    assert [record["length"] for record in found.distributions] == [[0, 4, 1]] * 3
+    assert found.clip_limits == (0.8, 1.2)
+    changed = replace(CONFIG, ppo=replace(CONFIG.ppo, clip_range=0.1, clip_range_high=0.3))
+    RunFolder(tmp_path / "other", changed, resume=False).create()
+    empty = read_records(tmp_path / "other")
+    assert (list(empty.metrics), list(empty.distributions)) == ([], [])
+    assert empty.clip_limits == (0.9, 1.3)
 
 
 def test_a_blank_folder_is_one_in_which_nothing_was_learnt(run: Path, tmp_path: Path) -> None:

@@ -41,7 +41,11 @@ METRICS = {
     "time/iteration_s",
     "throughput/tokens_per_s",
     "reward/gold",
+    "reward/gold_std",
+    "text/distinct_1",
+    "text/repeated_4",
 }
+DISTRIBUTIONS = {"ratio", "advantage", "length", "kl_by_position", "entropy_by_position"}
 
 
 def records(run: Path, name: str) -> list[dict[str, Any]]:
@@ -54,6 +58,7 @@ def test_the_run_folder_holds_what_it_should(finished_run: Path) -> None:
         "checkpoints",
         "config.json",
         "curves.png",
+        "distributions.jsonl",
         "final",
         "metrics.jsonl",
         "samples.jsonl",
@@ -87,6 +92,47 @@ def test_metrics(finished_run: Path) -> None:
     assert lines[0]["objective/kl"] == pytest.approx(0, abs=1e-5), "it is its own reference"
 
 
+def test_distributions_agree_with_the_metrics(finished_run: Path) -> None:
+    """Four episodes of at most eight tokens, four epochs."""
+    lines = records(finished_run, "distributions.jsonl")
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line, metrics in zip(lines, records(finished_run, "metrics.jsonl"), strict=True):
+        assert line.keys() == DISTRIBUTIONS | {"iteration"}
+        lengths = np.array(line["length"])
+        assert len(lengths) == 8
+        assert lengths.sum() == 4
+        num_tokens = int(lengths @ np.arange(1, 9))
+        assert num_tokens == pytest.approx(4 * metrics["rollout/length_mean"])
+        assert sum(line["advantage"]) == num_tokens
+        assert sum(line["ratio"]) == 4 * num_tokens
+        # The means by position, weighted with the responses that get there, are the plain means.
+        reached = lengths[::-1].cumsum()[::-1]
+        kl, entropy = (np.array(line[f"{x}_by_position"], float) for x in ("kl", "entropy"))
+        np.testing.assert_array_equal(np.isnan(kl), reached == 0)
+        np.testing.assert_array_equal(np.isnan(entropy), reached == 0)
+        total = np.nansum(kl * reached)
+        assert total / 4 == pytest.approx(metrics["objective/kl"], rel=1e-3, abs=1e-5)
+        total = np.nansum(entropy * reached)
+        assert total / num_tokens == pytest.approx(metrics["policy/entropy"], rel=1e-3)
+    assert records(finished_run, "metrics.jsonl")[0]["reward/gold_std"] > 0
+
+
+@pytest.mark.slow
+def test_distributions_survive_an_evaluation_that_fails(
+    flags: list[str], rewards: ModuleType, finished_run: Path, tmp_path: Path
+) -> None:
+    """The iteration's update is done then, so its record waits in the checkpoint."""
+    run = tmp_path / "run"
+    rewards.on_call = {5: lambda batch: np.zeros(len(batch) + 1)}
+    with pytest.raises(SystemExit):
+        main([*flags, "--output-dir", str(run)])
+    assert [line["iteration"] for line in records(run, "distributions.jsonl")] == [1]
+    rewards.on_call = {}
+    main(["--output-dir", str(run), "--resume"])
+    ours, theirs = (folder / "distributions.jsonl" for folder in (run, finished_run))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
 def test_samples_are_the_evaluations(finished_run: Path) -> None:
     samples = records(finished_run, "samples.jsonl")
     keys = [(sample["iteration"], sample["decoding"]) for sample in samples]
@@ -114,7 +160,7 @@ def keys_of(sample: dict[str, Any]) -> tuple[int, str]:
 def test_tensorboard_holds_the_metrics(finished_run: Path) -> None:
     [events] = (finished_run / "tensorboard").iterdir()
     content = events.read_bytes()
-    for name in METRICS - {"iteration"}:
+    for name in METRICS - {"iteration"} | {f"distribution/{name}" for name in DISTRIBUTIONS}:
         assert name.encode() in content
 
 

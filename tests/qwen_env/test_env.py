@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 import pickle
 
@@ -8,10 +9,12 @@ import pytest
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import InvalidAction, ResetNeeded
 from gymnasium.utils.env_checker import check_env, data_equivalence
+from gymnasium.utils.env_match import check_environments_match
 
 import qwen_env  # noqa: F401
 from qwen_env.env import QwenTextEnv
 from qwen_env.errors import UsageError
+from qwen_env.rewards import RewardError
 
 # Ids of the tokenizer of conftest.py: three special ones, then bytes and merges.
 EOS, FORBIDDEN = 2, 7
@@ -46,9 +49,21 @@ def play(env, actions, seed):
     return said
 
 
-def test_check_env_has_nothing_to_say(recwarn):
-    check_env(gym.make("QwenText-v0").unwrapped)
+@pytest.mark.parametrize("mode", [None, *QwenTextEnv.metadata["render_modes"]])
+def test_check_env_has_nothing_to_say(mode, recwarn):
+    # The smallest limits, at which a space might come to hold a single value.
+    for limits in ({}, {"max_prompt_length": 1, "max_new_tokens": 2, "prompts": ["A"]}):
+        env = gym.make("QwenText-v0", render_mode=mode, **limits)
+        check_env(env.unwrapped)
+        env.reset(seed=0)
+        env.step(env.action_space.sample())
+        env.close()
     assert not recwarn.list
+
+
+def test_environments_match_in_what_they_render_too():
+    first, second = (gym.make("QwenText-v0", render_mode="ansi") for _ in range(2))
+    check_environments_match(first, second, num_steps=100, seed=5)
 
 
 def test_make_by_module_name():
@@ -61,19 +76,26 @@ def test_two_environments_with_one_seed_agree(sampling):
     assert first.observation_space == second.observation_space
     assert first.action_space == second.action_space
     actions = np.random.default_rng(0).integers(0, first.action_space.n, 120)
-    assert data_equivalence(play(first, actions, 7), play(second, actions, 7), exact=True)
+    said = play(first, actions, 7)
+    assert data_equivalence(said, play(second, actions, 7), exact=True)
+    assert all(step[0] in first.observation_space for step in said)
     assert not data_equivalence(play(first, actions, 7)[1:], play(second, actions[1:], 7))
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
-def test_a_copy_goes_on_equally(clone):
-    env = QwenTextEnv()
+@pytest.mark.parametrize(
+    "make", [QwenTextEnv, lambda: gym.make("QwenText-v0", sampling="shuffle", render_mode="ansi")]
+)
+def test_a_copy_goes_on_equally(clone, make):
+    env = make()
     env.reset(seed=3)
     env.step(5)
     twin = clone(env)
     for action in (9, 300, 11):
         assert data_equivalence(env.step(action), twin.step(action), exact=True)
     assert data_equivalence(env.reset(), twin.reset(), exact=True)
+    if env.render_mode:
+        assert env.render() == twin.render()
 
 
 def test_spec_survives_json():
@@ -159,6 +181,44 @@ def test_the_reward_sees_the_row_and_the_tokens_as_chosen(backend):
     assert batch.rows == [row]
     assert batch.finish_reasons == ["eos"]
     assert batch.prompt_ids[0].tolist() == backend.encode("a plot").ids
+
+
+def test_a_reward_that_scribbles_on_its_arrays_harms_nobody(env):
+    def scribble(batch):
+        for ids in (*batch.prompt_ids, *batch.completion_ids):
+            ids[...] = 7
+        return [0.0] * len(batch)
+
+    twin = copy.deepcopy(env)
+    env.task = dataclasses.replace(env.task, reward=scribble)
+    for _ in range(2):
+        starts = (e.reset(options={"prompt_index": 0}) for e in (env, twin))
+        assert data_equivalence(*starts, exact=True)
+        for action in (40, EOS):
+            observations = (e.step(action)[0] for e in (env, twin))
+            assert data_equivalence(*observations, exact=True)
+
+
+def test_a_step_whose_reward_fails_is_not_taken(backend):
+    def fails_at_first(batch):
+        attempts.append(batch)
+        if len(attempts) == 1:
+            raise ConnectionError("no judge today")
+        return length_reward(batch)
+
+    attempts = [None]  # the construction of the environment must not call it
+    env = QwenTextEnv(
+        tokenizer=backend, eos_token_ids=EOS, prompts=["a plot"], reward=fails_at_first
+    )
+    env.reset()
+    env.step(40)
+    attempts.clear()
+    before = env.action_mask()
+    with pytest.raises(RewardError, match="fails_at_first raised ConnectionError: no judge today"):
+        env.step(EOS)
+    np.testing.assert_array_equal(env.action_mask(), before)
+    _, reward, terminated, _, info = env.step(EOS)
+    assert (reward, terminated, info["completion_length"]) == (2.0, True, 2)
 
 
 def test_missing_eos_penalty(backend):
@@ -249,19 +309,49 @@ def test_a_prompt_by_the_options(env):
     ("options", "message"),
     [
         ({"promt": "a"}, "'promt'.*'prompt', 'messages', 'prompt_index'"),
+        ("prompt", "the options of reset are a str; they must be a dict"),
+        (["prompt"], "the options of reset are a list"),
+        (3, "the options of reset are a int"),
         ({"prompt": "a", "prompt_index": 1}, "takes one of"),
-        ({"prompt": 3}, "'prompt' .text."),
+        ({"prompt": 3}, "'prompt' that is 3; it must be text"),
+        ({"prompt": None}, "'prompt' that is None; it must be text"),
+        ({"prompt": "half a pair: \ud800"}, "not valid Unicode"),
+        ({"messages": None}, "neither 'prompt' .text. nor 'messages'"),
         ({"prompt": ""}, "empty prompt"),
         ({"prompt": "word " * 20}, "over the limit of 8"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "no chat template"),
+        ({"prompt_index": 1.0}, r"prompt_index is 1\.0"),
+        ({"prompt_index": None}, "prompt_index is None"),
         ({"prompt_index": 3}, "prompt_index is 3; .* 0 to 2"),
         ({"prompt_index": -1}, "prompt_index is -1"),
         ({"prompt_index": "1"}, "prompt_index is '1'"),
     ],
 )
 def test_wrong_options(env, options, message):
+    before, _ = env.reset(seed=0)
     with pytest.raises(UsageError, match=message):
         env.reset(options=options)
+    after, *_ = env.step(40)
+    assert after["length"] == before["length"] + 1, "the episode goes on"
+
+
+def test_a_chat_by_the_options(folder):
+    template = "{{ mood }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    env = QwenTextEnv(
+        tokenizer=folder, prompts=["a"], reward=length_reward, chat_template=template,
+        chat_template_kwargs={"mood": "glad"}, system_prompt="s",
+    )  # fmt: skip
+    chat = [{"role": "user", "content": "hi"}]
+    observation, info = env.reset(options={"messages": chat})
+    assert info == {"prompt": "glad<system>s<user>hi", "prompt_index": -1}
+    assert observation["length"] == len(env.task.tokenizer.encode(info["prompt"]))
+    for wrong, message in (
+        ([], "messages is empty"),
+        ("hi", "messages is a str; it must be a list"),
+        ([{"content": "hi"}], "message 0 is"),
+    ):
+        with pytest.raises(UsageError, match=f"the option of reset: {message}"):
+            env.reset(options={"messages": wrong})
 
 
 def test_a_prompt_asked_for_is_never_dropped(backend):
@@ -273,10 +363,15 @@ def test_a_prompt_asked_for_is_never_dropped(backend):
         env.reset(options={"prompt": "word word word"})
 
 
-def test_close_twice(env):
-    env.reset()
-    env.close()
-    env.close()
+@pytest.mark.parametrize("mode", [None, *QwenTextEnv.metadata["render_modes"]])
+def test_close_twice(mode, capsys):
+    env = gym.make("QwenText-v0", render_mode=mode)
+    env.reset(seed=0)
+    env.step(40)
+    for _ in range(2):
+        env.close()
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == (mode == "human"), "a line that was begun is ended, once"
 
 
 def test_ansi_rendering(backend):
@@ -295,6 +390,37 @@ def test_ansi_rendering(backend):
     assert env.render() == "a plot|é\\x1b", "a terminal would obey it"
     env.step(EOS)
     assert env.render() == "a plot|é\\x1b\n[eos after 4 tokens, reward +4.000]\n"
+    env.reset(options={"prompt": "全\u3000角\t"})
+    assert env.render() == "全\u3000角\\t|", "a wide space is a space"
+
+
+@pytest.mark.parametrize("mode", ["ansi", "human"])
+def test_render_after_every_step_through_make(mode, capsys):
+    env = gym.make("QwenText-v0", render_mode=mode, max_new_tokens=3)
+    with pytest.raises(ResetNeeded):
+        env.render()
+    env.reset(seed=0)
+    texts = [env.render()]
+    for action in env.unwrapped.task.tokenizer.encode(" is very dull"):
+        env.step(action)
+        texts.append(env.render())
+    if mode == "ansi":
+        assert all(isinstance(text, str) and text for text in texts)
+        assert len(set(texts)) == 4
+    else:
+        assert texts == [None] * 4
+        assert "[length after 3 tokens, reward" in capsys.readouterr().out
+
+
+def test_gymnasium_collects_the_renderings():
+    env = gym.make("QwenText-v0", render_mode="ansi_list", max_new_tokens=2)
+    env.reset(options={"prompt": "The plot"})
+    env.step(100)
+    env.step(100)
+    frames = env.render()
+    assert len(frames) == 3
+    assert frames[0] == "The plot|"
+    assert "[length after 2 tokens" in frames[-1]
 
 
 def test_human_rendering_prints_what_ansi_says(backend, capsys):

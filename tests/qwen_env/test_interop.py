@@ -8,6 +8,7 @@ from gymnasium.wrappers import FlattenObservation, RecordEpisodeStatistics, Tran
 from gymnasium.wrappers import vector as vector_wrappers
 
 import qwen_env  # noqa: F401
+from qwen_env.rewards import RewardError
 from qwen_env.vector_env import QwenTextVectorEnv
 
 SHORT = {"max_new_tokens": 4, "eos_token_ids": list(range(50))}
@@ -33,6 +34,27 @@ def test_record_episode_statistics():
     assert infos["episode"]["l"].tolist() == [4] * 3
 
 
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+def test_vector_wrappers_see_what_they_see_of_sync_vector_env(mode):
+    ours = gym.make_vec("QwenText-v0", num_envs=3, autoreset_mode=mode, **SHORT)
+    sync = gym.make_vec(
+        "QwenText-v0", num_envs=3, vectorization_mode="sync",
+        vector_kwargs={"autoreset_mode": mode}, **SHORT,
+    )  # fmt: skip
+    ours, sync = (vector_wrappers.RecordEpisodeStatistics(envs) for envs in (ours, sync))
+    for envs in (ours, sync):
+        envs.reset(seed=0)
+    num_ended = 0
+    for actions in np.random.default_rng(0).integers(0, 300, (40, 3)):
+        *_, infos = ours.step(actions)
+        *_, expected = sync.step(actions)
+        for said in (infos, expected):  # the time is the clock's
+            said.get("episode", {}).pop("t", None)
+        assert data_equivalence(infos, expected, exact=True)
+        num_ended += "episode" in infos
+    assert num_ended > 10
+
+
 def test_transform_observation():
     env = gym.make("QwenText-v0", **SHORT)
     space = env.observation_space["input_ids"]
@@ -55,6 +77,21 @@ def test_async_vector_env_with_spawned_workers():
             assert data_equivalence(ours.step(actions), spawned.step(actions), exact=True)
     finally:
         spawned.close()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium logs the worker's traceback
+def test_a_reward_that_fails_in_a_spawned_worker():
+    envs = gym.make_vec(
+        "QwenText-v0", num_envs=2, vectorization_mode="async",
+        vector_kwargs={"context": "spawn"}, max_new_tokens=1,
+        reward=lambda batch: [float("nan")],  # cloudpickle takes it there
+    )  # fmt: skip
+    try:
+        envs.reset(seed=0)
+        with pytest.raises(RewardError, match=r"<lambda> returned nan for row 0"):
+            envs.step(np.array([100, 100]))
+    finally:
+        envs.close(terminate=True)
 
 
 def test_dict_info_to_list():

@@ -21,6 +21,7 @@ def games(draw):
         vocab_size=vocab_size,
         eos_token_ids=tuple(draw(st.sets(ids, min_size=1, max_size=2))),
         min_new_tokens=draw(st.integers(0, response_limit)),
+        forbidden_token_ids=tuple(draw(st.sets(ids, max_size=1))),
     )
     rows = draw(st.integers(1, 4))
     prompts = draw(
@@ -63,7 +64,13 @@ def test_it_is_the_obvious_game_played_with_lists(game):
             assert mdp.attention_mask(state, np)[i].sum() == len(text)
             assert state.length[i] == len(text)
             assert (state.terminated[i], state.truncated[i]) == flags[i]
-            assert mdp.response_length(state)[i] == len(text) - len(prompts[i])
+            written = len(text) - len(prompts[i])
+            assert mdp.response_length(state)[i] == written
+            allowed = set(range(rules.vocab_size)) - set(rules.forbidden_token_ids)
+            if written < rules.min_new_tokens:
+                allowed -= set(rules.eos_token_ids)
+            mask = mdp.action_mask(mdp.response_length(state), rules, np)[i]
+            assert set(np.flatnonzero(mask)) == allowed
     assert mdp.has_ended(state).all()
 
 
@@ -133,6 +140,11 @@ def test_action_mask_by_hand():
         ({"min_new_tokens": 4}, r"max_new_tokens \(3\)"),
         ({"eos_token_ids": ()}, "eos_token_ids is empty"),
         ({"eos_token_ids": (5,)}, "eos_token_ids holds 5"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0; it must be an integer"),
+        ({"vocab_size": "5"}, "vocab_size is '5'; it must be an integer"),
+        ({"vocab_size": 2**31}, "vocab_size is 2147483648; it must be at most 2147483647"),
+        ({"max_new_tokens": 2**31 - 2}, "max_prompt_length . max_new_tokens is 2147483648"),
+        ({"eos_token_ids": ("4",)}, "eos_token_ids is .*; it must be a list of token ids"),
         ({"forbidden_token_ids": (-1,)}, "forbidden_token_ids holds -1"),
         ({"forbidden_token_ids": range(5)}, "every token is forbidden"),
         ({"forbidden_token_ids": range(4), "min_new_tokens": 1}, "every token is forbidden"),

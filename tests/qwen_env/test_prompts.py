@@ -1,4 +1,5 @@
 import datasets
+import pandas
 import pytest
 
 from qwen_env.errors import UsageError
@@ -63,6 +64,47 @@ def test_rows_may_hold_variables_for_the_template(load):
     assert load([row], chat_template=template)[0].text == "good hi"
 
 
+def test_variables_for_every_template_which_a_row_may_change(load):
+    template = "{{ mood }} {{ place }} {{ messages[0].content }}"
+    rows = [{"messages": CHAT}, {"messages": CHAT, "chat_template_kwargs": {"mood": "bad"}}]
+    prompts = load(
+        rows, chat_template=template, chat_template_kwargs={"mood": "good", "place": "here"}
+    )
+    assert [prompt.text for prompt in prompts] == ["good here hi", "bad here hi"]
+
+
+def test_chats_from_a_dataset_whose_rows_differ(load):
+    """A dataset has every column in every row; what a row does not have is None."""
+    rows = [
+        {
+            "messages": CHAT,
+            "prompt": None,
+            "stars": 4,
+            "chat_template_kwargs": {"mood": "good"},
+        },
+        {"prompt": "plain"},
+        {"messages": [{"role": "system", "content": "s"}, *CHAT]},
+    ]
+    prompts = load(
+        datasets.Dataset.from_list(rows), chat_template="{{ mood }}{{ messages | length }}"
+    )
+    assert [prompt.text for prompt in prompts] == ["good1", "1", "2"]
+    assert prompts[0].row["stars"] == 4
+    assert prompts[1].row["prompt"] == "plain"
+
+
+def test_a_file_with_a_byte_order_mark(load, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "é"}', encoding="utf-8-sig")
+    assert load(tmp_path / "p.jsonl")[0].text == "é"
+
+
+def test_prompts_that_are_encoded_already_keep_the_limit_too(load):
+    prompts = load(["the film was good"])
+    assert load(prompts) is prompts
+    with pytest.raises(UsageError, match=r"a prompt of .* tokens, over the limit of 1; raise"):
+        load(prompts, max_prompt_length=1)
+
+
 def test_overflow(load):
     source = ["the film was good", "bad"]
     full = load(source)[0].ids
@@ -86,7 +128,15 @@ def test_overflow(load):
             "line 2 of .*'prompt'.*'messages'.*its keys are 'text'",
         ),
         ("{}", "its keys are none"),
-        ('{"prompt": 3}', "line 2 of .* has neither"),
+        ('{"prompt": 3}', "line 2 of .* has a 'prompt' that is 3; it must be text"),
+        ('{"prompt": null}', "line 2 of .* has a 'prompt' that is None"),
+        ('{"prompt": "\\ud800"}', "line 2 of .* not valid Unicode text"),
+        ('{"messages": "hi"}', "line 2 of .*: messages is a str; it must be a list"),
+        ('{"messages": {"role": "user"}}', "line 2 of .*: messages is a dict; it must be a list"),
+        (
+            '{"messages": [{"role": "user"}], "chat_template_kwargs": 3}',
+            "chat_template_kwargs of line 2",
+        ),
         ('{"prompt": ""}', "line 2 of .* holds an empty prompt"),
         ('{"messages": []}', "line 2 of .*: messages is empty"),
         ('{"messages": [{}]}', "line 2 of .*: message 0"),
@@ -112,6 +162,13 @@ def test_wrong_sources(load, tmp_path):
         load(["the film was"], max_prompt_length=1, overflow="drop")
     with pytest.raises(UsageError, match="prompts is a dict"):
         load({"prompt": "a"})
+    with pytest.raises(UsageError, match="prompts is a set, which has no order"):
+        load({"a", "b"})
+    frame = pandas.DataFrame({"prompt": ["a", "b"]})
+    with pytest.raises(UsageError, match=r"prompts is a DataFrame; .* df.to_dict\('records'\)"):
+        load(frame)
+    assert [prompt.text for prompt in load(frame.to_dict("records"))] == ["a", "b"]
+    assert [prompt.text for prompt in load(frame["prompt"])] == ["a", "b"]
     with pytest.raises(UsageError, match="prompts is a int"):
         load(3)
     with pytest.raises(UsageError, match=r"prompts\[1\] is a int"):

@@ -1,48 +1,106 @@
 """Every argument of the environment, wrong."""
 
+import inspect
 import subprocess
 import sys
 
 import gymnasium as gym
+import numpy as np
 import pytest
 from gymnasium.error import DependencyNotInstalled
 
 import qwen_env  # noqa: F401
+from qwen_env.env import QwenTextEnv
 from qwen_env.errors import UsageError
 from qwen_env.extras import import_extra
 from qwen_env.task import make_task
 
+WRONG_ARGUMENTS = [
+    ({"tokenizer": "./none"}, "./none: no such folder"),
+    ({"tokenizer": "none.gguf"}, "none.gguf: no such file"),
+    ({"tokenizer": 3}, "tokenizer is a int; give a folder, a hub id, a .gguf file"),
+    ({"prompts": "none.jsonl"}, "none.jsonl: no such file; .* a list holds texts"),
+    ({"prompts": []}, "prompts holds no prompts"),
+    ({"prompts": ["the " * 50]}, r"prompts\[0\] holds a prompt of .* over the limit of 32; raise"),
+    ({"prompts": [{"text": "a"}]}, "has neither 'prompt'"),
+    ({"prompts": [""]}, r"prompts\[0\] holds an empty prompt"),
+    ({"prompts": 3}, "prompts is a int; give the path"),
+    ({"prompts": b"a"}, "prompts is a bytes; give the path"),
+    ({"prompt_overflow": "wrap"}, "prompt_overflow is 'wrap'; it must be one of 'error'"),
+    ({"prompt_overflow": None}, "prompt_overflow is None"),
+    ({"system_prompt": "be brief"}, "takes no system_prompt; set chat_template to True"),
+    ({"system_prompt": 3}, "system_prompt is 3; it must be text"),
+    ({"chat_template": True}, "no chat template; pass one"),
+    ({"chat_template": ""}, "chat_template is ''; it must be None, True, False, or a template"),
+    ({"chat_template": 3}, "chat_template is 3"),
+    ({"chat_template": "{% for %}"}, "line 1 of .*: the chat template fails"),
+    (
+        {"chat_template": "{{ 1 / 0 }}"},
+        "the chat template fails .*: division by zero",
+    ),
+    ({"chat_template_kwargs": 3}, "chat_template_kwargs is 3; it must be an object"),
+    ({"chat_template_kwargs": {1: 2}}, "chat_template_kwargs is {1: 2}; it must be an object"),
+    ({"chat_template_kwargs": {"messages": []}}, "holds 'messages', .* leave it out"),
+    ({"reward": 3}, "reward is 3; give a callable, or a string"),
+    ({"reward": None}, "reward is None; give a callable"),
+    ({"reward": "none"}, "reward is 'none'; give a callable"),
+    ({"max_prompt_length": 0}, "max_prompt_length is 0; it must be at least 1"),
+    ({"max_prompt_length": "8"}, "max_prompt_length is '8'; it must be an integer"),
+    (
+        {"max_prompt_length": 2**31},
+        "max_prompt_length . max_new_tokens is .* at most 2147483647",
+    ),
+    ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+    ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5; it must be an integer"),
+    ({"max_new_tokens": None}, "max_new_tokens is None; it must be an integer"),
+    ({"vocab_size": 100}, "vocab_size is 100, but the tokenizer has .* or leave it out"),
+    ({"vocab_size": 1e6}, "vocab_size is 1000000.0; it must be an integer"),
+    ({"eos_token_ids": ()}, "eos_token_ids is empty, .*; name at least one"),
+    ({"eos_token_ids": 10**6}, "eos_token_ids holds 1000000, .* outside the vocabulary .0 to"),
+    ({"eos_token_ids": "<|endoftext|>"}, "it must be a list of token ids"),
+    ({"eos_token_ids": 720, "vocab_size": 768}, "eos_token_ids holds 720, which has no text"),
+    ({"sampling": "best"}, "sampling is 'best'; it must be one of 'uniform'"),
+    ({"sampling": ["uniform"]}, "sampling is .'uniform'.; it must be one of"),
+    ({"min_new_tokens": 33}, "min_new_tokens is 33; .* max_new_tokens .32."),
+    ({"min_new_tokens": -1}, "min_new_tokens is -1"),
+    ({"min_new_tokens": 0.5}, "min_new_tokens is 0.5; it must be an integer"),
+    ({"forbidden_token_ids": [-1]}, "forbidden_token_ids holds -1, .* outside"),
+    ({"forbidden_token_ids": None}, "forbidden_token_ids is None; it must be a list"),
+    ({"forbidden_token_ids": ["the"]}, "forbidden_token_ids is .'the'.; it must be a list"),
+    ({"forbidden_token_ids": range(714)}, "every token is forbidden; leave at least one"),
+    ({"missing_eos_penalty": -1.0}, "missing_eos_penalty is -1.0; .* must not be negative"),
+    ({"missing_eos_penalty": "1"}, "missing_eos_penalty is '1'; it must be a finite number"),
+    ({"missing_eos_penalty": float("nan")}, "missing_eos_penalty is nan; it must be a finite"),
+    ({"render_mode": "rgb_array"}, "render_mode is 'rgb_array'; it must be one of"),
+]
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"tokenizer": "./none"}, "./none: no such folder"),
-        ({"tokenizer": 3}, "tokenizer is a int"),
-        ({"prompts": "none.jsonl"}, "none.jsonl: no such file"),
-        ({"prompts": []}, "prompts holds no prompts"),
-        ({"prompts": ["the " * 50]}, r"prompts\[0\] holds a prompt of .* over the limit of 32"),
-        ({"prompts": [{"text": "a"}]}, "has neither 'prompt'"),
-        ({"prompt_overflow": "wrap"}, "prompt_overflow is 'wrap'"),
-        ({"system_prompt": "be brief"}, "takes no system_prompt"),
-        ({"chat_template": True}, "no chat template"),
-        ({"reward": 3}, "reward is 3"),
-        ({"reward": "none"}, "reward is 'none'"),
-        ({"max_prompt_length": 0}, "max_prompt_length is 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"vocab_size": 100}, "vocab_size is 100, but the tokenizer has"),
-        ({"eos_token_ids": ()}, "eos_token_ids is empty"),
-        ({"eos_token_ids": 10**6}, "eos_token_ids holds 1000000"),
-        ({"sampling": "best"}, "sampling is 'best'; it must be one of 'uniform'"),
-        ({"min_new_tokens": 33}, "min_new_tokens is 33"),
-        ({"forbidden_token_ids": [-1]}, "forbidden_token_ids holds -1"),
-        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty is -1.0"),
-        ({"render_mode": "rgb_array"}, "render_mode is 'rgb_array'"),
-    ],
-)
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_ARGUMENTS)
 @pytest.mark.filterwarnings("ignore:.*render_mode='rgb_array'.*")
-def test_wrong_arguments(arguments, message):
-    with pytest.raises(UsageError, match=message):
-        gym.make("QwenText-v0", **arguments)
+@pytest.mark.parametrize("make", [gym.make, gym.make_vec])
+def test_wrong_arguments(make, arguments, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        make("QwenText-v0", **arguments)
+    assert str(caught.value).endswith(".")
+
+
+def test_no_argument_is_left_out_above():
+    names = {name for arguments, _ in WRONG_ARGUMENTS for name in arguments}
+    assert names == set(inspect.signature(QwenTextEnv).parameters)
+
+
+def test_numpy_s_numbers_are_welcome():
+    env = gym.make(
+        "QwenText-v0",
+        max_new_tokens=np.int64(3),
+        vocab_size=np.int32(768),
+        eos_token_ids=np.array([0, 5]),
+        forbidden_token_ids=np.array([7]),
+        missing_eos_penalty=np.float32(0.5),
+    )
+    env.reset(seed=0)
+    assert env.unwrapped.task.rules.eos_token_ids == (0, 5)
+    assert not env.unwrapped.action_mask()[[7, 714, 767]].any()
 
 
 def test_everything_forbidden(backend):

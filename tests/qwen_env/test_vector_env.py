@@ -12,6 +12,7 @@ from gymnasium.vector import AutoresetMode
 
 import qwen_env  # noqa: F401
 from qwen_env.errors import UsageError
+from qwen_env.rewards import RewardError
 from qwen_env.vector_env import QwenTextVectorEnv
 
 N = 5
@@ -99,6 +100,71 @@ def test_next_step_spends_a_step_on_the_reset():
     assert written.tolist() == [2, 2, 0, 2, 2]
 
 
+def test_same_step_resets_within_the_step_that_ends_it():
+    env = make_ours(autoreset_mode="SameStep")
+    env.reset(seed=0)
+    ends = np.where(np.arange(N) == 2, 0, 100)
+    observations, rewards, terminations, _, infos = env.step(ends)
+    is_row_2 = [False, False, True, False, False]
+    assert terminations.tolist() == is_row_2
+    written = observations["length"] - observations["prompt_length"]
+    assert written.tolist() == [1, 1, 0, 1, 1], "row 2 has begun anew"
+    for name in ("final_obs", "final_info", "prompt"):
+        assert infos[f"_{name}"].tolist() == is_row_2
+    final = infos["final_obs"][2]
+    assert final in env.single_observation_space
+    assert final["length"] == final["prompt_length"] + 1
+    assert infos["final_obs"][0] is None
+    assert infos["final_info"]["finish_reason"][2] == "eos"
+    assert infos["final_info"]["_finish_reason"].tolist() == is_row_2
+    assert infos["final_info"]["reward_components"]["score"][2] == rewards[2]
+
+
+def test_disabled_waits_for_a_reset_that_leaves_the_others_alone():
+    env = make_ours(autoreset_mode="Disabled")
+    env.reset(seed=0)
+    before, *_ = env.step(np.where(np.arange(N) == 2, 0, 100))
+    mask = np.arange(N) == 2
+    observations, infos = env.reset(options={"reset_mask": mask})
+    assert infos["_prompt"].tolist() == mask.tolist()
+    for name, array in observations.items():
+        np.testing.assert_array_equal(array[~mask], before[name][~mask])
+    assert observations["length"][2] == observations["prompt_length"][2]
+    _, _, terminations, truncations, _ = env.step([100] * N)
+    assert not (terminations | truncations).any()
+
+
+def test_a_seed_with_a_mask_seeds_the_rows_that_are_reset():
+    env, twin = make_ours(), make_ours()
+    for e in (env, twin):
+        e.reset(seed=0)
+    mask = np.arange(N) == 2
+    env.reset(seed=50, options={"reset_mask": mask})
+    _, infos = env.reset()
+    _, untouched = twin.reset()
+    assert (infos["prompt_index"] == untouched["prompt_index"])[~mask].all()
+    assert env.np_random_seed == (0, 1, 52, 3, 4)
+
+
+@pytest.mark.parametrize("mode", [mode.value for mode in AutoresetMode])
+def test_a_step_whose_reward_fails_is_not_taken(mode):
+    def reward(batch):
+        if fails:
+            raise ConnectionError("no judge today")
+        return np.ones(len(batch), np.float32)
+
+    env, twin = (make_ours(autoreset_mode=mode, reward=reward) for _ in range(2))
+    for e in (env, twin):
+        e.reset(seed=0)
+    actions = np.where(np.arange(N) == 2, 0, 100)
+    fails = True
+    with pytest.raises(RewardError, match=r"no judge today, for row 0 \(prompt 'On the big"):
+        env.step(actions)
+    fails = False
+    for _ in range(1 if mode == "Disabled" else 6):
+        assert data_equivalence(env.step(actions), twin.step(actions), exact=True)
+
+
 def test_rows_that_end_together_are_scored_together():
     sizes = []
 
@@ -155,6 +221,14 @@ def test_action_mask():
     ("actions", "message"),
     [
         (np.zeros(N), "the actions are float64 of shape"),
+        (np.ones(N, bool), "the actions are bool of shape"),
+        (3, r"the actions are int64 of shape \(\); they must be integers"),
+        (None, "they must be integers of shape"),
+        ([1, [2], 3, 4, 5], "they must be integers of shape"),
+        (
+            np.array([100, 100, 100, 2**63, 100], np.uint64),
+            "row 3: action 9223372036854775808",
+        ),
         (np.zeros(N - 1, int), r"integers of shape \(5,\)"),
         ([100, 100, -1, 100, 100], "row 2: action -1 is outside the vocabulary"),
         ([100, 100, 100, 10**6, 100], "row 3: action 1000000 is outside"),
@@ -191,19 +265,30 @@ def test_out_of_turn():
         ({"reset_mask": np.ones(N - 1, bool)}, r"of shape \(5,\)"),
         ({"reset_mask": np.zeros(N, bool)}, "chooses no row"),
         ({"mask": 1}, "'mask'"),
+        ({"reset_mask": np.ones(N, bool), "promt": "A"}, "'promt'"),
+        ({"prompt_index": 10**6}, "prompt_index is 1000000"),
+        ("prompt", "the options of reset are a str; they must be a dict"),
+        (3, "the options of reset are a int"),
     ],
 )
 def test_wrong_options(options, message):
-    env = make_ours()
-    env.reset(seed=0)
+    env, twin = make_ours(), make_ours()
+    for e in (env, twin):
+        e.reset(seed=0)
     with pytest.raises(UsageError, match=message):
-        env.reset(options=options)
+        env.reset(seed=9, options=options)
+    actions = np.full(N, 100)
+    assert data_equivalence(env.step(actions), twin.step(actions), exact=True)
+    assert data_equivalence(env.reset(), twin.reset(), exact=True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_envs": 0}, "num_envs is 0"),
+        ({"num_envs": 0}, "num_envs is 0; it must be at least 1"),
+        ({"num_envs": 1.5}, r"num_envs is 1\.5; it must be an integer"),
+        ({"num_envs": None}, "num_envs is None"),
+        ({"autoreset_mode": None}, "autoreset_mode is None"),
         ({"autoreset_mode": "Never"}, "'NextStep', 'SameStep', 'Disabled'"),
         ({"render_mode": "human"}, "render_mode is 'human'"),
         ({"sampling": "random"}, "sampling is 'random'"),
@@ -214,9 +299,25 @@ def test_wrong_arguments(arguments, message):
         QwenTextVectorEnv(**arguments)
 
 
-def test_wrong_seeds():
-    with pytest.raises(UsageError, match="2 seeds for 5 rows"):
-        make_ours().reset(seed=[1, 2])
+def test_seeds_may_be_numpy_s():
+    env, twin = make_ours(), make_ours()
+    seeds = np.arange(7, 7 + N)
+    assert data_equivalence(env.reset(seed=seeds), twin.reset(seed=np.int64(7)), exact=True)
+
+
+@pytest.mark.parametrize("seed", [[1, 2], 1.5, {1, 2, 3, 4, 5}])
+def test_wrong_seeds(seed):
+    with pytest.raises(UsageError, match="it must be an integer, or a list of 5 integers or None"):
+        make_ours().reset(seed=seed)
+
+
+@pytest.mark.parametrize("seed", [-1, [1, 2, 3, 4, "5"], [1, 2, 3, 4, -5]])
+def test_seeds_that_gymnasium_refuses_change_nothing(seed):
+    env = make_ours()
+    env.reset(seed=0)
+    with pytest.raises(gym.error.Error, match="Seed must be"):
+        env.reset(seed=seed)
+    assert env.np_random_seed == tuple(range(N))
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import entropy
 
-from ppo_jax.algorithm import approx_kl, kl_estimate
+from ppo_jax.algorithm import adapted_kl_coef, approx_kl, kl_estimate, token_weights
 from qwen_env.errors import UsageError
 
 VOCABULARY = 7
+compiled_adapted = jax.jit(adapted_kl_coef)
 quick = settings(deadline=None, max_examples=60, derandomize=True)
 seeds = st.integers(0, 100_000)
 
@@ -59,7 +60,8 @@ class GoldenTest(chex.TestCase):
         k3 = ((0.5 - 1 + np.log(2)) + 0 + (2 - 1 - np.log(2))) / 3
         np.testing.assert_allclose(function(old, new, mask, estimator="k1"), k1, atol=1e-7)
         np.testing.assert_allclose(function(old, new, mask), k3, rtol=1e-6)
-        np.testing.assert_allclose(function(old, new, mask, denominator=6), k3 / 2, rtol=1e-6)
+        sixths = np.full(mask.shape, 1 / 6)
+        np.testing.assert_allclose(function(old, new, mask, weights=sixths), k3 / 2, rtol=1e-6)
 
 
 @quick
@@ -152,8 +154,9 @@ def test_micro_batches_add_up():
     rng = np.random.default_rng(0)
     old, new = rng.normal(size=(2, 6, 5))
     mask = rng.random((6, 5)) < 0.5
+    weights = token_weights(mask)
     parts = [
-        approx_kl(old[i : i + 2], new[i : i + 2], mask[i : i + 2], denominator=mask.sum())
+        approx_kl(*(x[i : i + 2] for x in (old, new, mask)), weights=weights[i : i + 2])
         for i in (0, 2, 4)
     ]
     np.testing.assert_allclose(sum(parts), approx_kl(old, new, mask), rtol=1e-6)
@@ -162,3 +165,33 @@ def test_micro_batches_add_up():
 def test_an_unknown_estimator_is_refused():
     with pytest.raises(UsageError, match=r"no KL estimator 'k4'; choose one of k1, k2, k3, ref"):
         kl_estimate(0.0, 0.0, "k4")
+
+
+class AdaptiveCoefficientTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_by_hand(self):
+        # A target of 6 nats, batches of 100 episodes, a horizon of 1000: steps of a tenth of e
+        function = self.variant(
+            lambda coef, kl: adapted_kl_coef(coef, kl, target=6.0, num_episodes=100, horizon=1000)
+        )
+        for kl, error in ((6.0, 0), (6.6, 0.1), (5.4, -0.1), (60.0, 0.2), (0.0, -0.2), (-3, -0.2)):
+            assert function(0.05, kl) == pytest.approx(0.05 * (1 + error / 10), rel=1e-6), kl
+
+
+def test_the_coefficient_holds_a_kl_that_answers_to_it_at_its_target():
+    """A policy whose KL is 1 / (4 β): the fixed point is the β at which that is the target."""
+    step = jax.jit(lambda coef, kl: adapted_kl_coef(coef, kl, target=2, num_episodes=1, horizon=10))
+    coef = jnp.float32(1.0)
+    for _ in range(600):
+        coef = step(coef, 1 / (4 * coef))
+    assert coef == pytest.approx(1 / 8, rel=1e-3)
+
+
+@quick
+@given(st.floats(1e-3, 10), st.floats(-5, 50), st.floats(0.1, 10), st.integers(1, 256))
+def test_a_horizon_of_episodes_moves_the_coefficient_by_a_fifth_at_most(coef, kl, target, batch):
+    horizon = 1024
+    moved = compiled_adapted(coef, kl, target=target, num_episodes=batch, horizon=horizon)
+    largest = 0.2 * batch / horizon
+    assert coef * (1 - largest) * (1 - 1e-6) <= moved <= coef * (1 + largest) * (1 + 1e-6)
+    assert (moved - coef) * (kl - target) >= -1e-6 * coef  # up if the KL is above, else down

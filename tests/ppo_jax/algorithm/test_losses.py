@@ -12,7 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppo_jax.algorithm import clipped_policy_loss, masked_mean, total_loss, value_loss
+from ppo_jax.algorithm import (
+    clipped_policy_loss,
+    masked_mean,
+    token_weights,
+    total_loss,
+    value_loss,
+)
 from qwen_env.errors import UsageError
 
 SHAPE = (4, 6)
@@ -40,12 +46,12 @@ def random_batch(seed):
     }
 
 
-def jax_losses(logits, values, batch, *, value_clip=None, denominator=None):
+def jax_losses(logits, values, batch, *, value_clip=None, weights=None):
     logprobs = jax.nn.log_softmax(logits)
     chosen = jnp.take_along_axis(logprobs, batch["actions"][..., None], axis=-1)[..., 0]
     mask = batch["mask"]
     policy = clipped_policy_loss(
-        chosen, batch["old_logprobs"], batch["advantages"], mask, denominator=denominator
+        chosen, batch["old_logprobs"], batch["advantages"], mask, weights=weights
     )
     value = value_loss(
         values,
@@ -53,10 +59,10 @@ def jax_losses(logits, values, batch, *, value_clip=None, denominator=None):
         mask,
         old_values=None if value_clip is None else batch["old_values"],
         clip_range=value_clip,
-        denominator=denominator,
+        weights=weights,
     )
     entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
-    entropy = masked_mean(entropy, mask, denominator=denominator)
+    entropy = masked_mean(entropy, mask, weights=weights)
     total = total_loss(policy.loss, value, entropy, value_coef=0.5, entropy_coef=0.01)
     return total, (policy.loss, policy.clip_fraction, value, entropy)
 
@@ -212,17 +218,11 @@ def test_micro_batches_add_up(cut):
         jax.value_and_grad(partial(jax_losses, value_clip=0.2), argnums=(0, 1), has_aux=True)
     )
     (total, parts), gradients = differentiate(batch["logits"], batch["values"], batch)
+    weights = token_weights(batch["mask"])
     pieces = []
     for rows in (slice(*ends) for ends in cut):
         micro = jax.tree.map(lambda x, rows=rows: x[rows], batch)
-        pieces.append(
-            differentiate(
-                micro["logits"],
-                micro["values"],
-                micro,
-                denominator=batch["mask"].sum(),
-            )
-        )
+        pieces.append(differentiate(micro["logits"], micro["values"], micro, weights=weights[rows]))
     chex.assert_trees_all_close(sum(p[0][0] for p in pieces), total, rtol=1e-6)
     summed = jax.tree.map(lambda *xs: sum(xs), *(p[0][1] for p in pieces))
     chex.assert_trees_all_close(summed, parts, rtol=1e-6)
@@ -276,14 +276,14 @@ def test_half_precision_inputs_become_float32():
 def test_coefficients_can_be_traced_without_recompiling():
     batch = random_batch(0)
     traced_once = jax.jit(chex.assert_max_traces(clipped_policy_loss, 1))
-    for clip_range, denominator in ((0.2, 7), (0.1, 20)):
+    for clip_range, count in ((0.2, 7), (0.1, 20)):
         traced_once(
             batch["values"],
             batch["old_values"],
             batch["advantages"],
             batch["mask"],
             clip_range=clip_range,
-            denominator=denominator,
+            weights=np.full(SHAPE, 1 / count, np.float32),
         )
 
 

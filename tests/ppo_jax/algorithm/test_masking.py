@@ -40,8 +40,11 @@ class StatisticsTest(chex.TestCase):
         )
 
     @chex.variants(with_jit=True, without_jit=True)
-    def test_denominator_replaces_the_count(self):
-        assert self.variant(masked_mean)(X, MASK, denominator=4) == pytest.approx(27 / 4)
+    def test_weights_replace_the_count(self):
+        quarters = np.where(MASK, 0.25, np.nan)  # of what is not valid, nothing is read
+        assert self.variant(masked_mean)(X, MASK, weights=quarters) == pytest.approx(27 / 4)
+        rows = np.array([[1.0], [0.0], [2.0]]) * np.ones(SHAPE)  # sums of 6, 10 and 11
+        assert self.variant(masked_mean)(X, MASK, weights=rows) == pytest.approx(6 + 2 * 11)
 
 
 @quick
@@ -62,8 +65,8 @@ def test_agree_with_numpy_on_the_valid_entries(x, mask):
 @quick
 @given(numbers, masks, st.permutations(range(SHAPE[0])))
 def test_micro_batches_add_up(x, mask, order):
-    count = mask.sum()
-    parts = [masked_mean(x[i], mask[i], denominator=count) for i in order]
+    weights = np.full(SHAPE, 1 / max(mask.sum(), 1), np.float32)
+    parts = [masked_mean(x[i], mask[i], weights=weights[i]) for i in order]
     np.testing.assert_allclose(sum(parts), masked_mean(x, mask), rtol=1e-5, atol=1e-5)
 
 
@@ -85,7 +88,7 @@ def test_nothing_valid_is_zero():
     nothing = np.zeros(SHAPE, bool)
     x = np.full(SHAPE, np.nan, np.float32)
     assert masked_mean(x, nothing) == 0
-    assert masked_mean(x, nothing, denominator=0) == 0
+    assert masked_mean(x, nothing, weights=x) == 0
     assert masked_var(x, nothing) == 0
     assert (masked_whiten(x, nothing) == 0).all()
 

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ppo_jax.models import PolicyValueNetwork, Qwen2Config, RewardModel, load_pretrained
+from ppo_jax.models import (
+    PolicyValueNetwork,
+    Qwen2Config,
+    RewardModel,
+    load_pretrained,
+    with_separate_critic,
+)
 from ppo_jax.models.heads import ScalarHead
 
 CONFIG = Qwen2Config(
@@ -58,6 +64,62 @@ def test_only_a_policy_has_an_output_projection():
     assert not CONFIG.tie_word_embeddings
     assert abstract(PolicyValueNetwork).backbone.lm_head is not None
     assert abstract(RewardModel).backbone.lm_head is None
+
+
+class TestSeparateCritic:
+    @pytest.fixture
+    def network(self, model_folder):
+        network = load_pretrained(model_folder)
+        network.value_head.weight[...] = jnp.linspace(-1, 1, 32)[None]
+        return network
+
+    def test_begins_as_a_copy_that_says_the_same(self, network, outputs, ragged):
+        assert network.critic is None
+        separate = with_separate_critic(network)
+        for name, before in (("logits", 0), ("values", 1)):
+            np.testing.assert_array_equal(
+                outputs(separate, *ragged())[before], outputs(network, *ragged())[before], name
+            )
+        pairs = zip(
+            *(jax.tree.leaves(nnx.state(x)) for x in (separate.backbone, separate.critic)),
+            strict=True,
+        )
+        for policys, critics in pairs:
+            np.testing.assert_array_equal(policys, critics)
+            # An update takes the state's buffers over, so no two parameters may share one.
+            assert policys.unsafe_buffer_pointer() != critics.unsafe_buffer_pointer()
+        assert with_separate_critic(separate) is separate
+
+    def test_values_are_its_own_and_logits_the_policys(self, network, outputs, ragged):
+        separate = with_separate_critic(network)
+        ids, mask = ragged()
+        logits, values = outputs(separate, ids, mask)
+        weight = separate.critic.norm.weight
+        weight[...] = 2 * weight[...]
+        same_logits, doubled = outputs(separate, ids, mask)
+        np.testing.assert_array_equal(same_logits, logits)
+        np.testing.assert_allclose(doubled[mask], 2 * values[mask], rtol=1e-5, atol=1e-5)
+        hidden, _ = outputs(separate.critic, ids, mask)
+        expected = hidden[mask] @ np.linspace(-1, 1, 32)
+        np.testing.assert_allclose(doubled[mask], expected, rtol=0, atol=1e-4)
+
+    def test_has_no_output_projection_and_the_policys_types(self):
+        half = abstract(
+            PolicyValueNetwork, separate_critic=True, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16
+        )
+        assert half.backbone.lm_head is not None
+        assert half.critic.lm_head is None
+        assert half.critic.norm.weight.dtype == jnp.bfloat16
+        assert half.critic.dtype == half.backbone.dtype == jnp.bfloat16
+
+    def test_is_made_from_a_policy_with_an_output_projection(self, torch_model, tmp_path):
+        torch_model(tie_word_embeddings=False).save_pretrained(tmp_path)
+        network = load_pretrained(tmp_path, dtype=jnp.bfloat16)
+        separate = with_separate_critic(network)
+        assert separate.backbone.lm_head is not None
+        assert separate.critic.lm_head is None
+        assert separate.critic.dtype == jnp.bfloat16
+        assert separate.config == network.config
 
 
 @pytest.mark.parametrize("kind", [PolicyValueNetwork, RewardModel])

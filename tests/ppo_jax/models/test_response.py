@@ -13,11 +13,12 @@ from flax import nnx
 from ppo_jax.models import PolicyValueNetwork, Qwen2Config, load_pretrained
 from ppo_jax.models.response import CHUNK_SIZE, ResponseOutputs, response_outputs
 from ppo_jax.rollout import rollout
+from ppo_jax.sampling import Sampling, packed
 from qwen_env import mdp
 
 RULES = mdp.Rules(
     max_prompt_length=6,
-    max_new_tokens=40,
+    max_new_tokens=41,
     vocab_size=96,
     eos_token_ids=(3, 5),
     forbidden_token_ids=(0, 7, 95),
@@ -25,11 +26,12 @@ RULES = mdp.Rules(
 )
 TEMPERATURE = 0.7
 PROMPT_LENGTH = np.array([6, 2, 4, 1, 6])
-RESPONSE_LENGTH = np.array([40, 7, 1, 23, 40])
+T, S = 41, 47
+RESPONSE_LENGTH = np.array([41, 7, 1, 23, 40])
 LENGTH = PROMPT_LENGTH + RESPONSE_LENGTH
-IS_RESPONSE = np.arange(40) < RESPONSE_LENGTH[:, None]
+IS_RESPONSE = np.arange(T) < RESPONSE_LENGTH[:, None]
 assert IS_RESPONSE.size > CHUNK_SIZE  # more than one chunk
-assert IS_RESPONSE.size % CHUNK_SIZE  # and the last one not full
+assert IS_RESPONSE.size % -(-IS_RESPONSE.size // CHUNK_SIZE)  # and the last one not full
 
 
 @pytest.fixture(scope="module")
@@ -47,66 +49,98 @@ def split(torch_model, tmp_path_factory):
 def tokens():
     """Rows that the MDP could have written; padding that it could not."""
     rng = np.random.default_rng(1)
-    tokens = rng.choice([1, 2, 4, *range(8, 95)], (5, 46))
+    tokens = rng.choice([1, 2, 4, *range(8, 95)], (5, S))
     tokens[1, LENGTH[1] - 1] = 3  # an end of sequence, allowed that late
-    padding = np.arange(46) >= LENGTH[:, None]
+    padding = np.arange(S) >= LENGTH[:, None]
     tokens[padding] = rng.integers(0, 96, padding.sum())
     return tokens
 
 
-def chunked(network, tokens, rules=RULES, temperature=TEMPERATURE, **options):
+@pytest.fixture(scope="module")
+def support(tokens):
+    """For each step some of the allowed ids, the chosen one among them; everything behind the end.
+
+    Of the longest responses' last step, the chosen id alone.
+    """
+    support = np.random.default_rng(3).random((5, T, RULES.vocab_size)) < 0.2
+    support[0, T - 1] = False
+    support &= allowed_ids(RULES)
+    index = np.minimum(PROMPT_LENGTH[:, None] + np.arange(T), S - 1)
+    chosen = np.take_along_axis(tokens, index, axis=1)
+    np.put_along_axis(support, chosen[..., None], True, axis=-1)
+    return support | ~IS_RESPONSE[..., None]
+
+
+def allowed_ids(rules):
+    allowed = np.ones((rules.max_new_tokens, rules.vocab_size), bool)
+    allowed[:, list(rules.forbidden_token_ids)] = False
+    allowed[: rules.min_new_tokens, list(rules.eos_token_ids)] = False
+    return allowed
+
+
+def chunked(network, tokens, support=None, rules=RULES, temperature=TEMPERATURE, **options):
     return response_outputs(
         network,
         tokens,
         jnp.asarray(PROMPT_LENGTH),
         jnp.asarray(LENGTH),
+        None if support is None else packed(support),
         rules=rules,
-        temperature=temperature,
+        sampling=Sampling(temperature),
+        num_steps=T,
         **options,
     )
 
 
-def plain(network, tokens, rules=RULES, temperature=TEMPERATURE):
+def plain(network, tokens, support=None, rules=RULES, temperature=TEMPERATURE):
     """The same numbers, from the logits of every position at once."""
-    logits, values = network(tokens, np.arange(46) < LENGTH[:, None])
-    step = np.arange(rules.max_new_tokens)
-    before = PROMPT_LENGTH[:, None] + step - 1  # logits at p-1 predict the token at p
+    logits, values = network(tokens, np.arange(S) < LENGTH[:, None])
+    step = np.arange(T)
+    before = np.minimum(PROMPT_LENGTH[:, None] + step, S - 1) - 1  # logits there predict the token
     rows = np.arange(5)[:, None]
-    allowed = np.ones((rules.max_new_tokens, rules.vocab_size), bool)
-    allowed[:, list(rules.forbidden_token_ids)] = False
-    allowed[: rules.min_new_tokens, list(rules.eos_token_ids)] = False
+    allowed = allowed_ids(rules) if support is None else allowed_ids(rules) & support
     log_p = jax.nn.log_softmax(jnp.where(allowed, logits[rows, before] / temperature, -1e30))
     chosen = tokens[rows, before + 1]
     entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-    return ResponseOutputs(log_p[rows, step, chosen], entropy, values[rows, before])
+    return ResponseOutputs(
+        log_p[rows, step, chosen], entropy, values[rows, before], values[np.arange(5), LENGTH - 1]
+    )
 
 
 def masked_sum(outputs):
     """A loss with a weight of its own for every number that counts."""
-    weights = np.random.default_rng(2).normal(size=(3, 5, 40)).astype(np.float32)
-    return sum(
-        jnp.sum(jnp.where(IS_RESPONSE, x * w, 0.0)) for x, w in zip(outputs, weights, strict=True)
+    weights = np.random.default_rng(2).normal(size=(4, 5, T)).astype(np.float32)
+    loss = sum(
+        jnp.sum(jnp.where(IS_RESPONSE, x * w, 0.0))
+        for x, w in zip(outputs[:3], weights[:3], strict=True)
     )
+    return loss + jnp.sum(outputs.last_value * weights[3, :, 0])
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 @partial(jax.value_and_grad, argnums=2, has_aux=True)
-def differentiated(function, graphdef, state, tokens):
+def differentiated(function, graphdef, state, tokens, support=None):
     """((loss, outputs), gradients)"""
-    outputs = function(nnx.merge(graphdef, state), tokens)
+    outputs = function(nnx.merge(graphdef, state), tokens, support)
     return masked_sum(outputs), outputs
 
 
 def assert_equal_outputs(ours, expected):
     for name, array in ours._asdict().items():
-        assert array.shape == (5, 40) and array.dtype == jnp.float32, name
+        assert array.dtype == jnp.float32, name
+        assert array.shape == ((5,) if name == "last_value" else (5, T)), name
+        where = slice(None) if name == "last_value" else IS_RESPONSE
         np.testing.assert_allclose(
-            array[IS_RESPONSE],
-            getattr(expected, name)[IS_RESPONSE],
+            array[where],
+            getattr(expected, name)[where],
             rtol=0,
             atol=1e-5,
             err_msg=name,
         )
+
+
+def assert_tells(ours):
+    """That the outputs are not of a distribution in which anything would look right."""
     entropy = ours.entropy[IS_RESPONSE]
     assert entropy.min() > 0.1
     assert entropy.max() < math.log(96)
@@ -118,6 +152,11 @@ def test_equals_the_computation_over_full_logits(split, tokens):
     (_, ours), our_gradients = differentiated(chunked, *split, tokens)
     (_, expected), gradients = differentiated(plain, *split, tokens)
     assert_equal_outputs(ours, expected)
+    assert_tells(ours)
+    assert_equal_gradients(our_gradients, gradients)
+
+
+def assert_equal_gradients(our_gradients, gradients):
     for (path, a), (_, b) in zip(
         nnx.to_flat_state(our_gradients), nnx.to_flat_state(gradients), strict=True
     ):
@@ -126,21 +165,34 @@ def test_equals_the_computation_over_full_logits(split, tokens):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=str(path))
 
 
+@pytest.mark.slow
+def test_over_a_support_it_is_normalised_over_that(split, tokens, support):
+    """Also in the rows that fill up the last chunk, whose gradients must be nothing, not NaN."""
+    (_, ours), our_gradients = differentiated(chunked, *split, tokens, support)
+    (_, expected), gradients = differentiated(plain, *split, tokens, support)
+    assert_equal_outputs(ours, expected)
+    assert_equal_gradients(our_gradients, gradients)
+    assert ours.logprobs[0, T - 1] == ours.entropy[0, T - 1] == 0  # one id, and it was chosen
+    assert (ours.entropy[IS_RESPONSE] <= np.log(support.sum(-1)[IS_RESPONSE]) + 1e-5).all()
+
+
 def test_equals_it_without_forbidden_ids_or_temperature(split, tokens):
     graphdef, state = split
-    rules = mdp.Rules(6, 40, vocab_size=96, eos_token_ids=(3,))
+    rules = mdp.Rules(6, T, vocab_size=96, eos_token_ids=(3,))
 
     @jax.jit
     def both(state):
         network = nnx.merge(graphdef, state)
-        return [function(network, tokens, rules, 1.0) for function in (chunked, plain)]
+        return [function(network, tokens, None, rules, 1.0) for function in (chunked, plain)]
 
-    assert_equal_outputs(*both(state))
+    ours, expected = both(state)
+    assert_equal_outputs(ours, expected)
+    assert_tells(ours)
 
 
 def test_what_lies_beyond_the_length_is_never_read(split, tokens):
     """Forbidden ids there have log-probability -inf, and still no NaN reaches a gradient."""
-    padding = np.arange(46) >= LENGTH[:, None]
+    padding = np.arange(S) >= LENGTH[:, None]
     forbidden = np.where(padding, 0, tokens)
     (loss, outputs), gradients = differentiated(chunked, *split, forbidden)
     assert np.isneginf(outputs.logprobs[~IS_RESPONSE]).all()
@@ -167,7 +219,7 @@ def test_a_policy_recomputes_its_own_sampling_logprobs(split):
             jnp.asarray(PROMPT_LENGTH),
             jax.random.key(1),
             rules=RULES,
-            temperature=TEMPERATURE,
+            sampling=Sampling(TEMPERATURE),
         )
         end = episodes.state
         again = response_outputs(
@@ -176,12 +228,13 @@ def test_a_policy_recomputes_its_own_sampling_logprobs(split):
             end.prompt_length,
             end.length,
             rules=RULES,
-            temperature=TEMPERATURE,
+            sampling=Sampling(TEMPERATURE),
+            num_steps=T,
         )
         return episodes, again.logprobs
 
     episodes, again = both(state)
-    written = np.arange(40) < np.asarray(mdp.response_length(episodes.state))[:, None]
+    written = np.arange(T) < np.asarray(mdp.response_length(episodes.state))[:, None]
     assert written.any(axis=1).all()
     assert not written.all()  # some rows ended early
     np.testing.assert_allclose(again[written], episodes.logprobs[written], rtol=0, atol=1e-5)
@@ -223,7 +276,8 @@ class TestMemory:
                 prompt_length,
                 prompt_length + self.T,
                 rules=self.RULES,
-                temperature=1.0,
+                sampling=Sampling(),
+                num_steps=self.T,
                 remat=True,
             )
             return jnp.mean(out.logprobs) + jnp.mean(out.entropy) + jnp.mean(out.values)

@@ -1,19 +1,23 @@
 """A reward server for the tests: rewards are lengths; the path says how it misbehaves.
 
-`/flaky` answers 503 to every first and second request of three, `/slow` answers too late.
+`/flaky` answers 503 to every first and second request of three, `/slow` answers too late,
+`..._at_first` misbehaves on its first request alone.
 """
 
 import json
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 num_requests = 0
+seen_paths = set()
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         global num_requests
-        num_requests += 1
+        num_requests += self.path == "/flaky"
+        is_first = self.path not in seen_paths
+        seen_paths.add(self.path)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         lengths = [len(text) for text in body["completions"]]
         answer = {"rewards": lengths, "components": {"batch": [float(len(lengths))] * len(lengths)}}
@@ -27,6 +31,22 @@ class Handler(BaseHTTPRequestHandler):
             answer["rewards"] = answer["rewards"][1:]
         elif self.path == "/nan":
             answer["rewards"][1] = float("nan")
+        elif self.path == "/words":
+            answer["rewards"][1] = "b"
+        elif self.path == "/bare_list":
+            answer = lengths
+        elif self.path == "/short_components":
+            answer["components"] = {"batch": [1.0]}
+        elif self.path == "/list_components":
+            answer["components"] = lengths
+        elif self.path == "/own_score":
+            answer["components"] = {"score": lengths}
+        elif self.path == "/moody" and len(lengths) == 1:
+            answer["components"] = {"another": lengths}
+        elif self.path == "/slow_at_first" and is_first:
+            time.sleep(1)
+        elif self.path == "/hangs_up_at_first" and is_first:
+            return self.connection.close()
         elif self.path == "/text":
             return self.reply(200, b"hello")
         elif self.path == "/refuses":
@@ -44,6 +64,6 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     print(server.server_port, flush=True)
     server.serve_forever()

@@ -1,5 +1,7 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from gymnasium.error import DependencyNotInstalled
 
 from qwen_env.rewards import RewardError, score
@@ -36,23 +38,83 @@ def test_components_are_checked_too(batch):
         score(answering(([1, 2, 3], {"length": [4, 5]})), batch)
 
 
+NUMBERS = [0.0, 1.0, 2.0]
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ([1, 2], r"returned shape \(2,\) for a batch of 3"),
+        ([1, 2], r"returned shape \(2,\) for a batch of 3; it must return one number a row"),
         (1.0, r"returned shape \(\)"),
         (np.ones((3, 1)), r"returned shape \(3, 1\)"),
-        (["a", "b", "c"], "must return numbers"),
-        (None, r"must return numbers|returned shape"),
-        ([0.0, float("nan"), 0.0], "returned nan for row 1; rewards must be finite"),
+        (None, r"returned shape \(\)"),
+        (
+            ["1", "2", "3"],
+            r"returned '1' for row 0 \(prompt 'The film'\); it must return one number",
+        ),
+        ([0.0, "b", 2.0], "returned 'b' for row 1"),
+        ([0.0, 1.0, [2.0]], r"returned \[2.0\] for row 2"),
+        ([0.0, object(), 2.0], "returned <object .* for row 1"),
+        (
+            np.array(["2020-01-01"] * 3, "M8[D]"),
+            r"a ndarray \(of type datetime64\[D\]\)",
+        ),
+        ([1j, 2j, 3j], "returned 1j for row 0"),
+        ({0: 1.0}, "returned a dict"),
+        ((x for x in NUMBERS), "returned a generator"),
+        ([0.0, float("nan"), 0.0], r"returned nan for row 1 \(prompt 'The film'\); .* be finite"),
+        ([0.0, None, 0.0], "returned None for row 1"),
         ([0.0, 0.0, float("inf")], "returned inf for row 2"),
-        (KeyError("stars"), "raised KeyError: 'stars'"),
+        ([1e300, 0.0, 0.0], r"returned 1e\+300 for row 0"),
+        ([10**400, 0, 0], r"returned a list \(int too large .*\); it must return one number a row"),
+        ((NUMBERS, None), "returned a tuple of list, NoneType; it must return an array, or"),
+        ((NUMBERS, [("a", NUMBERS)]), "returned a tuple of list, list"),
+        ((1.0, 2.0, 3.0), "returned a tuple of float, float, float"),
+        ((1.0,), "returned a tuple of float"),
+        ((NUMBERS, {"score": NUMBERS}), "names a component 'score'; names must be text, and none"),
+        ((NUMBERS, {"missing_eos_penalty": NUMBERS}), "names a component 'missing_eos_penalty'"),
+        ((NUMBERS, {3: NUMBERS}), "names a component 3"),
+        ((NUMBERS, {"part": ["a", "b", "c"]}), "Component 'part' of .* returned 'a' for row 0"),
+        (KeyError("stars"), "raised KeyError: 'stars', for row 0"),
     ],
 )
 def test_nothing_is_trusted(batch, answer, message):
     with pytest.raises(RewardError, match=message) as caught:
         score(answering(answer), batch)
     assert "reward_under_test" in str(caught.value)
+    assert str(caught.value).endswith(".")
+
+
+def test_the_row_that_makes_it_raise_is_named(make_batch):
+    def reward(batch):
+        return [1 / len(text) for text in batch.completions]
+
+    with pytest.raises(RewardError, match=r"raised ZeroDivisionError: .*, for row 2 \(prompt 'The"):
+        score(reward, make_batch(["a", "b", "", "d"]))
+
+
+def test_no_row_is_blamed_for_what_the_batch_does(make_batch):
+    def reward(batch):
+        if len(batch) > 2:
+            raise MemoryError("too many")
+        return [0.0] * len(batch)
+
+    with pytest.raises(RewardError, match="a batch of 3, none of whose rows does it alone"):
+        score(reward, make_batch(["a", "b", "c"]))
+
+
+def test_a_batch_of_one_row(batch):
+    row = batch.row(1)
+    assert (len(row), row.completions, row.prompts) == (1, ["bb"], ["The film"])
+    assert row.completion_ids[0].tolist() == [0, 1]
+
+
+def test_arrays_of_other_libraries(batch):
+    for ones in (torch.ones(3, dtype=torch.float16), jnp.ones(3, jnp.bfloat16)):
+        assert score(answering(ones), batch).values.tolist() == [1, 1, 1]
+    trained = torch.ones(3, requires_grad=True)
+    with pytest.raises(RewardError, match=r"returned a Tensor \(.*requires grad.*\); it must"):
+        score(answering(trained), batch)
 
 
 def test_a_missing_extra_stays_a_missing_extra(batch):

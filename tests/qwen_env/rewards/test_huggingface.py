@@ -1,5 +1,6 @@
 import json
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -7,6 +8,7 @@ import transformers
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+import qwen_env  # noqa: F401
 from qwen_env.errors import UsageError
 from qwen_env.rewards import load_reward, score
 from qwen_env.rewards.huggingface import HuggingFaceReward
@@ -64,6 +66,34 @@ def test_batches_score_as_single_texts_do(tmp_path, make_batch):
         np.testing.assert_allclose(values, expected, atol=1e-5)
     values = score(load_reward(f"hf:{tmp_path}?batch_size=3&device=cpu"), batch).values
     np.testing.assert_allclose(values, expected, atol=1e-5)
+
+
+def test_batches_are_sorted_by_length_so_that_little_is_padded(tmp_path, make_batch, monkeypatch):
+    build(tmp_path)
+    reward = HuggingFaceReward(tmp_path, batch_size=2)
+    widths = []
+    forward = reward._forward
+
+    def watched(rows):
+        widths.append([len(ids) for ids in rows])
+        return forward(rows)
+
+    monkeypatch.setattr(reward, "_forward", watched)
+    reward(make_batch(COMPLETIONS))
+    flat = [width for batch in widths for width in batch]
+    assert flat == sorted(flat)
+    assert [len(batch) for batch in widths] == [2, 2, 1]
+
+
+def test_in_the_environment_whose_tokenizer_is_another(tmp_path):
+    model, tokenizer = build(tmp_path)
+    env = gym.make("QwenText-v0", reward=f"hf:{tmp_path}?device=cpu&dtype=float32")
+    env.reset(options={"prompt": "The plot"})
+    for token in (*env.unwrapped.task.tokenizer.encode(" is dull."), 0):
+        _, reward, terminated, _, info = env.step(token)
+    assert terminated and info["completion"] == " is dull."
+    (expected,) = one_by_one(model, tokenizer, ["The plot is dull."])[:, 0]
+    assert reward == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("pad", ["<end>", None])
@@ -134,5 +164,12 @@ def test_wrong_folders_and_arguments(tmp_path):
         HuggingFaceReward(tmp_path / "lm")
     with pytest.raises(UsageError, match="dtype is 'int8'"):
         HuggingFaceReward(tmp_path, dtype="int8")
-    with pytest.raises(UsageError, match="batch_size is 0"):
-        HuggingFaceReward(tmp_path, batch_size=0)
+    build(tmp_path / "right")
+    for arguments, message in (
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"batch_size": 2.5}, "batch_size is 2.5; it must be an integer"),
+        ({"max_length": 0}, "max_length is 0; it must be at least 1"),
+        ({"device": "abacus"}, "cannot be moved to the device 'abacus'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            HuggingFaceReward(tmp_path / "right", **arguments)

@@ -15,6 +15,9 @@ def count(batch):
     return [len(text) for text in batch.completions]
 def ones(batch):
     return [1.0] * len(batch), {"part": [0.5] * len(batch)}
+class Needs:
+    def __init__(self, weights): ...
+class NotCallable: ...
 class Factory:
     def __init__(self): calls.append("made")
     def __call__(self, batch): return [7] * len(batch)
@@ -37,6 +40,9 @@ def test_functions_classes_and_instances(module, make_batch):
     batch = make_batch(["a", "bb"])
     for name, expected in [("count", [1, 2]), ("Factory", [7, 7]), ("instance", [7, 7])]:
         assert score(load_reward(f"{module}:{name}"), batch).values.tolist() == expected
+    import my_rewards
+
+    assert score(load_reward(my_rewards.Factory), batch).values.tolist() == [7, 7]
     assert load_reward(pocket_sentiment) is pocket_sentiment
     assert load_reward("qwen_env.rewards.sentiment:pocket_sentiment") is pocket_sentiment
 
@@ -45,6 +51,7 @@ def test_functions_classes_and_instances(module, make_batch):
     "spec",
     [
         "0.5 * my_rewards:count + my_rewards:ones",
+        " 0.5*my_rewards:count +  1*my_rewards:ones ",
         {"count": (0.5, "my_rewards:count"), "ones": (1, "my_rewards:ones")},
         {"count": [0.5, "my_rewards:count"], "ones": [1, "my_rewards:ones"]},
     ],
@@ -84,6 +91,26 @@ def test_a_server():
         ("1 * my_rewards:count + 2 * my_rewards:count", "names 'count' twice"),
         ("1 * my_rewards:count + ", "empty term"),
         ("e * my_rewards:count", "'e' is not a weight"),
+        ("nan * my_rewards:count", "the weight of 'count' in a weighted sum is nan; .* finite"),
+        ("2 * my_rewards:count - my_rewards:ones", "no callable 'count - my_rewards:ones'"),
+        ("", "reward is ''; give a callable"),
+        ("my_rewards:", "reward is 'my_rewards:'; give a callable"),
+        ("..rewards:f", "name the module in full, without leading dots"),
+        (
+            "my_rewards:NotCallable",
+            "what this class makes cannot be called",
+        ),
+        ("my_rewards:Needs", "my_rewards:Needs: making one without arguments raised TypeError"),
+        (dict, "reward <class 'dict'>: what this class makes cannot be called"),
+        ("flax:folder", "'flax:' rewards belong to the training entry points; .* 'hf:FOLDER'"),
+        ("http://", "the reward server is 'http://'; write it as"),
+        ("hf:", "names no model; write 'hf:FOLDER_OR_HUB_ID'"),
+        ("hf:?label=a", "names no model"),
+        ({"a": (float("inf"), "my_rewards:count")}, "the weight of 'a' in a weighted sum is inf"),
+        ({"a": ("1", "my_rewards:count")}, "the weight of 'a' in a weighted sum is '1'"),
+        ({"a": 3}, "the term 'a' of a weighted sum is 3; it must be .weight, reward."),
+        ({"score": (1, "my_rewards:count")}, "names a term 'score'; names must be text, and none"),
+        ({3: (1, "my_rewards:count")}, "names a term 3"),
         ({}, "at least one term"),
         ({"a": "my_rewards:count"}, "the term 'a' of a weighted sum is 'my_rewards:count'"),
         ({"a": (1, "my_rewards:missing")}, "has no callable 'missing'"),

@@ -1,0 +1,128 @@
+"""What PPO has to beat: to draw several responses and keep the best, and to learn from those."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from learning.runs import Bench, Record, grammatical
+from learning.settings import SETTINGS
+from learning.statistics import best_of_n_kl, best_of_n_weights
+from ppo_jax.agent import PPOAgent
+from ppo_jax.algorithm import masked_mean
+from ppo_jax.models.response import response_outputs
+
+BEST_OF = (1, 2, 4, 8, 16, 32, 64)
+SFT_EPOCHS = 16
+SFT_BATCH = 64
+ROWS = 256  # responses that are drawn at one time
+BEST_OF_N_KEY, SFT_KEY = 1_000_002, 1_000_003  # see `learning.runs.EVALUATE`
+
+
+def best_of_n(bench: Bench, seed: int) -> Record:
+    """The untrained model's best of n by the proxy, for each n of `BEST_OF`.
+
+    The mean over all n-subsets of the largest n's samples: no sample is wasted.
+    """
+    agent, count = _untrained(bench, seed), max(BEST_OF)
+    key = jax.random.fold_in(jax.random.key(seed), BEST_OF_N_KEY)
+    per_call = ROWS // count
+    columns: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(bench.held_out), per_call):
+        done = agent.actor.respond(
+            agent.state.params,
+            bench.held_out[start : start + per_call],
+            jax.random.fold_in(key, start),
+            completions_per_prompt=count,
+        )
+        outcomes = done.outcomes
+        order = np.argsort(done.scores.reshape(-1, count), axis=1, kind="stable")
+        for name, values in {
+            "score": done.scores,
+            "gold": np.array([o.info["reward_components"]["gold"] for o in outcomes]),
+            "length_mean": np.array([o.info["completion_length"] for o in outcomes]),
+            "grammatical": grammatical(done.episodes, outcomes),
+        }.items():
+            ranked = np.take_along_axis(values.reshape(-1, count), order, axis=1)
+            columns.setdefault(name, []).append(ranked)
+    means = {name: np.concatenate(rows).mean(0) for name, rows in columns.items()}
+    return {
+        "best_of": [
+            {"n": n, "kl": best_of_n_kl(n)}
+            | {name: float(best_of_n_weights(n, count) @ mean) for name, mean in means.items()}
+            for n in BEST_OF
+        ]
+    }
+
+
+class Reviews(NamedTuple):
+    """N finished responses."""
+
+    tokens: Int[Array, "N S"]
+    prompt_length: Int[Array, "N"]
+    length: Int[Array, "N"]
+
+
+def sft(bench: Bench, n: int, seed: int) -> Record:
+    """Maximise the likelihood of the best of n responses to each training prompt.
+
+    With PPO's optimizer, learning rate and batch size; the learning rate falls linearly to zero.
+    """
+    agent = _untrained(bench, seed)
+    chosen, num_tokens = _best_responses(bench, agent, n, seed)
+    optimizer, peak = agent.learner.optimizer, agent.config.optimizer.learning_rate
+
+    def loss(params: nnx.State, batch: Reviews) -> Float[Array, ""]:
+        outputs = response_outputs(
+            nnx.merge(agent.learner.graphdef, params),
+            *batch,
+            rules=bench.task.rules,
+            sampling=agent.config.ppo.sampling,
+            num_steps=bench.task.rules.max_new_tokens,
+        )
+        written = (batch.length - batch.prompt_length)[:, None]
+        mask = jnp.arange(bench.task.rules.max_new_tokens) < written
+        return -masked_mean(outputs.logprobs, mask)
+
+    @jax.jit
+    def step(
+        params: nnx.State, opt_state: optax.OptState, batch: Reviews, learning_rate: Array
+    ) -> tuple[nnx.State, optax.OptState]:
+        updates, opt_state = optimizer.update(jax.grad(loss)(params, batch), opt_state, params)
+        updates = jax.tree.map(lambda x: learning_rate * x, updates)
+        return optax.apply_updates(params, updates), opt_state
+
+    rng = np.random.default_rng([seed, SFT_KEY])
+    orders = [rng.permutation(len(chosen.length)) for _ in range(SFT_EPOCHS)]
+    batches = np.concatenate(orders).reshape(-1, SFT_BATCH)
+    params, opt_state = agent.state.params, agent.state.opt_state
+    for i, rows in enumerate(batches):
+        batch = jax.tree.map(lambda x, rows=rows: x[rows], chosen)
+        learning_rate = jnp.float32(peak * (1 - i / len(batches)))
+        params, opt_state = step(params, opt_state, batch, learning_rate)
+    agent.state = agent.state._replace(params=params)
+    return {"curve": [{"tokens": num_tokens, **bench.measure(agent)}]}
+
+
+def _best_responses(bench: Bench, agent: PPOAgent, n: int, seed: int) -> tuple[Reviews, int]:
+    """The best of n responses to each training prompt, and how many tokens all of them had."""
+    key = jax.random.fold_in(jax.random.key(seed), SFT_KEY)
+    per_call, num_tokens = ROWS // n, 0
+    chosen: list[Reviews] = []
+    for start in range(0, len(bench.prompts), per_call):
+        prompts = bench.prompts[start : start + per_call]
+        key_here = jax.random.fold_in(key, start)
+        done = agent.actor.respond(agent.state.params, prompts, key_here, completions_per_prompt=n)
+        best = done.scores.reshape(-1, n).argmax(axis=1) + n * np.arange(len(prompts))
+        state = jax.device_get(done.rollout.state)
+        chosen.append(Reviews(state.tokens[best], state.prompt_length[best], state.length[best]))
+        num_tokens += done.num_tokens
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *chosen), num_tokens
+
+
+def _untrained(bench: Bench, seed: int) -> PPOAgent:
+    return bench.agent(SETTINGS[0].config(1, seed))

@@ -1,0 +1,224 @@
+"""From the records of all runs to means, intervals, differences and verdicts; and their tables."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from learning.settings import BEST_OF_N, SETTINGS, Setting
+from learning.statistics import Interval, Verdict, holm, interval, paired, verdict
+
+Record = dict[str, Any]
+
+
+class Column(NamedTuple):
+    title: str
+    metric: str
+    digits: int
+
+
+COLUMNS = (
+    Column("proxy, sampled", "sampled/score", 2),
+    Column("greedy", "greedy/score", 2),
+    Column("gold, sampled", "sampled/gold", 2),
+    Column("greedy", "greedy/gold", 2),
+    Column("KL", "kl", 1),
+    Column("entropy", "entropy", 2),
+    Column("length", "sampled/length_mean", 1),
+    Column("grammatical", "sampled/grammatical", 3),
+)
+COMPARED = (
+    Column("proxy", "sampled/score", 2),
+    Column("gold", "sampled/gold", 2),
+    Column("KL", "kl", 1),
+)
+"""What differences are made of."""
+
+MARKS: dict[Verdict, str] = {"robust": "**", "suggestive": "*", "noise": ""}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """From the setting that differs by one knob, over the seeds; p is corrected for their number
+    by Holm's method within one metric."""
+
+    interval: Interval
+    p: float
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the runs say. Measures are at the end of a run, by metric."""
+
+    settings: Sequence[Setting]
+    seeds: dict[str, int]  # by name: how many
+    finals: dict[str, dict[str, Interval]]  # by name, metric; settings and SFT
+    differences: dict[str, dict[str, Difference]]  # by name, metric
+    curves: dict[str, list[dict[str, Interval]]]  # by name; a point holds every metric
+    best_of: list[dict[str, Interval]]  # by n
+
+
+def summarise(records: Sequence[Record]) -> Summary:
+    by_name: dict[str, dict[int, Record]] = {}
+    for record in records:
+        by_name.setdefault(record["name"], {})[record["seed"]] = record
+    best_of = by_name.pop(BEST_OF_N, {})
+    finals = {
+        name: {
+            seed: {**run["curve"][-1], **run.get("last_third", {})} for seed, run in runs.items()
+        }
+        for name, runs in by_name.items()
+    }
+    settings = [setting for setting in SETTINGS if setting.name in by_name]
+    return Summary(
+        settings=settings,
+        seeds={name: len(runs) for name, runs in by_name.items()} | {BEST_OF_N: len(best_of)},
+        finals={name: _intervals(list(runs.values())) for name, runs in finals.items()},
+        differences=_differences(settings, finals),
+        curves={
+            name: _pointwise([run["curve"] for run in runs.values()])
+            for name, runs in by_name.items()
+        },
+        best_of=_pointwise([run["best_of"] for run in best_of.values()]),
+    )
+
+
+def _pointwise(curves: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, Interval]]:
+    """The intervals of each place of curves that are all as long."""
+    return [_intervals(points) for points in zip(*curves, strict=True)]
+
+
+def _intervals(rows: Sequence[dict[str, float]]) -> dict[str, Interval]:
+    return {name: interval([row[name] for row in rows]) for name in rows[0]}
+
+
+def _differences(
+    settings: Sequence[Setting], finals: dict[str, dict[int, dict[str, float]]]
+) -> dict[str, dict[str, Difference]]:
+    differences: dict[str, dict[str, Difference]] = {}
+    for _, metric, _ in COMPARED:
+
+        def of(name: str, metric: str = metric) -> dict[int, float]:
+            return {seed: final[metric] for seed, final in finals.get(name, {}).items()}
+
+        tests = {
+            setting.name: test
+            for setting in settings
+            if setting.name != setting.against
+            and (test := paired(of(setting.name), of(setting.against))) is not None
+        }
+        corrected = holm([p for _, p in tests.values()])
+        for (name, (change, p)), raised in zip(tests.items(), corrected, strict=True):
+            difference = Difference(change, raised, verdict(p, raised))
+            differences.setdefault(name, {})[metric] = difference
+    return differences
+
+
+def brief(record: Record) -> str:
+    """A run in a line."""
+    point = record["curve"][-1] if "curve" in record else record["best_of"][-1]
+    score, gold = (point.get(f"sampled/{name}", point.get(name)) for name in ("score", "gold"))
+    return f"proxy {score:.2f}, gold {gold:.2f}, KL {point['kl']:.2f}"
+
+
+# ---------------------------------------------------------------- tables
+
+
+def write_tables(summary: Summary, folder: Path) -> None:
+    """Print the tables, and write them as tables.md and, with all else, as summary.json."""
+    tables = [table for table in (_finals(summary), _best_of(summary), _changes(summary)) if table]
+    console = Console()
+    for table in tables:
+        console.print(table)
+    (folder / "tables.md").write_text("\n".join(_markdown(table) for table in tables))
+    (folder / "summary.json").write_text(json.dumps(_as_json(summary), indent=1))
+
+
+def _finals(summary: Summary) -> Table:
+    table = Table(title="At the end of a run: mean ± half of the 95 % confidence interval")
+    table.add_column("setting")
+    for column in COLUMNS:
+        table.add_column(column.title, justify="right")
+    for name, finals in summary.finals.items():
+        table.add_row(name, *(_text(finals[c.metric], c.digits) for c in COLUMNS))
+    return table
+
+
+def _best_of(summary: Summary) -> Table | None:
+    if not summary.best_of:
+        return None
+    columns = (
+        Column("proxy", "score", 2),
+        Column("gold", "gold", 2),
+        Column("length", "length_mean", 1),
+        Column("grammatical", "grammatical", 3),
+    )
+    table = Table(title="The untrained model's best of n by the proxy")
+    table.add_column("n", justify="right")
+    table.add_column("KL at most", justify="right")
+    for column in columns:
+        table.add_column(column.title, justify="right")
+    for row in summary.best_of:
+        texts = [_text(row[c.metric], c.digits) for c in columns]
+        table.add_row(f"{row['n'].mean:.0f}", f"{row['kl'].mean:.2f}", *texts)
+    return table
+
+
+def _changes(summary: Summary) -> Table | None:
+    if not summary.differences:
+        return None
+    table = Table(
+        title="Difference from the setting without the change, by seed: mean [95 % interval]; "
+        "** stands after Holm's correction for the number of settings, * does not; "
+        "what has no mark is noise"
+    )
+    table.add_column("setting")
+    table.add_column("change")
+    for column in COMPARED:
+        table.add_column(column.title, justify="right")
+    for setting in summary.settings:
+        if changes := summary.differences.get(setting.name):
+            texts = [_difference(changes[c.metric], c.digits) for c in COMPARED]
+            table.add_row(setting.name, setting.changes, *texts)
+    return table
+
+
+def _text(x: Interval, digits: int) -> str:
+    return f"{x.mean:.{digits}f} ± {x.half:.{digits}f}"
+
+
+def _difference(x: Difference, digits: int) -> str:
+    mean, low, high = (
+        f"{y:+.{digits}f}" for y in (x.interval.mean, x.interval.low, x.interval.high)
+    )
+    return f"{mean} [{low}, {high}]{MARKS[x.verdict]}"
+
+
+def _markdown(table: Table) -> str:
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    lines = [
+        [str(column.header) for column in table.columns],
+        ["---:" if column.justify == "right" else "---" for column in table.columns],
+        *([str(cell).replace("*", "\\*") for cell in row] for row in rows),
+    ]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"**{str(table.title).replace('*', chr(92) + '*')}**\n\n{body}\n"
+
+
+def _as_json(summary: Summary) -> Record:
+    def plain(x: Any) -> Any:
+        if isinstance(x, Interval):
+            return {"mean": x.mean, "half": None if x.half != x.half else x.half}
+        if isinstance(x, Difference):
+            return {**plain(x.interval), "p_corrected": x.p, "verdict": x.verdict}
+        if isinstance(x, dict):
+            return {key: plain(value) for key, value in x.items()}
+        return [plain(value) for value in x] if isinstance(x, list) else x
+
+    names = ("seeds", "finals", "differences", "curves", "best_of")
+    return {name: plain(getattr(summary, name)) for name in names}

@@ -1,0 +1,45 @@
+"""Mean and variance of a stream of numbers, a batch at a time."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+_ROUNDING = 1e-6
+"""Of a float32 mean, relatively: what equal numbers may seem to be apart."""
+
+
+class RunningMoments(NamedTuple):
+    """What is kept of all numbers seen so far; float32 scalars."""
+
+    number: Float[Array, ""]
+    mean: Float[Array, ""]
+    squares: Float[Array, ""]  # sum of the squared distances from the mean
+
+    @property
+    def std(self) -> Float[Array, ""]:
+        """Population standard deviation; 1 before two numbers differ by more than rounding."""
+        variance = self.squares / jnp.maximum(self.number, 1)
+        is_spread = variance > jnp.square(_ROUNDING * self.mean)
+        return jnp.where(is_spread, jnp.sqrt(jnp.where(is_spread, variance, 1.0)), 1.0)
+
+
+def no_moments() -> RunningMoments:
+    """Of no numbers."""
+    return RunningMoments(*(jnp.zeros((), jnp.float32) for _ in range(3)))
+
+
+def updated_moments(moments: RunningMoments, x: Float[Array, "N"]) -> RunningMoments:
+    """With the numbers of one more batch (Chan, Golub & LeVeque 1979, equation 2.1)."""
+    x = jnp.asarray(x, jnp.float32)
+    mean, new = jnp.mean(x), jnp.float32(x.size)
+    number = moments.number + new
+    distance = mean - moments.mean
+    return RunningMoments(
+        number=number,
+        mean=moments.mean + distance * new / number,
+        squares=moments.squares
+        + jnp.sum(jnp.square(x - mean))
+        + jnp.square(distance) * moments.number * new / number,
+    )

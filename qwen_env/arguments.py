@@ -1,0 +1,71 @@
+"""Checks that arguments have in common, so that their messages do too."""
+
+import math
+import operator
+import reprlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from qwen_env.errors import UsageError
+
+
+def integer(name: str, value: Any, *, at_least: int | None = None) -> int:
+    """`value`, which messages call `name`, as an int; NumPy's integers are integers too.
+
+    Raises:
+        UsageError: it is not an integer, or too small.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise UsageError(f"{name} is {value!r}; it must be an integer.")
+    if at_least is not None and number < at_least:
+        raise UsageError(f"{name} is {number}; it must be at least {at_least}.")
+    return number
+
+
+def finite(name: str, value: Any) -> float:
+    """`value`, which messages call `name`, as a float.
+
+    Raises:
+        UsageError: it is not a number, or not a finite one.
+    """
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError(f"{name} is {value!r}; it must be a finite number.")
+    return number
+
+
+def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse a `value`, which messages call `name`, that is none of `choices`.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if value not in choices:
+        raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}.")
+
+
+def token_ids(name: str, ids: Any) -> tuple[int, ...]:
+    """An id, or any iterable of ids, sorted and without repetitions.
+
+    Raises:
+        UsageError: something else, text for instance.
+    """
+    try:
+        return (operator.index(ids),)
+    except TypeError:
+        pass
+    try:
+        if isinstance(ids, Iterable) and not isinstance(ids, str | bytes):
+            return tuple(sorted({operator.index(i) for i in ids}))
+    except TypeError:
+        pass
+    raise UsageError(
+        f"{name} is {reprlib.repr(ids)}; it must be a list of token ids, which are integers."
+    )

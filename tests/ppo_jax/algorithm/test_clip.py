@@ -1,0 +1,146 @@
+"""The asymmetric clip and the dual clip, against PyTorch's autograd and by hand."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ppo_jax.algorithm import clipped_policy_loss
+
+SHAPE = (6, 8)
+quick = settings(deadline=None, max_examples=40, derandomize=True)
+compiled = jax.jit(clipped_policy_loss)
+
+
+def random_batch(seed, spread=1.0):
+    rng = np.random.default_rng(seed)
+    old, advantages, moves = rng.normal(size=(3, *SHAPE)).astype(np.float32)
+    return old + spread * moves, old, advantages, rng.random(SHAPE) < 0.7
+
+
+def torch_loss(new, old, advantages, mask, low, high, dual):
+    """Sentence by sentence: the clip of arXiv:2503.14476, then the bound of arXiv:1912.09729."""
+    old, advantages, mask = (torch.tensor(x) for x in (old, advantages, mask))
+    ratio = (new - old).exp()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    if dual is not None:
+        bounded = torch.maximum(surrogate, dual * advantages)
+        surrogate = torch.where(advantages < 0, bounded, surrogate)
+    clipped = (ratio < 1 - low) | (ratio > 1 + high)
+    return -surrogate[mask].mean(), clipped[mask].float().mean()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("low", "high", "dual"), [(0.2, 0.28, None), (0.1, 0.5, 3.0), (0.3, 0.1, 1.5), (0.2, 0.2, 2.0)]
+)
+def test_loss_and_gradient_agree_with_pytorch(seed, low, high, dual):
+    new, old, advantages, mask = random_batch(seed, spread=2.0)
+    theirs = torch.tensor(new, requires_grad=True)
+    expected, clip_fraction = torch_loss(theirs, old, advantages, mask, low, high, dual)
+    expected.backward()
+
+    def loss(new):
+        return clipped_policy_loss(
+            new,
+            old,
+            advantages,
+            mask,
+            clip_range=low,
+            clip_range_high=high,
+            dual_clip=dual,
+        )
+
+    result, gradient = loss(new), jax.grad(lambda x: loss(x).loss)(jnp.asarray(new))
+    np.testing.assert_allclose(result.loss, expected.item(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(result.clip_fraction, clip_fraction.item(), rtol=1e-6)
+    np.testing.assert_allclose(gradient, theirs.grad, rtol=1e-4, atol=1e-8)
+    if dual is not None:
+        bounded = mask & (advantages < 0) & (np.exp(new - old) > max(dual, 1 + high))
+        assert bounded.any(), "the bound must act"
+        assert (np.asarray(gradient)[bounded] == 0).all()
+
+
+class GoldenTest(chex.TestCase):
+    ratio = np.array([1.3, 1.5, 0.85, 0.5, 1.5, 4.0, 0.5], np.float32)
+    advantages = np.array([2.0, 2.0, -2.0, 2.0, -2.0, -2.0, -2.0], np.float32)
+
+    def losses(self, **options):
+        """One loss a token."""
+        function = self.variant(
+            jax.vmap(
+                lambda ratio, advantage: (
+                    clipped_policy_loss(
+                        jnp.log(ratio)[None], jnp.zeros(1), advantage[None], jnp.ones(1), **options
+                    ).loss
+                )
+            )
+        )
+        return function(self.ratio, self.advantages)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_asymmetric_by_hand(self):
+        # The range is 0.9 to 1.4: what is within it, and what has moved the wrong way, is whole.
+        np.testing.assert_allclose(
+            self.losses(clip_range=0.1, clip_range_high=0.4),
+            -np.array([2.6, 2.8, -1.8, 1.0, -3.0, -8.0, -1.8]),
+            rtol=1e-6,
+        )
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_dual_by_hand(self):
+        # Alone the ratio of 4 with its negative advantage is bounded, by 3 · -2.
+        np.testing.assert_allclose(
+            self.losses(clip_range=0.1, clip_range_high=0.4, dual_clip=3.0),
+            -np.array([2.6, 2.8, -1.8, 1.0, -3.0, -6.0, -1.8]),
+            rtol=1e-6,
+        )
+
+
+@quick
+@given(st.integers(0, 10_000), st.floats(0.05, 0.9), st.floats(1.01, 5))
+def test_what_each_bound_can_do_to_the_loss(seed, clip_range, dual):
+    """A wider range above never raises the loss of a token; nor does the dual clip."""
+    batch = random_batch(seed, spread=2.0)
+    plain = compiled(*batch, clip_range=clip_range).loss
+    same = compiled(*batch, clip_range=clip_range, clip_range_high=clip_range).loss
+    np.testing.assert_allclose(same, plain, rtol=1e-5, atol=1e-6)
+    assert compiled(*batch, clip_range=clip_range, clip_range_high=0.95).loss <= plain + 1e-5
+    bounded = compiled(*batch, clip_range=clip_range, dual_clip=dual).loss
+    assert bounded <= plain + 1e-5
+    # Whatever the ratios, a token's loss now lies between -(1 + ε) |A| and c |A|.
+    _, _, advantages, mask = batch
+    least = (1 + clip_range) * np.where(advantages > 0, advantages, 0)
+    most = dual * np.where(advantages < 0, -advantages, 0)
+    assert -(least[mask].sum()) / max(mask.sum(), 1) - 1e-5 <= bounded
+    assert bounded <= most[mask].sum() / max(mask.sum(), 1) + 1e-5
+
+
+def test_clip_fraction_counts_either_side_of_its_own_range():
+    ratio = np.array([0.85, 0.95, 1.3, 1.5], np.float32)
+    zeros = np.zeros(4, np.float32)
+    cases = (0.1, 0.4, 0.5), (0.2, 0.4, 0.25), (0.2, 0.2, 0.5), (0.1, 0.1, 0.75)
+    for low, high, expected in cases:
+        result = clipped_policy_loss(
+            np.log(ratio), zeros, zeros, np.ones(4), clip_range=low, clip_range_high=high
+        )
+        assert result.clip_fraction == expected, (low, high)
+
+
+def test_garbage_reaches_neither_value_nor_gradient():
+    new, old, advantages, mask = random_batch(3)
+
+    def value_and_gradient(fill):
+        arrays = [jnp.where(mask, x, f) for x, f in ((new, -fill), (old, fill), (advantages, fill))]
+        return jax.value_and_grad(
+            lambda *x: clipped_policy_loss(*x, mask, clip_range_high=0.4, dual_clip=2.0).loss,
+            argnums=(0, 1, 2),
+        )(*arrays)
+
+    result = value_and_gradient(np.resize([np.nan, np.inf, -np.inf, 1e30], SHAPE))
+    chex.assert_tree_all_finite(result)
+    chex.assert_trees_all_equal(result, value_and_gradient(np.zeros(SHAPE)))

@@ -1,0 +1,63 @@
+"""Moments of a stream, against NumPy on everything at once."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ppo_jax.algorithm import no_moments, updated_moments
+
+update = jax.jit(updated_moments)
+quick = settings(deadline=None, max_examples=40, derandomize=True)
+numbers = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=5)
+
+
+def moments_of(batches):
+    moments = no_moments()
+    for batch in batches:
+        moments = update(moments, np.array(batch, np.float32))
+    return moments
+
+
+@quick
+@given(st.lists(numbers, min_size=1, max_size=6))
+def test_any_split_gives_the_moments_of_the_whole(batches):
+    whole = np.concatenate(batches).astype(np.float64)
+    moments = moments_of(batches)
+    assert moments.number == len(whole)
+    np.testing.assert_allclose(moments.mean, whole.mean(), rtol=1e-5, atol=1e-4)
+    scale = np.abs(whole).max() ** 2 * len(whole)
+    np.testing.assert_allclose(moments.squares, whole.var() * len(whole), atol=1e-5 * scale)
+    if whole.std() > 1e-2 * np.abs(whole).max():
+        np.testing.assert_allclose(moments.std, whole.std(), rtol=1e-2)
+
+
+def test_a_long_stream_far_from_zero_keeps_its_digits():
+    """What goes wrong with sums of squares: here they would be 10^10 times the variance."""
+    stream = np.random.default_rng(0).normal(1000, 0.01, (300, 16)).astype(np.float32)
+    moments = moments_of(stream)
+    exact = stream.astype(np.float64)
+    assert moments.mean == pytest.approx(exact.mean(), rel=1e-6)
+    assert moments.std == pytest.approx(exact.std(), rel=0.01)
+
+
+def test_before_two_different_numbers_the_deviation_is_one():
+    assert no_moments().std == 1
+    assert moments_of([[3.0]]).std == 1
+    assert moments_of([[3.0, 3.0], [3.0]]).std == 1
+    assert moments_of([[3.0], [5.0]]).std == 1.0
+    assert moments_of([[3.0], [7.0]]).std == 2.0
+
+
+@pytest.mark.parametrize("number", [0.1, 3.0, -1000.1, 1e-12, 1e12])
+@pytest.mark.parametrize("size", [7, 64])
+def test_the_rounding_of_a_mean_is_no_deviation(number, size):
+    """Scores divided by it would be millions."""
+    assert moments_of(np.full((20, size), number)).std == 1
+
+
+def test_whole_numbers_become_float32():
+    moments = updated_moments(no_moments(), np.array([1, 2]))
+    assert {x.dtype for x in moments} == {np.dtype(np.float32)}
+    assert moments.mean == 1.5

@@ -1,0 +1,139 @@
+"""A learner for each set of settings, compiled once, and four finished episodes to learn from."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ppo_jax.batch import Batch, Prepared
+from ppo_jax.config import OptimizerConfig, PPOConfig
+from ppo_jax.learner import Learner, TrainState
+from ppo_jax.models import PolicyValueNetwork, with_separate_critic
+from ppo_jax.rollout import Rollout
+from qwen_env import mdp
+
+B, P, T = 4, 5, 6
+RESPONSE_LENGTHS = np.array([6, 1, 4, 3])
+SCORE = np.array([1.0, -0.5, 2.0, 0.25], np.float32)
+PPO = PPOConfig(
+    batch_size=B,
+    kl_coef=0.1,
+    gamma=0.97,
+    gae_lambda=0.9,
+    value_coef=0.5,
+    entropy_coef=0.01,
+    num_epochs=3,
+)
+OPTIMIZER = OptimizerConfig(
+    learning_rate=1e-3, schedule="constant", weight_decay=0.1, max_grad_norm=0.5
+)
+
+
+class CompiledLearner:
+    """A learner at its start; `prepare` and `update` are compiled when they are first called.
+
+    Args:
+        changes: fields of `PPO` and `OPTIMIZER` that are others here.
+        optimized: compile as training does. The tests that ask what a setting does go without
+            LLVM's optimizer, which takes half of the time.
+    """
+
+    def __init__(
+        self,
+        network: PolicyValueNetwork,
+        rules: mdp.Rules,
+        *,
+        optimized: bool = False,
+        **changes: Any,
+    ):
+        own = {field.name for field in dataclasses.fields(PPOConfig)}
+        ppo = {name: value for name, value in changes.items() if name in own}
+        optimizer = {name: value for name, value in changes.items() if name not in own}
+        self.ppo = dataclasses.replace(PPO, **ppo)
+        self.optimizer = dataclasses.replace(OPTIMIZER, **optimizer)
+        if self.ppo.critic == "separate":
+            network = with_separate_critic(network)
+        self.network = network
+        self.learner = Learner(
+            graphdef=nnx.graphdef(network),
+            rules=rules,
+            config=self.ppo,
+            optimizer_config=self.optimizer,
+            num_iterations=10,
+        )
+        self.start: TrainState = self.learner.init(nnx.state(network), seed=0)
+        self.reference = other_backbone(network)
+        options = None if optimized else {"xla_backend_optimization_level": 0}
+        self.compile = functools.partial(jax.jit, compiler_options=options)
+        self._prepare = self.compile(self.learner.prepare)
+        self._update = self.compile(self.learner.update)
+
+    def prepare(self, rollout: Rollout, score: np.ndarray = SCORE) -> Prepared:
+        """Of episodes that the policy at its start wrote; the reference is another network."""
+        start = self.start
+        return self._prepare(start.params, self.reference, start.controls, rollout, score)
+
+    def update(self, batch: Batch, *, state: TrainState | None = None, seed: int = 0) -> Any:
+        """(state, metrics, distributions) after an iteration from `state`, or from the start."""
+        return self._update(self.start if state is None else state, batch, jax.random.key(seed))
+
+
+def other_backbone(network: PolicyValueNetwork) -> nnx.State:
+    """The backbone of a reference model that differs from the policy."""
+    noise = np.random.default_rng(5)
+    return jax.tree.map(
+        lambda x: x + jnp.asarray(noise.normal(0, 0.02, x.shape), x.dtype),
+        nnx.state(network.backbone),
+    )
+
+
+@pytest.fixture(scope="session")
+def rules(tokenizer) -> mdp.Rules:
+    return mdp.Rules(P, T, tokenizer.vocab_size, (0,), forbidden_token_ids=(7, 8, 9))
+
+
+@pytest.fixture(scope="session")
+def network(make_network) -> PolicyValueNetwork:
+    return make_network()
+
+
+@pytest.fixture(scope="session")
+def compiled(network, rules) -> Callable[..., CompiledLearner]:
+    """From changes of the settings to a learner: one for each set of them."""
+    return functools.cache(functools.partial(CompiledLearner, network, rules))
+
+
+@pytest.fixture(scope="session")
+def learner_of() -> type[CompiledLearner]:
+    """For the tests that have a network and rules of their own."""
+    return CompiledLearner
+
+
+@pytest.fixture(scope="session")
+def finished(rules) -> Rollout:
+    """Ragged episodes of random tokens: rows 1 and 3 end with an end-of-sequence id."""
+    rng = np.random.default_rng(0)
+    prompt_length = np.array([5, 2, 3, 4])
+    length = prompt_length + RESPONSE_LENGTHS
+    tokens = rng.integers(10, rules.vocab_size, (B, P + T))
+    tokens[np.arange(P + T) >= length[:, None]] = 0
+    terminated = np.array([False, True, False, True])
+    tokens[terminated, length[terminated] - 1] = 0
+    state = mdp.State(
+        *(jnp.asarray(x, jnp.int32) for x in (tokens, prompt_length, length)),
+        jnp.asarray(terminated),
+        jnp.asarray(~terminated),
+    )
+    return Rollout(state, jnp.zeros((B, T)))
+
+
+@pytest.fixture(scope="session")
+def batch(compiled, finished) -> Batch:
+    """What the learner with the plain settings makes of them."""
+    return compiled().prepare(finished).batch

@@ -1,0 +1,141 @@
+"""What an update must not depend on: how a minibatch is cut, what pads it, how its rows lie.
+
+Compiled as training does. Where parameters are compared, Adam has divided each gradient by its own
+size, so that the rounding of a gradient that all but vanishes becomes a visible step: what is
+compared closely is the first moment, a running mean of the gradients themselves.
+"""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ppo_jax.rollout import Rollout, rollout
+from ppo_jax.sampling import unpacked
+
+P, T = 5, 6
+
+
+def assert_same_update(one, other):
+    state, metrics, _ = one
+    other_state, other_metrics, _ = other
+    mu, other_mu = state.opt_state[1].mu, other_state.opt_state[1].mu
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(mu))
+    chex.assert_trees_all_close(mu, other_mu, rtol=0, atol=1e-6 * scale)
+    chex.assert_trees_all_close(state.params, other_state.params, rtol=1e-6, atol=2e-6)
+    assert metrics.keys() == other_metrics.keys()
+    for name in metrics:
+        np.testing.assert_allclose(
+            metrics[name], other_metrics[name], rtol=1e-4, atol=1e-6, err_msg=name
+        )
+
+
+def widened(finished: Rollout, more_prompt: int, more_response: int) -> Rollout:
+    """The same episodes under larger limits, with ids that mean nothing behind them."""
+    state, width = finished.state, P + T + more_prompt + more_response
+    padding = np.random.default_rng(3).integers(0, 600, (len(state.length), width))
+    tokens = padding.copy()
+    tokens[:, : P + T] = state.tokens
+    tokens = np.where(np.arange(width) < np.asarray(state.length)[:, None], tokens, padding)
+    logprobs = jnp.pad(finished.logprobs, [(0, 0), (0, more_response)])
+    return Rollout(state._replace(tokens=jnp.asarray(tokens, jnp.int32)), logprobs)
+
+
+@pytest.fixture(scope="module")
+def plain(compiled):
+    return compiled(optimized=True)
+
+
+@pytest.fixture(scope="module")
+def plain_update(plain, batch):
+    return plain.update(batch)
+
+
+def test_micro_batches(plain_update, compiled, batch):
+    assert_same_update(plain_update, compiled(num_microbatches=4, optimized=True).update(batch))
+
+
+@pytest.fixture(scope="module")
+def wide_learner(learner_of, network, rules):
+    limits = {"max_prompt_length": P + 4, "max_new_tokens": T + 3}
+    return learner_of(network, dataclasses.replace(rules, **limits), optimized=True)
+
+
+def test_padding(plain_update, wide_learner, finished, batch):
+    wide = wide_learner.prepare(widened(finished, 4, 3)).batch
+    assert wide.tokens.shape == (4, P + T + 7)
+    assert wide.mask.shape == (4, T + 3)
+    assert not wide.mask[:, T:].any()
+    for name in ("logprobs", "values", "advantages", "returns"):
+        np.testing.assert_allclose(
+            getattr(wide, name)[:, :T], getattr(batch, name), atol=2e-6, err_msg=name
+        )
+    result = wide_learner.update(wide)
+    assert_same_update(plain_update, result)
+    assert result[1]["policy/first_ratio_max_error"] < 1e-5
+
+
+@pytest.mark.slow
+def test_length_buckets(plain_update, compiled, finished, batch):
+    """Of two limits, 3 and 6: one micro-batch holds rows of 1 and 3 tokens, the other 4 and 6."""
+    learner = compiled(num_length_buckets=2, num_microbatches=2, optimized=True)
+    cut = learner.prepare(finished).batch
+    chex.assert_trees_all_close(cut, batch, rtol=0, atol=2e-6)
+    result = learner.update(batch)
+    assert_same_update(plain_update, result)
+    assert result[1]["policy/first_ratio_max_error"] < 1e-5
+
+
+def test_row_order(plain_update, plain, batch):
+    shuffled = jax.tree.map(lambda x: x[np.array([2, 0, 3, 1])], batch)
+    assert_same_update(plain_update, plain.update(shuffled))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_minibatches": 2, "num_microbatches": 2, "num_epochs": 1, "temperature": 0.5}],
+    ids=["whole", "cut"],
+)
+def test_the_first_ratio_is_one(compiled, finished, changes):
+    learner = compiled(**changes, optimized=True)
+    _, metrics, _ = learner.update(learner.prepare(finished).batch)
+    assert metrics["policy/first_ratio_max_error"] < 1e-5
+
+
+@pytest.mark.slow
+def test_the_first_ratio_is_one_where_sampling_is_truncated(compiled, network, rules):
+    """Rollout, prepare and update over one support: drawn, scored and learnt from alike."""
+    learner = compiled(
+        temperature=0.7, top_k=40, top_p=0.9, num_microbatches=2, num_epochs=2, optimized=True
+    )
+    rng = np.random.default_rng(0)
+    prompts, lengths = rng.integers(10, 600, (4, P)), np.array([5, 2, 3, 4])
+    graphdef, params = nnx.split(network)
+
+    @jax.jit
+    def sample(params, key):
+        return rollout(
+            nnx.merge(graphdef, params),
+            prompts,
+            lengths,
+            key,
+            rules=rules,
+            sampling=learner.ppo.sampling,
+        )
+
+    episodes = sample(params, jax.random.key(0))
+    batch, _, metrics, distributions = learner.prepare(episodes)
+    assert metrics["rollout/logprob_gap_max"] < 1e-5
+    assert np.isfinite(np.asarray(batch.logprobs)).all()
+    assert np.isfinite(distributions["kl_by_position"]).all()
+    state, metrics, _ = learner.update(batch)
+    assert metrics["policy/first_ratio_max_error"] < 1e-5
+    assert metrics["update/nonfinite"] == 0
+    assert all(np.isfinite(float(x)) for x in metrics.values())
+    chex.assert_tree_all_finite(state.params)
+    kept = np.asarray(unpacked(batch.support, rules.vocab_size)).sum(-1)[batch.mask]
+    assert kept.max() <= 40 and len(set(kept)) > 5, "both limits must act"

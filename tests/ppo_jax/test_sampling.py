@@ -1,0 +1,145 @@
+"""Top-k and top-p against the warpers of `transformers`, and the supports that are recorded."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+from ppo_jax.sampling import Sampling, packed, sampling_logits, truncation, unpacked
+from qwen_env.errors import UsageError
+
+ROWS, VOCAB = 6, 37
+compiled_truncation = jax.jit(truncation, static_argnums=1)
+quick = settings(deadline=None, max_examples=40, derandomize=True)
+SAMPLINGS = [
+    Sampling(top_k=5),
+    Sampling(top_p=0.8),
+    Sampling(top_k=12, top_p=0.6),
+    Sampling(top_k=1),
+    Sampling(top_p=1e-6),
+    Sampling(top_k=1000, top_p=0.999),
+]
+
+
+def random_logits(seed, spread=3.0, forbidden=8):
+    """Of different ids all different, some of them forbidden."""
+    rng = np.random.default_rng(seed)
+    logits = spread * rng.normal(size=(ROWS, VOCAB)).astype(np.float32)
+    for row in logits:
+        row[rng.choice(VOCAB, forbidden, replace=False)] = -np.inf
+    return logits
+
+
+def kept_by_transformers(logits, sampling):
+    scores = torch.tensor(logits)
+    if sampling.top_k is not None:
+        scores = TopKLogitsWarper(sampling.top_k)(None, scores)
+    if sampling.top_p is not None:
+        scores = TopPLogitsWarper(sampling.top_p)(None, scores)
+    return np.isfinite(scores.numpy())
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_keeps_what_transformers_keeps(sampling):
+    sizes = set()
+    for seed in range(20):
+        for spread in (0.3, 3.0):
+            logits = random_logits(seed, spread)
+            kept = np.asarray(compiled_truncation(logits, sampling))
+            np.testing.assert_array_equal(kept, kept_by_transformers(logits, sampling))
+            sizes |= set(kept.sum(axis=1).tolist())
+    if sampling.top_p not in (None, 1e-6):
+        assert len(sizes) > 3, "the rows must differ for this to test anything"
+
+
+@quick
+@given(st.integers(0, 100_000), st.sampled_from(SAMPLINGS))
+def test_the_support_is_the_most_probable_ids_and_as_few_as_reach_p(seed, sampling):
+    logits = random_logits(seed)
+    k, p = sampling.top_k or VOCAB, sampling.top_p or 1.0
+    kept = np.asarray(compiled_truncation(logits, sampling))
+    for row, is_kept in zip(logits.astype(np.float64), kept, strict=True):
+        assert 1 <= is_kept.sum() <= k
+        assert row[is_kept].min() > row[~is_kept].max(initial=-np.inf)
+        top = np.sort(np.exp(row - row.max()))[::-1][:k]
+        cumulative = np.cumsum(top / top.sum())
+        few = is_kept.sum()
+        assert cumulative[few - 1] >= p - 1e-5
+        assert few == 1 or cumulative[few - 2] < p + 1e-5
+
+
+def test_ids_as_probable_as_the_last_one_are_kept_with_it():
+    logits = np.log(np.array([[0.4, 0.2, 0.2, 0.1, 0.1]], np.float32))
+    for sampling, expected in (
+        (Sampling(top_k=2), 3),
+        (Sampling(top_p=0.5), 3),
+        (Sampling(top_k=4), 5),
+        (Sampling(top_k=1, top_p=0.9), 1),
+    ):
+        np.testing.assert_array_equal(truncation(logits, sampling)[0], np.arange(5) < expected)
+
+
+def test_what_is_forbidden_is_never_kept():
+    logits = np.full((1, 5), -np.inf, np.float32)
+    logits[0, 3] = 0.0
+    for sampling in SAMPLINGS:
+        np.testing.assert_array_equal(truncation(logits, sampling)[0], np.arange(5) == 3)
+
+
+def test_top_p_of_one_keeps_everything_in_a_large_vocabulary():
+    """Where the rounding of a long cumulative sum must not cut the tail off."""
+    logits = np.random.default_rng(0).normal(0, 1, (4, 50_000)).astype(np.float32)
+    assert compiled_truncation(logits, Sampling(top_p=1.0)).all()
+    assert compiled_truncation(logits, Sampling(top_k=20_000, top_p=1.0)).sum() == 4 * 20_000
+
+
+def test_greedy_is_the_limit_of_every_truncation():
+    logits = random_logits(0)
+    most_probable = np.arange(VOCAB) == logits.argmax(axis=1, keepdims=True)
+    for sampling in (Sampling(top_k=1), Sampling(top_p=1e-6), Sampling(top_k=1, top_p=0.1)):
+        np.testing.assert_array_equal(truncation(logits, sampling), most_probable)
+
+
+def test_temperature_divides_and_what_is_not_allowed_is_gone():
+    logits = random_logits(1, forbidden=0)
+    allowed = np.random.default_rng(2).random(logits.shape) < 0.5
+    tempered = np.asarray(sampling_logits(logits, allowed, 0.5))
+    np.testing.assert_array_equal(tempered, np.where(allowed, logits * 2, -np.inf))
+    assert tempered.dtype == np.float32
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 37])
+def test_a_packed_support_unpacks_to_itself(size):
+    support = np.random.default_rng(size).random((3, 5, size)) < 0.5
+    bits = packed(support)
+    assert bits.dtype == np.uint8
+    assert bits.shape == (3, 5, -(-size // 8))
+    np.testing.assert_array_equal(unpacked(bits, size), support)
+
+
+def test_it_is_truncated_only_where_ids_are_left_out():
+    assert not Sampling(0.7).is_truncated
+    assert not Sampling(top_p=1.0).is_truncated
+    assert Sampling(top_k=3).is_truncated
+    assert Sampling(top_p=0.9).is_truncated
+
+
+@pytest.mark.parametrize(
+    ("sampling", "words"),
+    [
+        (Sampling(0.0), r"temperature is 0\.0; it must be above 0"),
+        (Sampling(float("nan")), "temperature is nan"),
+        (Sampling(-1.0), "temperature"),
+        (Sampling(top_k=0), "top_k is 0; it must be at least 1"),
+        (Sampling(top_p=0.0), "top_p is 0.0; it must lie above 0 and at most at 1"),
+        (Sampling(top_p=1.01), "top_p"),
+        (Sampling(top_p=float("nan")), "top_p is nan"),
+    ],
+)
+def test_values_that_cannot_be(sampling, words):
+    with pytest.raises(UsageError, match=words):
+        sampling.check()
+    Sampling(0.1, 1, 1.0).check()

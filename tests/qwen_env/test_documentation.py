@@ -1,0 +1,97 @@
+"""The page in docs/ is the class docstring, and the docstring tells the whole truth."""
+
+import inspect
+import re
+from pathlib import Path
+
+import gymnasium as gym
+import pytest
+
+from qwen_env.env import QwenTextEnv
+from qwen_env.rewards.loading import FORMS
+from qwen_env.task import _RESET_OPTIONS
+from qwen_env.vector_env import QwenTextVectorEnv
+
+PAGE = Path(__file__).parents[2] / "docs" / "environment.md"
+HEADINGS = [
+    "Description",
+    "Action Space",
+    "Observation Space",
+    "Starting State",
+    "Rewards",
+    "Episode End",
+    "Information",
+    "Arguments",
+    "Version History",
+]
+TEXT = inspect.cleandoc(QwenTextEnv.__doc__ or "")
+PARTS = re.split(r"^## (.*)\n", TEXT, flags=re.MULTILINE)
+SECTIONS = dict(zip(PARTS[1::2], PARTS[2::2], strict=True))
+
+
+def test_the_page_is_the_docstring():
+    assert PAGE.read_text() == f"# QwenText-v0\n\n{TEXT}\n", (
+        "one of them was changed: copy the docstring of QwenTextEnv into docs/environment.md"
+    )
+
+
+def test_it_has_gymnasium_s_headings():
+    assert PARTS[1::2] == HEADINGS
+    assert all(section.strip() for section in SECTIONS.values())
+
+
+@pytest.mark.parametrize("env", [QwenTextEnv, QwenTextVectorEnv])
+def test_every_argument_is_there_with_its_default(env):
+    for name, parameter in inspect.signature(env).parameters.items():
+        default = parameter.default
+        assert default is not parameter.empty, "everything has a default"
+        if name == "reward":
+            written = "`reward`"
+        else:
+            value = f'"{default}"' if isinstance(default, str) else repr(default)
+            value = '"NextStep"' if name == "autoreset_mode" else value
+            written = f"`{name}={value}`"
+        assert written in SECTIONS["Arguments"]
+
+
+def test_no_argument_is_there_that_the_environments_do_not_take():
+    documented = set(re.findall(r"^- `(\w+)|, `(\w+)=", SECTIONS["Arguments"], re.MULTILINE))
+    names = {name for pair in documented for name in pair if name}
+    taken = {
+        name
+        for env in (QwenTextEnv, QwenTextVectorEnv)
+        for name in inspect.signature(env).parameters
+    }
+    assert names == taken
+
+
+def test_options_modes_and_forms_are_there():
+    for option in (*_RESET_OPTIONS, "reset_mask"):
+        assert f'"{option}"' in SECTIONS["Starting State"]
+    for mode in gym.vector.AutoresetMode:
+        assert f'"{mode.value}"' in SECTIONS["Episode End"]
+    for mode in QwenTextEnv.metadata["render_modes"]:
+        assert f'"{mode}"' in SECTIONS["Arguments"]
+    for form in re.findall(r"'([^' ]+)'", FORMS):
+        assert form in SECTIONS["Arguments"]
+    for name, space in gym.make("QwenText-v0").observation_space.items():
+        row = next(
+            line for line in SECTIONS["Observation Space"].splitlines() if f"`{name}`" in line
+        )
+        assert f"{space.dtype}, shape {'(S,)' if space.shape else '()'}" in row
+
+
+def test_the_example_runs(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", SECTIONS["Description"], re.DOTALL)
+    variables: dict = {}
+    exec(example, variables)
+    assert variables["ended"]
+    assert f"reward {variables['reward']:+.3f}" in capsys.readouterr().out
+
+
+def test_every_key_of_the_infos_is_there():
+    env = gym.make("QwenText-v0", max_new_tokens=1, missing_eos_penalty=1.0)
+    _, at_reset = env.reset(seed=0)
+    *_, at_end = env.step(5)
+    for name in (*at_reset, *at_end, *at_end["reward_components"]):
+        assert f"`{name}`" in SECTIONS["Information"]
