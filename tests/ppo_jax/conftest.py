@@ -163,11 +163,20 @@ def flags(inputs: Path) -> list[str]:
         "batch-size": 4,
         "num-minibatches": 2,
         "learning-rate": 0.01,
+        # Whatever a run adapts as it goes on must be there again after a resumption.
+        "kl-target": 0.5,
+        "kl-horizon": 50,
+        "ref-ema-decay": 0.9,
+        "scale-scores": True,
         "num-iterations": 6,
         "eval-every": 2,
         "save-every": 3,
     }
-    return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    words = (
+        (f"--{name}",) if value is True else (f"--{name}", value)
+        for name, value in settings.items()
+    )
+    return [str(word) for flag in words for word in flag]
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ def agent(make_network, make_test_task):
 
 @pytest.fixture(scope="module")
 def iterations(agent):
-    """Of three iterations: episodes, metrics, distributions, and copies of backbone and reference."""
+    """Of each: episodes, metrics, distributions, and copies of backbone and reference."""
     seen = []
     for episodes, metrics in agent.learn():
         backbone = jax.tree.map(np.array, agent.state.params["backbone"])

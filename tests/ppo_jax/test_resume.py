@@ -49,10 +49,13 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def assert_same_run(run: Path, other: Path) -> None:
     assert metrics(run) == metrics(other)
-    for name in ("samples.jsonl", *(f"{m}/{f}" for m in ("best", "final") for f in MODEL_FILES)):
+    models = (f"{model}/{file}" for model in ("best", "final") for file in MODEL_FILES)
+    for name in ("samples.jsonl", "distributions.jsonl", *models):
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
     ours, theirs = state(run, 6), state(other, 6)
     assert len(ours) > 30, "parameters and both moments of each"
+    for name in ("kl_coef", "score_moments", "reference", "root_key"):
+        assert any(name in array for array in ours), name
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
         np.testing.assert_array_equal(array, theirs[name], err_msg=name)
@@ -166,6 +169,7 @@ def test_resuming_a_finished_run_changes_nothing(
 KILLED_IN = (
     (RunFolder, "write_samples"),
     (RunFolder, "write_metrics"),
+    (RunFolder, "write_distributions"),
     (ocp.StandardCheckpointer, "save"),
     (checkpoints, "_digests"),
     (Path, "rename"),

@@ -56,13 +56,13 @@ def plain_update(plain, batch):
 
 
 def test_micro_batches(plain_update, compiled, batch):
-    assert_same_update(plain_update, compiled(num_microbatches=4, optimized=True).update(batch))
+    assert_same_update(plain_update, compiled(num_microbatches=4).update(batch))
 
 
 @pytest.fixture(scope="module")
 def wide_learner(learner_of, network, rules):
     limits = {"max_prompt_length": P + 4, "max_new_tokens": T + 3}
-    return learner_of(network, dataclasses.replace(rules, **limits), optimized=True)
+    return learner_of(network, dataclasses.replace(rules, **limits))
 
 
 def test_padding(plain_update, wide_learner, finished, batch):
@@ -82,7 +82,7 @@ def test_padding(plain_update, wide_learner, finished, batch):
 @pytest.mark.slow
 def test_length_buckets(plain_update, compiled, finished, batch):
     """Of two limits, 3 and 6: one micro-batch holds rows of 1 and 3 tokens, the other 4 and 6."""
-    learner = compiled(num_length_buckets=2, num_microbatches=2, optimized=True)
+    learner = compiled(num_length_buckets=2, num_microbatches=2)
     cut = learner.prepare(finished).batch
     chex.assert_trees_all_close(cut, batch, rtol=0, atol=2e-6)
     result = learner.update(batch)
