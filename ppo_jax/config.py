@@ -175,7 +175,9 @@ class RunConfig:
     seed: int = 0
     """Root of every random choice."""
     dtype: ComputeType = "float32"
-    """Compute type; parameters are kept in float32."""
+    """Compute type."""
+    param_dtype: ComputeType = "float32"
+    """Type of parameters and moments; bfloat16 halves their memory and rounds small steps away."""
     remat: bool = False
     """Recompute activations in the backward pass instead of keeping them: slower, smaller."""
     eval_every: int = 10

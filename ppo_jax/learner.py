@@ -24,7 +24,13 @@ from ppo_jax.batch import Batch, Controls, Distributions, Metrics, Prepared, mak
 from ppo_jax.config import OptimizerConfig, PPOConfig
 from ppo_jax.length_buckets import at_bucket, bucket_limits
 from ppo_jax.models.response import ResponseOutputs, response_outputs
-from ppo_jax.optimizer import Params, learning_rate_schedule, learning_share, make_optimizer
+from ppo_jax.optimizer import (
+    Params,
+    adamw_step,
+    init_adam,
+    learning_rate_schedule,
+    learning_share,
+)
 from ppo_jax.rollout import Rollout
 from qwen_env import mdp
 
@@ -33,7 +39,7 @@ class TrainState(NamedTuple):
     """All that changes from one iteration to the next, and all that a resumed run needs."""
 
     params: Params
-    opt_state: optax.OptState
+    opt_state: optax.ScaleByAdamState
     controls: Controls
     reference: Params | None  # the backbone of a moving reference model; None if it stands still
     root_key: Array  # uint32, jax.random.key_data of the root key; never changes
@@ -52,15 +58,11 @@ class Learner:
     num_iterations: int  # over which the learning rate is scheduled
     remat: bool = False
 
-    @property
-    def optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.optimizer_config)
-
     def init(self, params: Params, seed: int) -> TrainState:
         moves = self.config.ref_ema_decay is not None
         return TrainState(
             params=params,
-            opt_state=self.optimizer.init(params),
+            opt_state=init_adam(params),
             controls=Controls(jnp.float32(self.config.kl_coef), algorithm.no_moments()),
             reference=jax.tree.map(jnp.copy, params["backbone"]) if moves else None,
             root_key=jax.random.key_data(jax.random.key(seed)),
@@ -102,7 +104,7 @@ class Learner:
         without a step; at the grain of epochs, an epoch whose mean does is the last. A minibatch
         whose loss or gradient is not finite is skipped.
         """
-        config, optimizer = self.config, self.optimizer
+        config = self.config
         batch_size = batch.tokens.shape[0]
         num_minibatches = config.num_minibatches
         num_steps = config.num_epochs * num_minibatches
@@ -123,21 +125,28 @@ class Learner:
                 minibatch = minibatch._replace(advantages=advantages)
             gradients, seen = self._gradients(carry.params, minibatch)
             gradients = jax.tree.map(jnp.multiply, gradients, share)
-            metrics = seen.metrics | {"policy/grad_norm": optax.tree.norm(gradients)}
+            norm = optax.tree.norm(gradients)
+            metrics = seen.metrics | {"policy/grad_norm": norm}
             epoch_kl = jnp.where(part == 0, 0.0, carry.epoch_kl) + seen.stop_kl
             stopped, is_refused = self._stops(seen.stop_kl, epoch_kl, part)
-            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["policy/grad_norm"])
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
             applied = finite & ~is_refused
-            updates, opt_state = optimizer.update(gradients, carry.opt_state, carry.params)
-            # Frozen parameters have no gradient, but weight decay would still move them.
-            updates = jax.tree.map(lambda x, share: learning_rate * share * x, updates, share)
-            params = optax.apply_updates(carry.params, updates)
+            params, opt_state = adamw_step(
+                carry.params,
+                carry.opt_state,
+                gradients,
+                norm,
+                self.optimizer_config,
+                learning_rate=learning_rate,
+                share=share,
+                applied=applied,
+            )
             return _UpdateCarry(
                 num_seen=carry.num_seen + 1,
                 stopped=stopped,
                 epoch_kl=epoch_kl,
-                params=_select(applied, params, carry.params),
-                opt_state=_select(applied, opt_state, carry.opt_state),
+                params=params,
+                opt_state=opt_state,
                 nonfinite_in_a_row=jnp.where(finite, 0, carry.nonfinite_in_a_row + 1),
                 num_nonfinite=carry.num_nonfinite + ~finite,
                 num_applied=carry.num_applied + applied,
@@ -153,7 +162,7 @@ class Learner:
             # Adam's bias correction counts steps: without a fresh start, the policy's first ones
             # after the critic's warm-up would be several times too long.
             starts_anew = state.iteration == warmup
-            opt_state = _select(starts_anew, optimizer.init(state.params), opt_state)
+            opt_state = _select(starts_anew, init_adam(state.params), opt_state)
         start = _UpdateCarry(
             num_seen=jnp.zeros((), jnp.int32),
             stopped=jnp.zeros((), bool),
@@ -375,7 +384,7 @@ class _UpdateCarry(NamedTuple):
     stopped: Bool[Array, ""]
     epoch_kl: Float[Array, ""]  # summed over the minibatches of the epoch under way
     params: Params
-    opt_state: optax.OptState
+    opt_state: optax.ScaleByAdamState
     nonfinite_in_a_row: Int[Array, ""]
     num_nonfinite: Int[Array, ""]
     num_applied: Int[Array, ""]

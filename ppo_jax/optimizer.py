@@ -6,25 +6,58 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ppo_jax.config import OptimizerConfig
 
 Params = nnx.State
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) at learning rate 1, behind a gradient-norm clip.
+def init_adam(params: Params) -> optax.ScaleByAdamState:
+    """No steps taken, both moments 0."""
+    mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+    return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
-    The learner scales its updates by `learning_rate_schedule`, which depends on the iteration: a
-    KL early stop takes fewer optimizer steps and must not stretch the schedule.
+
+def adamw_step(
+    params: Params,
+    state: optax.ScaleByAdamState,
+    gradients: Params,
+    norm: Float[Array, ""],
+    config: OptimizerConfig,
+    *,
+    learning_rate: Float[Array, ""],
+    share: Any,
+    applied: Bool[Array, ""],
+) -> tuple[Params, optax.ScaleByAdamState]:
+    """A step of AdamW (arXiv:1711.05101) behind a gradient-norm clip; none if not `applied`.
+
+    Written out, because memory bounds it: every array is read and written once, in its place. A
+    chain of optax's transformations whose result is then taken or left copies all of them.
+
+    Args:
+        norm: of all gradients together.
+        share: of the learning rate, for each parameter, see `learning_share`.
     """
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.scale_by_adam(b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps),
-        optax.add_decayed_weights(config.weight_decay, mask=_is_decayed),
-        optax.scale(-1.0),
-    )
+    b1, b2 = config.adam_b1, config.adam_b2
+    count = state.count + applied
+    clip = jnp.where(norm < config.max_grad_norm, 1.0, config.max_grad_norm / norm)
+    unbias1, unbias2 = 1 - b1**count, 1 - b2**count
+
+    def averaged(old: Array, new: Array, decay: float) -> Array:
+        return jnp.where(applied, decay * old + (1 - decay) * new, old).astype(old.dtype)
+
+    def moved(x: Array, mu: Array, nu: Array, share: Any, decays: bool) -> Array:
+        step = (mu / unbias1) / (jnp.sqrt(nu / unbias2) + config.adam_eps)
+        if decays:
+            step = step + config.weight_decay * x
+        return jnp.where(applied, x - learning_rate * share * step, x).astype(x.dtype)
+
+    gradients = jax.tree.map(lambda g: clip * g, gradients)
+    mu = jax.tree.map(lambda old, g: averaged(old, g, b1), state.mu, gradients)
+    nu = jax.tree.map(lambda old, g: averaged(old, g * g, b2), state.nu, gradients)
+    params = jax.tree.map(moved, params, mu, nu, share, _is_decayed(params))
+    return params, optax.ScaleByAdamState(count, mu, nu)
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_iterations: int) -> optax.Schedule:

@@ -89,7 +89,9 @@ def train(config: TrainConfig, output_dir: Path, *, resume: bool = False) -> Non
     prompts, eval_prompts = load_all_prompts(config, tokenizer)
     settings = config.task
     reward = load_training_reward(settings.reward, tokenizer, settings.gold_reward)
-    network = load_pretrained(settings.model, dtype=config.run.dtype)
+    network = load_pretrained(
+        settings.model, dtype=config.run.dtype, param_dtype=config.run.param_dtype
+    )
     task = make_task(
         tokenizer=tokenizer,
         prompts=prompts,

@@ -7,7 +7,9 @@ from ppo_jax.config import TrainConfig, preset
 
 BASELINE = "baseline"
 LONG = "twice as long"
-"""The preset as it is, if it has twice the iterations of the others; the curves are its."""
+"""The baseline with twice the iterations of the others; the learning curves are its."""
+VALUE_COEF = 0.1
+"""Of all settings but those that say otherwise, whatever the preset's."""
 
 BEST_OF_N = "best of n"
 SFT = {"SFT on best of 8": 8, "SFT on best of 32": 32}
@@ -36,7 +38,7 @@ class Setting:
         num_iterations = self.length * iterations
         return TrainConfig(
             task=base.task,
-            ppo=replace(base.ppo, **self.ppo),
+            ppo=replace(base.ppo, **{"value_coef": VALUE_COEF, **self.ppo}),
             optimizer=replace(base.optimizer, **self.optimizer),
             run=replace(base.run, num_iterations=num_iterations, seed=seed),
         )
@@ -80,7 +82,14 @@ SETTINGS = (
     Setting("critic stopped", "critic", {"critic": "stopped"}),
     Setting("critic separate", "critic", {"critic": "separate"}),
     Setting("critic warm-up", "critic", {}, {"critic_warmup_iterations": 5}),
-    Setting("value weight 0.1", "critic", {"value_coef": 0.1}),
+    Setting("value weight 1", "critic", {"value_coef": 1.0}),
+    Setting(
+        "value weight 1, twice as long",
+        "critic",
+        {"value_coef": 1.0},
+        length=2,
+        against=LONG,
+    ),
     Setting("no value function", "critic", {"value_coef": 0.0}),
     Setting("value clip 0.2", "critic", {"value_clip_range": 0.2}),
     # how much is learnt from a batch

@@ -119,9 +119,7 @@ def test_all_damaged(saved: Checkpoints) -> None:
     assert saved.iterations() == [6, 9], "evidence is not removed"
 
 
-def test_another_format_is_refused(
-    saved: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_format_is_refused(saved: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ppo_jax.checkpoints._FORMAT", 3)
     with pytest.raises(UsageError, match=r"has format 2, but .* reads format 3"):
         saved.restore(state(0))

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from flax import nnx
 
 from ppo_jax.config import OptimizerConfig
 from ppo_jax.models import with_separate_critic
-from ppo_jax.optimizer import learning_rate_schedule, learning_share, make_optimizer
+from ppo_jax.optimizer import adamw_step, init_adam, learning_rate_schedule, learning_share
 
 OPTIMIZER = OptimizerConfig(
     learning_rate=1e-2, schedule="constant", weight_decay=0.1, max_grad_norm=0.5
@@ -52,16 +53,21 @@ def test_twenty_steps_equal_those_of_pytorch(changes):
         betas=(config.adam_b1, config.adam_b2),
         eps=config.adam_eps,
     )
-    optimizer = make_optimizer(config)
 
     @jax.jit
     def step(params, state, gradients):
-        updates, state = optimizer.update(gradients, state, params)
-        # As the learner does: the optimizer's own learning rate is 1.
-        updates = jax.tree.map(lambda x: config.learning_rate * x, updates)
-        return optax.apply_updates(params, updates), state
+        return adamw_step(
+            params,
+            state,
+            gradients,
+            optax.tree.norm(gradients),
+            config,
+            learning_rate=config.learning_rate,
+            share=jax.tree.map(lambda _: 1.0, params),
+            applied=True,
+        )
 
-    ours, state = start, optimizer.init(start)
+    ours, state = start, init_adam(start)
     norms = []
     for _ in range(20):
         scale = 10.0 ** rng.uniform(-3, 1)
@@ -81,10 +87,39 @@ def test_twenty_steps_equal_those_of_pytorch(changes):
     assert np.abs(ours["weight"] - start["weight"]).max() > 0.05
 
 
+def test_a_step_keeps_the_types_it_finds():
+    params = {"weight": jnp.ones((4, 3), jnp.bfloat16), "norm": jnp.ones(3, jnp.float32)}
+    state = init_adam(params)
+    after, state_after = adamw_step(
+        params,
+        state,
+        jax.tree.map(jnp.ones_like, params),
+        jnp.float32(1.0),
+        OPTIMIZER,
+        learning_rate=jnp.float32(0.1),
+        share=jax.tree.map(lambda _: 1.0, params),
+        applied=jnp.asarray(True),
+    )
+    chex.assert_trees_all_equal_dtypes((after, state_after), (params, state))
+    assert after["weight"][0, 0] < 1
+
+
 def test_norms_and_biases_do_not_decay(params):
-    optimizer = make_optimizer(dataclasses.replace(OPTIMIZER, weight_decay=1.0))
-    zeros = jax.tree.map(np.zeros_like, params)
-    updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(params), params)
+    config = dataclasses.replace(OPTIMIZER, weight_decay=1.0)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    moved, _ = jax.jit(
+        lambda params: adamw_step(
+            params,
+            init_adam(params),
+            zeros,
+            jnp.zeros(()),
+            config,
+            learning_rate=1.0,
+            share=jax.tree.map(lambda _: 1.0, params),
+            applied=True,
+        )
+    )(params)
+    updates = jax.tree.map(lambda new, old: new - old, moved, params)
     for (path, update), (_, param) in zip(
         nnx.to_flat_state(updates), nnx.to_flat_state(params), strict=True
     ):

@@ -23,7 +23,7 @@ def test_kl_early_stop_takes_no_step_beyond_the_target(compiled, batch):
     assert metrics["update/early_stopped"] == 1
     assert metrics["update/epochs"] == 1
     chex.assert_trees_all_close(stopped.params, one_epoch.params, rtol=1e-6, atol=1e-7)
-    assert stopped.opt_state[1].count == one_epoch.opt_state[1].count == 1
+    assert stopped.opt_state.count == one_epoch.opt_state.count == 1
     _, metrics, _ = compiled().update(batch)
     assert metrics["update/early_stopped"] == 0
     assert metrics["update/epochs"] == compiled().ppo.num_epochs
@@ -35,7 +35,7 @@ def test_below_the_target_every_step_is_taken(compiled, batch, grain):
     assert 0 < metrics["policy/approx_kl"] < 0.01
     assert metrics["update/early_stopped"] == 0
     assert metrics["update/epochs"] == 3
-    assert state.opt_state[1].count == 6
+    assert state.opt_state.count == 6
 
 
 def test_at_the_grain_of_minibatches_the_first_one_beyond_is_not_taken(compiled, batch):
@@ -50,8 +50,8 @@ def test_at_the_grain_of_minibatches_the_first_one_beyond_is_not_taken(compiled,
     for seed in range(6):
         state, metrics, _ = learner.update(as_if_moved(batch, 2.0, rows=0), seed=seed)
         assert metrics["update/early_stopped"] == 1
-        assert metrics["update/epochs"] == state.opt_state[1].count / 2
-        counts.add(int(state.opt_state[1].count))
+        assert metrics["update/epochs"] == state.opt_state.count / 2
+        counts.add(int(state.opt_state.count))
     assert counts == {0, 1}
 
 
@@ -60,22 +60,28 @@ def test_at_the_grain_of_epochs_the_epoch_is_finished(compiled, batch):
     state, metrics, _ = learner.update(as_if_moved(batch, 2.0))
     assert metrics["update/early_stopped"] == 1
     assert metrics["update/epochs"] == 1
-    assert state.opt_state[1].count == 2
+    assert state.opt_state.count == 2
 
 
 def test_at_the_grain_of_epochs_the_mean_over_the_minibatches_decides(compiled, batch):
-    """One minibatch is beyond the target; with the other, the epoch is not."""
-    moved = as_if_moved(batch, 1.7, rows=0)
+    """Of one row's shift: its minibatch is beyond the target; the epoch is not, or is as well."""
+    moved, far = as_if_moved(batch, 1.7, rows=0), as_if_moved(batch, 3.0, rows=0)
     old, new, mask = moved.logprobs, batch.logprobs, batch.mask
     for other in (1, 2, 3):  # the row that shares a minibatch with row 0, and the two that do not
         both, rest = np.array([0, other]), np.array([row for row in (1, 2, 3) if row != other])
         first, second = (approx_kl(old[rows], new[rows], mask[rows]) for rows in (both, rest))
         assert first > 0.51 and (first + second) / 2 < 0.49
+        assert approx_kl(far.logprobs[both], new[both], mask[both]) / 2 > 0.51
     _, metrics, _ = compiled(**STOPPING, target_kl_grain="minibatch").update(moved)
     assert metrics["update/early_stopped"] == 1
-    state, metrics, _ = compiled(**STOPPING, target_kl_grain="epoch").update(moved)
-    assert metrics["update/early_stopped"] == 0
-    assert state.opt_state[1].count == 6
+    learner = compiled(**STOPPING, target_kl_grain="epoch")
+    for seed in range(6):  # whether the row comes first in an epoch or last
+        state, metrics, _ = learner.update(moved, seed=seed)
+        assert metrics["update/early_stopped"] == 0
+        assert state.opt_state.count == 6
+        state, metrics, _ = learner.update(far, seed=seed)
+        assert metrics["update/early_stopped"] == 1
+        assert state.opt_state.count == 2
 
 
 def test_the_estimator_that_decides_is_the_one_that_was_asked_for(compiled, batch):

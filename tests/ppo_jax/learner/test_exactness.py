@@ -1,8 +1,9 @@
 """What an update must not depend on: how a minibatch is cut, what pads it, how its rows lie.
 
-Compiled as training does. Where parameters are compared, Adam has divided each gradient by its own
-size, so that the rounding of a gradient that all but vanishes becomes a visible step: what is
-compared closely is the first moment, a running mean of the gradients themselves.
+The plain update and the first ratios are compiled as training does. Where parameters are compared,
+Adam has divided each gradient by its own size, so that the rounding of a gradient that all but
+vanishes becomes a visible step: what is compared closely is the first moment, a running mean of
+the gradients themselves.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ P, T = 5, 6
 def assert_same_update(one, other):
     state, metrics, _ = one
     other_state, other_metrics, _ = other
-    mu, other_mu = state.opt_state[1].mu, other_state.opt_state[1].mu
+    mu, other_mu = state.opt_state.mu, other_state.opt_state.mu
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(mu))
     chex.assert_trees_all_close(mu, other_mu, rtol=0, atol=1e-6 * scale)
     chex.assert_trees_all_close(state.params, other_state.params, rtol=1e-6, atol=2e-6)

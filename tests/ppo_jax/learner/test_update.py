@@ -248,7 +248,7 @@ def test_the_state_carries_on(compiled, batch):
     learner = compiled(num_minibatches=2, num_epochs=1)
     state, _, _ = learner.update(batch)
     assert state.iteration == 1
-    assert state.opt_state[1].count == 2
+    assert state.opt_state.count == 2
     assert state.reference is None
     chex.assert_trees_all_equal(state.controls, learner.start.controls)
     chex.assert_trees_all_equal(state.root_key, learner.start.root_key)

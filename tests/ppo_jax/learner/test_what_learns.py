@@ -46,17 +46,17 @@ def test_during_the_critics_warm_up_it_alone_learns(states):
         else:
             assert name.startswith(("critic.", "value_head."))
             assert np.abs(end[name] - before).max() > 1e-3, name
-    assert states[WARMUP].opt_state[1].count == WARMUP
+    assert states[WARMUP].opt_state.count == WARMUP
 
 
 def test_the_policys_first_step_is_a_proper_first_step_of_adam(compiled, states):
     """m̂ / (√v̂ + ε) of one gradient g is g / (|g| + ε): no older step is counted for bias."""
     before, after = states[WARMUP], states[WARMUP + 1]
     optimizer = compiled(**SETTINGS).optimizer
-    assert after.opt_state[1].count == 1
+    assert after.opt_state.count == 1
     rate, decay = optimizer.learning_rate, optimizer.weight_decay
     start, end = by_name(before.params), by_name(after.params)
-    moments = by_name(after.opt_state[1].mu), by_name(after.opt_state[1].nu)
+    moments = by_name(after.opt_state.mu), by_name(after.opt_state.nu)
     largest = 0.0
     for name in start:
         gradient = moments[0][name] / (1 - optimizer.adam_b1)
@@ -73,7 +73,7 @@ def test_the_policys_first_step_is_a_proper_first_step_of_adam(compiled, states)
         np.testing.assert_allclose(end[name] - start[name], -rate * step, rtol=1e-3, atol=3e-7)
         largest = max(largest, np.abs(end[name] - start[name]).max())
     assert largest > 0.9 * rate
-    assert states[WARMUP + 2].opt_state[1].count == 2  # and it begins only once
+    assert states[WARMUP + 2].opt_state.count == 2  # and it begins only once
 
 
 def test_frozen_parts_never_move_and_the_others_do(states):
@@ -95,7 +95,7 @@ def test_frozen_parts_have_no_part_in_the_gradient_norm(compiled, batch, states)
     """Or the clip of what learns would depend on what does not."""
     learner = compiled(**SETTINGS)
     _, metrics, _ = learner.update(batch, state=states[WARMUP])
-    moments = by_name(learner.update(batch, state=states[WARMUP])[0].opt_state[1].mu)
+    moments = by_name(learner.update(batch, state=states[WARMUP])[0].opt_state.mu)
     clipped = np.sqrt(sum(np.square(x / 0.1, dtype=np.float64).sum() for x in moments.values()))
     expected = min(float(metrics["policy/grad_norm"]), learner.optimizer.max_grad_norm)
     assert clipped == pytest.approx(expected, rel=1e-4)
