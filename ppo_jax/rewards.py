@@ -13,7 +13,6 @@ from qwen_env.errors import UsageError
 from qwen_env.rewards import RewardBatch, RewardFn, Scores, load_reward, score
 from qwen_env.tokenizer import Tokenizer, load_tokenizer
 
-FLAX_PREFIX = "flax:"
 _LENGTH_BUCKET = 64
 
 
@@ -21,7 +20,7 @@ def load_training_reward(spec: str, tokenizer: Tokenizer, gold: str | None = Non
     """The reward function that `spec` names, reporting `gold` beside it where there is one.
 
     Args:
-        spec: as in `qwen_env.rewards.load_reward`, or `"flax:FOLDER"`.
+        spec: as in `qwen_env.rewards.load_reward`; `"flax:FOLDER"` is a kind of its own.
         tokenizer: the policy's.
         gold: likewise; its scores become the component `"gold"`.
 
@@ -31,9 +30,7 @@ def load_training_reward(spec: str, tokenizer: Tokenizer, gold: str | None = Non
 
     def load(spec: str) -> RewardFn:
         try:
-            if spec.startswith(FLAX_PREFIX):
-                return FlaxReward(spec.removeprefix(FLAX_PREFIX), tokenizer)
-            return load_reward(spec)
+            return load_reward(spec, {"flax": lambda folder: FlaxReward(folder, tokenizer)})
         except (UsageError, DependencyNotInstalled):
             raise
         except Exception as error:  # whatever a module of the user's may raise
@@ -59,7 +56,7 @@ class FlaxReward:
     """
 
     def __init__(self, folder: str, policy_tokenizer: Tokenizer):
-        self.__qualname__ = FLAX_PREFIX + folder  # what messages call it
+        self.__qualname__ = f"flax:{folder}"  # what messages call it
         graphdef, self._params = nnx.split(load_reward_model(folder))
         self._score = jax.jit(lambda params, ids, mask: nnx.merge(graphdef, params)(ids, mask))
         self._tokenizer = load_tokenizer(folder)

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -28,7 +29,10 @@ _HUGGINGFACE_OPTIONS: dict[str, Callable[[str], Any]] = {
 _WEIGHTED = re.compile(r"\s*(?P<weight>[^:/*]*?)\s*\*(?P<spec>.*)")
 
 
-def load_reward(spec: Any) -> RewardFn:
+Schemes = Mapping[str, Callable[[str], RewardFn]]
+
+
+def load_reward(spec: Any, schemes: Schemes = MappingProxyType({})) -> RewardFn:
     """The reward function that `spec` names or is.
 
     Args:
@@ -42,14 +46,18 @@ def load_reward(spec: Any) -> RewardFn:
             - `"1.0 * SPEC + 0.2 * SPEC"`: a weighted sum;
 
             or a mapping `{name: (weight, spec)}`: a weighted sum with named components.
+        schemes: further kinds of strings: what stands before the colon, and what makes a reward
+            function of the rest.
 
     Raises:
         UsageError: no such module, callable or form.
     """
     if isinstance(spec, str):
         if " + " in spec or _WEIGHTED.match(spec):
-            return _load_sum(spec)
+            return _load_sum(spec, schemes)
         scheme, _, rest = spec.strip().partition(":")
+        if scheme in schemes:
+            return schemes[scheme](rest)
         if scheme == "flax":
             raise UsageError(
                 f"reward {spec!r}: 'flax:' rewards belong to the training entry points; the "
@@ -64,23 +72,23 @@ def load_reward(spec: Any) -> RewardFn:
         if scheme and rest:
             return _load_callable(scheme, rest)
     elif isinstance(spec, Mapping):
-        return WeightedSum({name: _load_term(name, term) for name, term in spec.items()})
+        return WeightedSum({name: _load_term(name, term, schemes) for name, term in spec.items()})
     elif callable(spec):
         return _instance(spec, spec)
     raise UsageError(f"reward is {spec!r}; give a callable, or a string: {FORMS}.")
 
 
-def _load_term(name: str, term: Any) -> tuple[float, RewardFn]:
+def _load_term(name: str, term: Any, schemes: Schemes) -> tuple[float, RewardFn]:
     try:
         weight, spec = term
     except (TypeError, ValueError):
         raise UsageError(
             f"the term {name!r} of a weighted sum is {term!r}; it must be (weight, reward)."
         ) from None
-    return weight, load_reward(spec)
+    return weight, load_reward(spec, schemes)
 
 
-def _load_sum(text: str) -> WeightedSum:
+def _load_sum(text: str, schemes: Schemes) -> WeightedSum:
     """Components are named after the last part of their spec."""
     terms: dict[str, tuple[float, RewardFn]] = {}
     for term in re.split(r"\s\+\s", text):
@@ -97,7 +105,7 @@ def _load_sum(text: str) -> WeightedSum:
             raise UsageError(
                 f"reward {text!r}: {factor!r} is not a weight; write it as {FORMS}."
             ) from None
-        terms[name] = (weight, load_reward(spec))
+        terms[name] = (weight, load_reward(spec, schemes))
     return WeightedSum(terms)
 
 

@@ -122,3 +122,13 @@ def test_the_failing_one_of_two_is_named(tokenizer: Tokenizer, rewards: ModuleTy
 def test_a_preset_without_a_reward_says_so(tokenizer):
     with pytest.raises(UsageError, match="There is no reward; name one"):
         load_training_reward("", tokenizer)
+
+
+def test_a_reward_model_in_a_weighted_sum(folder: Path, tokenizer: Tokenizer) -> None:
+    spec = f"2.0 * flax:{folder} + -1 * qwen_env.rewards.sentiment:pocket_sentiment"
+    episodes = batch(tokenizer)
+    total = score(load_training_reward(spec, tokenizer), episodes)
+    model = score(FlaxReward(str(folder), tokenizer), episodes).values
+    gold = np.array([sentiment(prompt + completion) for prompt, completion in TEXTS])
+    np.testing.assert_allclose(total.values, 2 * model - gold, atol=1e-6)
+    np.testing.assert_allclose(total.components[folder.name], model)
