@@ -9,9 +9,10 @@ differ from state to state by what it could:
     attainable = Var(E[G | state]) / Var(G)
 
 (estimated without the bias of a finite number of continuations, as in a one-way analysis of
-variance). Beside it, for the same states and returns, the share that the trained value function
-explains: 1 - Var(G - V) / Var(G). Both for the untrained policy and for the trained one, whose
-value function is PPO's, and others that were trained on for a while with the policy held still.
+variance). Beside it, for the same states and returns, the share 1 - Var(G - V) / Var(G) that value
+functions explain: the one that PPO left; the best linear function of the policy's hidden states;
+and a critic with a backbone of its own that was trained on while the policy stood still. For the
+untrained policy and for the trained one.
 """
 
 import json
@@ -41,6 +42,7 @@ from qwen_env import mdp
 from qwen_env.prompts import Prompt
 from qwen_env.task import TextTask, make_task
 
+BETA = SETTINGS[0].config(1, 0).ppo.kl_coef
 ROWS = 256  # continuations that are drawn at one time
 MIN_STATES = 16  # at a position, for a variance of them
 COLORS = "black", "#d55e00", "#0072b2", "#009e73"
@@ -53,7 +55,11 @@ class Arguments:
     output_dir: Path = Path("runs/learning")
     """Folder that gets value.json and value.png."""
     iterations: int = 30
-    """Iterations of PPO, and then of each critic with the policy held still."""
+    """Iterations of PPO."""
+    critic_iterations: int = 100
+    """Iterations in which a critic is trained while the policy stands still."""
+    critic_learning_rate: float = 1e-3
+    """Its peak; PPO's own is too low for it to arrive in this time."""
     prompts: int = 64
     """Held-out prompts; one response to each gives the states."""
     continuations: int = 32
@@ -85,47 +91,84 @@ def main() -> None:
 def study(arguments: Arguments) -> dict[str, States]:
     """States of the untrained and of the trained policy."""
     bench = Bench()
-    prompts = bench.held_out[: arguments.prompts]
     agent = bench.agent(SETTINGS[0].config(arguments.iterations, arguments.seed))
-    bench_task, reference = bench.task, agent.initial_backbone
-    before = states_of(agent.network, {}, bench_task, reference, prompts, arguments)
+
+    def look(critics: dict[str, PolicyValueNetwork]) -> States:
+        policy, reference = agent.network, agent.initial_backbone
+        critics |= {
+            "best linear head": with_best_head(policy, reference, bench, arguments.seed),
+            "critic of its own, trained on": with_trained_critic(agent, arguments),
+        }
+        prompts = bench.held_out[: arguments.prompts]
+        return states_of(policy, critics, bench.task, reference, prompts, arguments)
+
+    before = look({})
     for _, metrics in agent.learn():
-        print(f"PPO {agent.iteration}: EV {metrics['value/explained_variance']:.2f}", flush=True)
-    policy = agent.network
-    critics: dict[str, PolicyValueNetwork] = {"PPO's value function": policy}
-    for name, critic in (("head, trained on", "stopped"), ("critic, trained on", "separate")):
-        critics[name] = trained_on(policy, agent, critic, arguments.iterations)
-    after = states_of(policy, critics, bench_task, reference, prompts, arguments)
-    return {"untrained policy": before, "trained policy": after}
+        say("PPO", agent, metrics)
+    return {"untrained policy": before, "trained policy": look({"PPO's": agent.network})}
 
 
-def trained_on(
-    policy: PolicyValueNetwork, agent: PPOAgent, critic: Any, iterations: int
-) -> PolicyValueNetwork:
-    """The value function after `iterations` more in which the policy does not change.
+def say(what: str, agent: PPOAgent, metrics: dict[str, float]) -> None:
+    if agent.iteration % 10 == 0:
+        explained_variance = metrics["value/explained_variance"]
+        print(f"{what}, iteration {agent.iteration}: {explained_variance:.2f}", flush=True)
 
-    Args:
-        critic: "stopped" trains the head alone, "separate" a backbone of its own as well.
-    """
-    config = agent.config
+
+def with_trained_critic(agent: PPOAgent, arguments: Arguments) -> PolicyValueNetwork:
+    """The policy with a critic of its own, trained while the policy stands still."""
+    config, count = agent.config, arguments.critic_iterations
+    optimizer = replace(
+        config.optimizer,
+        critic_warmup_iterations=count,
+        learning_rate=arguments.critic_learning_rate,
+    )
     held = PPOAgent(
-        policy,
+        agent.network,
         agent.task,
         replace(
             config,
-            ppo=replace(config.ppo, critic=critic),
-            optimizer=replace(config.optimizer, critic_warmup_iterations=iterations),
-            run=replace(config.run, num_iterations=iterations + 1, seed=config.run.seed + 1),
+            ppo=replace(config.ppo, critic="separate"),
+            optimizer=optimizer,
+            run=replace(config.run, num_iterations=count + 1, seed=config.run.seed + 1),
         ),
-        iterations + 1,
+        count + 1,
     )
     held.initial_backbone = agent.initial_backbone  # the returns are penalised as they were
     for _, metrics in held.learn():
-        explained = metrics["value/explained_variance"]
-        print(f"{critic} {held.iteration}: EV {explained:.2f}", flush=True)
-        if held.iteration == iterations:
+        say("critic", held, metrics)
+        if held.iteration == count:
             break
     return held.network
+
+
+def with_best_head(
+    policy: PolicyValueNetwork, reference: nnx.State, bench: Bench, seed: int
+) -> PolicyValueNetwork:
+    """The policy with the value head that least squares gives, from four times the prompts."""
+    key = jax.random.fold_in(jax.random.key(seed), 2_000_001)
+    graphdef, params = nnx.split(policy)
+    task, actor = bench.task, Actor(policy, bench.task, Sampling())
+    backbone = jax.jit(lambda params, *x: nnx.merge(graphdef, params).backbone(*x)[0])
+    features, returns = [], []
+    for start in range(0, len(bench.prompts), 64):
+        prompts = bench.prompts[start : start + 64]
+        done = actor.respond(
+            params, prompts, jax.random.fold_in(key, start), completions_per_prompt=4
+        )
+        state = done.rollout.state
+        hidden = backbone(params, state.tokens, mdp.attention_mask(state, jnp))
+        rows, columns = np.nonzero(written(state, task.rules.max_new_tokens))
+        before = np.asarray(state.prompt_length)[rows] + columns - 1
+        features.append(np.asarray(hidden)[rows, before])
+        penalties = BETA * log_ratios(done, policy, reference, task)
+        to_come = penalties[:, ::-1].cumsum(axis=1)[:, ::-1]
+        returns.append((done.scores[:, None] - to_come)[rows, columns])
+    x, y = np.concatenate(features), np.concatenate(returns)
+    weight, *_ = np.linalg.lstsq(np.hstack([x, np.ones((len(x), 1))]), y)
+    network = nnx.merge(graphdef, params)
+    network.value_head.weight[...] = jnp.asarray(weight[None, :-1], jnp.float32)
+    network.value_head.bias[...] = jnp.asarray(weight[-1:], jnp.float32)
+    return network
 
 
 def states_of(
@@ -155,7 +198,7 @@ def states_of(
         vocab_size=task.rules.vocab_size,
     )
     actor, per_call = Actor(policy, longer, Sampling()), ROWS // arguments.continuations
-    beta, returns = SETTINGS[0].config(1, 0).ppo.kl_coef, []
+    returns = []
     for start in range(0, len(prefixes), per_call):
         here = prefixes[start : start + per_call]
         done = actor.respond(
@@ -164,8 +207,8 @@ def states_of(
             jax.random.fold_in(key, start),
             completions_per_prompt=arguments.continuations,
         )
-        log_ratio = kl_of(done, policy, reference, longer)
-        returns.append((done.scores - beta * log_ratio).reshape(per_call, -1)[: len(here)])
+        penalties = BETA * log_ratios(done, policy, reference, longer).sum(-1)
+        returns.append((done.scores - penalties).reshape(per_call, -1)[: len(here)])
     values = {
         name: np.asarray(outputs(critic, nnx.state(critic), first, task).values)[rows, columns]
         for name, critic in critics.items()
@@ -189,14 +232,14 @@ def _outputs(graphdef: Any, rules: mdp.Rules, params: nnx.State, *state: Array) 
     return response_outputs(network, *state, rules=rules, sampling=Sampling(), num_steps=steps)
 
 
-def kl_of(
+def log_ratios(
     done: Episodes, policy: PolicyValueNetwork, reference: nnx.State, task: TextTask
 ) -> np.ndarray:
-    """log policy - log reference of each row's response, float [N]."""
+    """log policy - log reference of every response token, float [N, T]."""
     params = nnx.State({**nnx.state(policy), "backbone": reference})
     under_reference = outputs(policy, params, done, task).logprobs
     mask = written(done.rollout.state, task.rules.max_new_tokens)
-    return np.where(mask, done.rollout.logprobs - under_reference, 0.0).sum(-1)
+    return np.where(mask, done.rollout.logprobs - under_reference, 0.0)
 
 
 def written(state: mdp.State, num_steps: int) -> np.ndarray:

@@ -145,7 +145,7 @@ def num_iterations(config: TrainConfig, num_prompts: int) -> int:
     """Iterations of the whole run; the last pass over the prompts may end within a batch."""
     if config.run.num_iterations is not None:
         return config.run.num_iterations
-    return math.ceil(config.run.num_prompt_epochs * num_prompts / config.ppo.batch_size)
+    return math.ceil(config.run.num_prompt_epochs * num_prompts / config.ppo.prompts_per_batch)
 
 
 class Run:

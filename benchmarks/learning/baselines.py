@@ -74,7 +74,15 @@ def sft(bench: Bench, n: int, seed: int) -> Record:
     """
     agent = _untrained(bench, seed)
     chosen, num_tokens = _best_responses(bench, agent, n, seed)
-    optimizer, peak = agent.learner.optimizer, agent.config.optimizer.learning_rate
+    rng = np.random.default_rng([seed, SFT_KEY])
+    orders = [rng.permutation(len(chosen.length)) for _ in range(SFT_EPOCHS)]
+    batches = np.concatenate(orders).reshape(-1, SFT_BATCH)
+    config = agent.config.optimizer
+    learning_rate = optax.linear_schedule(config.learning_rate, 0.0, len(batches))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adam(learning_rate, config.adam_b1, config.adam_b2, config.adam_eps),
+    )
 
     def loss(params: nnx.State, batch: Reviews) -> Float[Array, ""]:
         outputs = response_outputs(
@@ -90,20 +98,16 @@ def sft(bench: Bench, n: int, seed: int) -> Record:
 
     @jax.jit
     def step(
-        params: nnx.State, opt_state: optax.OptState, batch: Reviews, learning_rate: Array
+        params: nnx.State, opt_state: optax.OptState, batch: Reviews
     ) -> tuple[nnx.State, optax.OptState]:
-        updates, opt_state = optimizer.update(jax.grad(loss)(params, batch), opt_state, params)
-        updates = jax.tree.map(lambda x: learning_rate * x, updates)
+        updates, opt_state = optimizer.update(jax.grad(loss)(params, batch), opt_state)
         return optax.apply_updates(params, updates), opt_state
 
-    rng = np.random.default_rng([seed, SFT_KEY])
-    orders = [rng.permutation(len(chosen.length)) for _ in range(SFT_EPOCHS)]
-    batches = np.concatenate(orders).reshape(-1, SFT_BATCH)
-    params, opt_state = agent.state.params, agent.state.opt_state
-    for i, rows in enumerate(batches):
+    params = agent.state.params
+    opt_state = optimizer.init(params)
+    for rows in batches:
         batch = jax.tree.map(lambda x, rows=rows: x[rows], chosen)
-        learning_rate = jnp.float32(peak * (1 - i / len(batches)))
-        params, opt_state = step(params, opt_state, batch, learning_rate)
+        params, opt_state = step(params, opt_state, batch)
     agent.state = agent.state._replace(params=params)
     return {"curve": [{"tokens": num_tokens, **bench.measure(agent)}]}
 

@@ -66,6 +66,7 @@ def wide_learner(learner_of, network, rules):
     return learner_of(network, dataclasses.replace(rules, **limits))
 
 
+@pytest.mark.slow
 def test_padding(plain_update, wide_learner, finished, batch):
     wide = wide_learner.prepare(widened(finished, 4, 3)).batch
     assert wide.tokens.shape == (4, P + T + 7)

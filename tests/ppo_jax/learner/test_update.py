@@ -148,7 +148,13 @@ class TorchLearner:
         said["kl"].append(mean(ratio - 1 - log_ratio).item())
 
 
-@pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param(EVERYTHING, id="everything", marks=pytest.mark.slow),
+    ],
+)
 def test_updates_equal_a_pytorch_transcription(rules, compiled, batch, moved, changes, tmp_path):
     """Several optimizer steps: clipped loss, value loss, entropy, gradient clip and AdamW."""
     learner = compiled(**changes, optimized=True)
