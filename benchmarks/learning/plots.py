@@ -59,7 +59,7 @@ def _curves(summary: Summary) -> Figure:
             axis.legend(frameon=False, fontsize=8)
         _title(axis, title, unit, "thousands of tokens (prompt and response)")
     figure.suptitle(
-        f"The pocket preset on 128 held-out prompts: mean of {summary.seeds[LONG]} seeds, "
+        f"PPO on the pocket task, 128 held-out prompts: mean of {summary.seeds[LONG]} seeds, "
         "95 % confidence interval",
         x=0.01,
         ha="left",
@@ -119,7 +119,7 @@ def _frontier(summary: Summary) -> Figure:
                           fontsize=7, color=GREEN)  # fmt: skip
         path = [(p["kl"].mean, p[f"sampled/{name}"].mean) for p in summary.curves[LONG]]
         axis.plot(
-            *zip(*path, strict=True), "o-", color=ORANGE, ms=3, label="PPO, the preset on its way"
+            *zip(*path, strict=True), "o-", color=ORANGE, ms=3, label="PPO on its way"
         )
         for setting in summary.settings:
             _place(axis, summary.finals[setting.name], name, setting.name, GREY)
