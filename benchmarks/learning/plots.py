@@ -118,14 +118,18 @@ def _frontier(summary: Summary) -> Figure:
             axis.annotate(f"{row['n'].mean:.0f}", (x, y), (3, -11), textcoords="offset points",
                           fontsize=7, color=GREEN)  # fmt: skip
         path = [(p["kl"].mean, p[f"sampled/{name}"].mean) for p in summary.curves[LONG]]
-        axis.plot(
-            *zip(*path, strict=True), "o-", color=ORANGE, ms=3, label="PPO on its way"
-        )
-        for setting in summary.settings:
-            _place(axis, summary.finals[setting.name], name, setting.name, GREY)
-        for sft in SFT:
-            if sft in summary.finals:
-                _place(axis, summary.finals[sft], name, sft, BLUE)
+        axis.plot(*zip(*path, strict=True), "o-", color=ORANGE, ms=3, label="PPO on its way")
+        points = [(setting.name, GREY) for setting in summary.settings]
+        points += [(sft, BLUE) for sft in SFT if sft in summary.finals]
+        for setting, color in points:
+            final = summary.finals[setting]
+            x, y = final["kl"], final[f"sampled/{name}"]
+            axis.errorbar(
+                x.mean, y.mean, xerr=x.half, yerr=y.half, fmt="o", ms=4, color=color, lw=0.7
+            )
+        places = {setting: _place(summary, setting, name) for setting, _ in points}
+        for setting in _uncrowded(places):
+            axis.annotate(setting, places[setting], (4, 3), textcoords="offset points", fontsize=7)
         axis.plot([], [], "o", color=GREY, ms=4, label="PPO, one knob turned")
         axis.plot([], [], "o", color=BLUE, ms=4, label="SFT on the best of n")
         axis.legend(frameon=False, fontsize=8, loc="lower right")
@@ -134,12 +138,22 @@ def _frontier(summary: Summary) -> Figure:
     return figure
 
 
-def _place(axis: Axes, final: dict[str, Interval], name: str, label: str, color: str) -> None:
-    x, y = final["kl"], final[f"sampled/{name}"]
-    axis.errorbar(
-        x.mean, y.mean, xerr=x.half, yerr=y.half, fmt="o", ms=4, color=color, lw=0.7, alpha=0.8
-    )
-    axis.annotate(label, (x.mean, y.mean), (4, 3), textcoords="offset points", fontsize=6)
+def _place(summary: Summary, setting: str, name: str) -> tuple[float, float]:
+    final = summary.finals[setting]
+    return final["kl"].mean, final[f"sampled/{name}"].mean
+
+
+def _uncrowded(places: dict[str, tuple[float, float]]) -> list[str]:
+    """Those with room for a label; in a crowd of like settings, none is told from the others."""
+    nats, score = 2.0, 0.06
+    return [
+        name
+        for name, (x, y) in places.items()
+        if not any(
+            other != name and abs(x - u) < nats and abs(y - v) < score
+            for other, (u, v) in places.items()
+        )
+    ]
 
 
 def _title(axis: Axes, title: str, unit: str, x: str) -> None:
