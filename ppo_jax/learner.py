@@ -178,9 +178,9 @@ class Learner:
         )
         end = jax.lax.while_loop(is_running, one_minibatch, start)
         count = jnp.maximum(end.num_seen - end.num_nonfinite, 1)
-        stopped_early = end.stopped & (
-            (end.num_seen < num_steps) | (end.num_applied < end.num_seen)
-        )
+        stopped_early = end.stopped
+        if config.target_kl_grain == "epoch":  # behind the last epoch nothing was left to stop
+            stopped_early &= end.num_seen < num_steps
         metrics = {name: total / count for name, total in end.sums.items()} | {
             "policy/first_ratio_max_error": end.first_ratio_max_error,
             "policy/learning_rate": learning_rate,

@@ -63,6 +63,20 @@ def test_at_the_grain_of_epochs_the_epoch_is_finished(compiled, batch):
     assert state.opt_state.count == 2
 
 
+def test_behind_the_last_epoch_there_is_nothing_to_stop(compiled, batch):
+    learner = compiled(**STOPPING | {"num_epochs": 1}, target_kl_grain="epoch")
+    moved = as_if_moved(batch, 2.0)
+    _, metrics, _ = learner.update(moved)
+    assert metrics["update/early_stopped"] == 0
+    assert metrics["update/epochs"] == 1
+    # A minibatch that was skipped for another reason does not make it an early stop.
+    advantages = moved.advantages.at[0, 0].set(np.nan)
+    _, metrics, _ = learner.update(moved._replace(advantages=advantages))
+    assert metrics["update/nonfinite"] == 1
+    assert metrics["update/early_stopped"] == 0
+    assert metrics["update/epochs"] == 0.5
+
+
 def test_at_the_grain_of_epochs_the_mean_over_the_minibatches_decides(compiled, batch):
     """Of one row's shift: its minibatch is beyond the target; the epoch is not, or is as well."""
     moved, far = as_if_moved(batch, 1.7, rows=0), as_if_moved(batch, 3.0, rows=0)
