@@ -1,11 +1,12 @@
 """Which settings are refused, before anything is loaded or compiled."""
 
+import math
 from typing import TYPE_CHECKING
 
 from qwen_env.errors import UsageError
 
 if TYPE_CHECKING:
-    from ppo_jax.config import TrainConfig
+    from ppo_jax.config import OptimizerConfig, TrainConfig
 
 
 def check_ranges(config: "TrainConfig") -> None:
@@ -44,6 +45,8 @@ def check_ranges(config: "TrainConfig") -> None:
     for name, (value, least) in at_least.items():
         if value is not None and not value >= least:  # NaN is refused as well
             raise UsageError(f"{name} is {value}; it must be at least {least}.")
+        if value == math.inf:
+            raise UsageError(f"{name} is {value}; it must be finite.")
     above: dict[str, tuple[float | None, float]] = {
         "clip_range": (ppo.clip_range, 0),
         "clip_range_high": (ppo.clip_range_high, 0),
@@ -58,6 +61,8 @@ def check_ranges(config: "TrainConfig") -> None:
     for name, (value, bound) in above.items():
         if value is not None and not value > bound:
             raise UsageError(f"{name} is {value}; it must be above {bound}.")
+    if optimizer.learning_rate == math.inf:
+        raise UsageError("learning_rate is inf; it must be finite.")
     for name, value in (("gamma", ppo.gamma), ("gae_lambda", ppo.gae_lambda)):
         if not 0 <= value <= 1:
             raise UsageError(f"{name} is {value}; it must lie between 0 and 1.")
@@ -147,13 +152,22 @@ def check_contradictions(config: "TrainConfig") -> None:
                     f"raise value_coef, or leave {name} out."
                 )
     if run.num_iterations is not None:
-        if optimizer.warmup_iterations >= run.num_iterations:
-            raise UsageError(
-                f"warmup_iterations ({optimizer.warmup_iterations}) must be below num_iterations "
-                f"({run.num_iterations}); otherwise the learning rate would never fall."
-            )
-        if optimizer.critic_warmup_iterations >= run.num_iterations:
-            raise UsageError(
-                f"critic_warmup_iterations ({optimizer.critic_warmup_iterations}) must be below "
-                f"num_iterations ({run.num_iterations}); otherwise the policy would never learn."
-            )
+        check_warmups(optimizer, run.num_iterations)
+
+
+def check_warmups(optimizer: "OptimizerConfig", num_iterations: int) -> None:
+    """Refuse a warm-up that would last for the whole run.
+
+    Raises:
+        UsageError: names the warm-up.
+    """
+    if optimizer.warmup_iterations >= num_iterations:
+        raise UsageError(
+            f"warmup_iterations ({optimizer.warmup_iterations}) must be below num_iterations "
+            f"({num_iterations}); otherwise the learning rate would never fall."
+        )
+    if optimizer.critic_warmup_iterations >= num_iterations:
+        raise UsageError(
+            f"critic_warmup_iterations ({optimizer.critic_warmup_iterations}) must be below "
+            f"num_iterations ({num_iterations}); otherwise the policy would never learn."
+        )

@@ -27,6 +27,7 @@ from ppo_jax.models.response import ResponseOutputs, response_outputs
 from ppo_jax.optimizer import (
     Params,
     adamw_step,
+    global_norm,
     init_adam,
     learning_rate_schedule,
     learning_share,
@@ -125,7 +126,7 @@ class Learner:
                 minibatch = minibatch._replace(advantages=advantages)
             gradients, seen = self._gradients(carry.params, minibatch)
             gradients = jax.tree.map(jnp.multiply, gradients, share)
-            norm = optax.tree.norm(gradients)
+            norm = global_norm(gradients)
             metrics = seen.metrics | {"policy/grad_norm": norm}
             epoch_kl = jnp.where(part == 0, 0.0, carry.epoch_kl) + seen.stop_kl
             stopped, is_refused = self._stops(seen.stop_kl, epoch_kl, part)

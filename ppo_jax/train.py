@@ -19,6 +19,7 @@ from ppo_jax.actor import Episodes
 from ppo_jax.agent import PPOAgent
 from ppo_jax.checkpoints import Checkpoints
 from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TaskConfig, TrainConfig, preset
+from ppo_jax.config_checks import check_warmups
 from ppo_jax.evaluation import evaluation_means, sample_record
 from ppo_jax.interruption import EXIT_STATUS, stop_on_signal
 from ppo_jax.models import load_pretrained, save_pretrained
@@ -87,6 +88,7 @@ def train(config: TrainConfig, output_dir: Path, *, resume: bool = False) -> Non
     folder = RunFolder(output_dir, config, resume=resume)
     tokenizer = load_tokenizer(config.task.model)
     prompts, eval_prompts = load_all_prompts(config, tokenizer)
+    iterations = num_iterations(config, len(prompts))
     settings = config.task
     reward = load_training_reward(settings.reward, tokenizer, settings.gold_reward)
     network = load_pretrained(
@@ -102,7 +104,7 @@ def train(config: TrainConfig, output_dir: Path, *, resume: bool = False) -> Non
         min_new_tokens=settings.min_new_tokens,
         missing_eos_penalty=settings.missing_eos_penalty,
     )
-    agent = PPOAgent(network, task, config, num_iterations(config, len(prompts)))
+    agent = PPOAgent(network, task, config, iterations)
     run = Run(agent, folder, eval_prompts[: config.run.eval_size])
     try:
         with closing(folder):
@@ -142,10 +144,17 @@ def load_all_prompts(
 
 
 def num_iterations(config: TrainConfig, num_prompts: int) -> int:
-    """Iterations of the whole run; the last pass over the prompts may end within a batch."""
+    """Iterations of the whole run; the last pass over the prompts may end within a batch.
+
+    Raises:
+        UsageError: a warm-up would last as long.
+    """
     if config.run.num_iterations is not None:
         return config.run.num_iterations
-    return math.ceil(config.run.num_prompt_epochs * num_prompts / config.ppo.prompts_per_batch)
+    num_visits = config.run.num_prompt_epochs * num_prompts
+    iterations = math.ceil(num_visits / config.ppo.prompts_per_batch)
+    check_warmups(config.optimizer, iterations)
+    return iterations
 
 
 class Run:

@@ -15,8 +15,8 @@ from ppo_jax.models.heads import PolicyValueNetwork
 from ppo_jax.sampling import Sampling, sampling_logits, unpacked
 from qwen_env import mdp
 
-CHUNK_SIZE = 128
-"""Positions whose logits exist at one time: enough rows for a matrix product at full speed."""
+LOGITS_AT_ONCE = 2**25
+"""How many may exist at one time (128 MiB): rows enough for a matrix product at full speed."""
 
 
 class ResponseOutputs(NamedTuple):
@@ -93,7 +93,7 @@ def _logprobs_and_entropy(
     rules: mdp.Rules,
     sampling: Sampling,
 ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
-    """log p(chosen) and H(p), CHUNK_SIZE rows at a time; the backward pass recomputes logits."""
+    """log p(chosen) and H(p), by chunks of rows whose logits are LOGITS_AT_ONCE at most."""
 
     def of_chunk(rows: Any) -> tuple[Array, Array]:
         hidden, chosen, step, support = rows
@@ -108,7 +108,7 @@ def _logprobs_and_entropy(
         return logprob, -p_log_p.sum(axis=-1)
 
     count = hidden.shape[0]
-    num_chunks = -(-count // CHUNK_SIZE)
+    num_chunks = -(-count // max(LOGITS_AT_ONCE // rules.vocab_size, 1))
     chunk = -(-count // num_chunks)
 
     def in_chunks(x: Array) -> Array:
@@ -117,5 +117,8 @@ def _logprobs_and_entropy(
         return jnp.pad(x, extra, mode="edge").reshape(num_chunks, chunk, *x.shape[1:])
 
     rows = jax.tree.map(in_chunks, (hidden, chosen, step, support))
-    logprobs, entropy = jax.lax.map(jax.checkpoint(of_chunk, prevent_cse=False), rows)
+    # The logits of a single chunk are kept for the backward pass, those of several recomputed.
+    policy = jax.checkpoint_policies.dots_saveable if num_chunks == 1 else None
+    of_chunk = jax.checkpoint(of_chunk, prevent_cse=False, policy=policy)
+    logprobs, entropy = jax.lax.map(of_chunk, rows)
     return logprobs.reshape(-1)[:count], entropy.reshape(-1)[:count]

@@ -73,6 +73,8 @@ def changed(changes: dict[str, dict[str, Any]]) -> TrainConfig:
         ({"ppo": {"top_p": 1.5}}, "top_p is 1.5"),
         ({"ppo": {"top_p": float("nan")}}, "top_p is nan"),
         ({"ppo": {"kl_coef": float("nan")}}, "kl_coef is nan"),
+        ({"ppo": {"kl_coef": float("inf")}}, "kl_coef is inf; it must be finite"),
+        ({"optimizer": {"learning_rate": float("inf")}}, "learning_rate is inf"),
         ({"ppo": {"kl_coef": -0.1}}, "kl_coef is -0.1; it must be at least 0"),
         ({"ppo": {"kl_target": 0.0}}, "kl_target is 0.0; it must be above 0"),
         ({"ppo": {"kl_target": 6.0, "kl_horizon": 0}}, "kl_horizon is 0; it must be at least 1"),

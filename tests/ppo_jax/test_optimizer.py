@@ -6,14 +6,19 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import torch
 from flax import nnx
 
 from ppo_jax.config import OptimizerConfig
 from ppo_jax.models import with_separate_critic
-from ppo_jax.optimizer import adamw_step, init_adam, learning_rate_schedule, learning_share
+from ppo_jax.optimizer import (
+    adamw_step,
+    global_norm,
+    init_adam,
+    learning_rate_schedule,
+    learning_share,
+)
 
 OPTIMIZER = OptimizerConfig(
     learning_rate=1e-2, schedule="constant", weight_decay=0.1, max_grad_norm=0.5
@@ -60,7 +65,7 @@ def test_twenty_steps_equal_those_of_pytorch(changes):
             params,
             state,
             gradients,
-            optax.tree.norm(gradients),
+            global_norm(gradients),
             config,
             learning_rate=config.learning_rate,
             share=jax.tree.map(lambda _: 1.0, params),
@@ -85,6 +90,19 @@ def test_twenty_steps_equal_those_of_pytorch(changes):
             )
     assert min(norms) < config.max_grad_norm < max(norms)
     assert np.abs(ours["weight"] - start["weight"]).max() > 0.05
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (16,), (5, 7), (3, 16, 4)])
+def test_the_norm_is_that_of_all_numbers_together(shape):
+    """Whether or not an array divides into sixteenths."""
+    rng = np.random.default_rng(0)
+    tree = {"a": rng.normal(size=shape), "b": {"c": rng.normal(size=(40, 9))}}
+    expected = np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(tree)))
+    tree = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+    np.testing.assert_allclose(global_norm(tree), expected, rtol=1e-6)
+    halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+    assert global_norm(halves).dtype == jnp.float32
+    np.testing.assert_allclose(global_norm(halves), expected, rtol=1e-2)
 
 
 def test_a_step_keeps_the_types_it_finds():

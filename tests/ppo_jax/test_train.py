@@ -12,7 +12,7 @@ import torch
 import transformers
 from matplotlib.image import imread
 
-from ppo_jax.config import RunConfig, TaskConfig, TrainConfig, from_json
+from ppo_jax.config import OptimizerConfig, RunConfig, TaskConfig, TrainConfig, from_json
 from ppo_jax.train import load_all_prompts, main, num_iterations
 from qwen_env.errors import UsageError
 from qwen_env.tokenizer import Tokenizer
@@ -239,3 +239,12 @@ def test_number_of_iterations() -> None:
     config = TrainConfig(run=RunConfig(num_iterations=None, num_prompt_epochs=3))
     assert config.ppo.batch_size == 64
     assert num_iterations(config, num_prompts=100) == 5  # 300 prompts
+
+
+@pytest.mark.parametrize("name", ["warmup_iterations", "critic_warmup_iterations"])
+def test_a_warm_up_as_long_as_the_passes_over_the_prompts_is_refused(name: str) -> None:
+    run = RunConfig(num_iterations=None, num_prompt_epochs=3)
+    config = TrainConfig(run=run, optimizer=OptimizerConfig(**{name: 4}))
+    assert num_iterations(config, num_prompts=100) == 5
+    with pytest.raises(UsageError, match=rf"{name} \(4\) must be below num_iterations \(4\)"):
+        num_iterations(config, num_prompts=80)

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ppo_jax.models.response import response_outputs
 from ppo_jax.rollout import Rollout, rollout
-from ppo_jax.sampling import unpacked
+from ppo_jax.sampling import Sampling, unpacked
+from qwen_env import mdp
 
 P, T = 5, 6
 
@@ -141,3 +143,42 @@ def test_the_first_ratio_is_one_where_sampling_is_truncated(compiled, network, r
     chex.assert_tree_all_finite(state.params)
     kept = np.asarray(unpacked(batch.support, rules.vocab_size)).sum(-1)[batch.mask]
     assert kept.max() <= 40 and len(set(kept)) > 5, "both limits must act"
+
+
+def test_decoding_and_training_are_apart_by_rounding(make_network, rules):
+    """In bfloat16 by no more than either is from float32, up to a factor of two."""
+    network = make_network()
+    graphdef, params = nnx.split(network)
+    rng = np.random.default_rng(0)
+    prompts, lengths = rng.integers(10, 600, (64, P)), rng.integers(1, P + 1, 64)
+
+    def of(dtype):
+        network = nnx.merge(graphdef, params)
+        network.backbone.dtype = jnp.dtype(dtype)
+        return network
+
+    def teacher_forced(dtype, state):
+        arguments = state.tokens, state.prompt_length, state.length
+        settings = {"rules": rules, "sampling": Sampling(), "num_steps": T}
+        return response_outputs(of(dtype), *arguments, **settings).logprobs
+
+    @jax.jit
+    def gaps(key):
+        result = {}
+        for dtype in ("float32", "bfloat16"):
+            episodes = rollout(of(dtype), prompts, lengths, key, rules=rules, sampling=Sampling())
+            mask = jnp.arange(T) < mdp.response_length(episodes.state)[:, None]
+            again = teacher_forced(dtype, episodes.state)
+            exact = teacher_forced("float32", episodes.state)
+            result[dtype] = [
+                jnp.where(mask, jnp.abs(logprobs - other), 0).max()
+                for logprobs, other in ((episodes.logprobs, again), (again, exact))
+            ]
+        return result
+
+    measured = gaps(jax.random.key(0))
+    gap, _ = measured["float32"]
+    assert gap < 1e-5
+    gap, rounding = measured["bfloat16"]
+    assert 1e-3 < rounding < 0.1
+    assert gap < 2 * rounding

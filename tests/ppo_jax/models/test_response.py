@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ppo_jax.models import PolicyValueNetwork, Qwen2Config, load_pretrained
-from ppo_jax.models.response import CHUNK_SIZE, ResponseOutputs, response_outputs
+from ppo_jax.models import PolicyValueNetwork, Qwen2Config, load_pretrained, response
+from ppo_jax.models.response import ResponseOutputs, response_outputs
 from ppo_jax.rollout import rollout
 from ppo_jax.sampling import Sampling, packed
 from qwen_env import mdp
@@ -30,8 +30,20 @@ T, S = 41, 47
 RESPONSE_LENGTH = np.array([41, 7, 1, 23, 40])
 LENGTH = PROMPT_LENGTH + RESPONSE_LENGTH
 IS_RESPONSE = np.arange(T) < RESPONSE_LENGTH[:, None]
-assert IS_RESPONSE.size > CHUNK_SIZE  # more than one chunk
-assert IS_RESPONSE.size % -(-IS_RESPONSE.size // CHUNK_SIZE)  # and the last one not full
+CHUNK = 128
+assert IS_RESPONSE.size > CHUNK  # more than one chunk
+assert IS_RESPONSE.size % -(-IS_RESPONSE.size // CHUNK)  # and the last one not full
+
+
+@pytest.fixture(autouse=True)
+def chunks_of(monkeypatch):
+    """Set the rows a chunk has at most; CHUNK before any test."""
+
+    def set_rows(rows, vocab_size=RULES.vocab_size):
+        monkeypatch.setattr(response, "LOGITS_AT_ONCE", rows * vocab_size + vocab_size // 2)
+
+    set_rows(CHUNK)
+    return set_rows
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +160,9 @@ def assert_tells(ours):
 
 
 @pytest.mark.slow
-def test_equals_the_computation_over_full_logits(split, tokens):
+@pytest.mark.parametrize("rows", [1, 50, CHUNK, 1000])
+def test_equals_the_computation_over_full_logits(split, tokens, chunks_of, rows):
+    chunks_of(rows)
     (_, ours), our_gradients = differentiated(chunked, *split, tokens)
     (_, expected), gradients = differentiated(plain, *split, tokens)
     assert_equal_outputs(ours, expected)
@@ -266,8 +280,9 @@ class TestMemory:
         )(state, tokens, lengths)
         return list(array_sizes(jaxpr.jaxpr))
 
-    def test_full_logits_are_never_made(self):
-        assert self.B * self.T > CHUNK_SIZE
+    def test_full_logits_are_never_made(self, chunks_of):
+        chunks_of(CHUNK, self.V)
+        assert self.B * self.T > CHUNK
 
         def loss(network, tokens, prompt_length):
             out = response_outputs(
@@ -284,7 +299,7 @@ class TestMemory:
 
         sizes = self.sizes(loss)
         assert max(sizes) < self.B * self.T * self.V
-        assert max(sizes) == CHUNK_SIZE * self.V  # a chunk's logits are the largest array
+        assert max(sizes) == CHUNK * self.V  # a chunk's logits are the largest array
 
     def test_the_walk_finds_them_where_they_are(self):
         def loss(network, tokens, prompt_length):
