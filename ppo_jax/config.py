@@ -140,6 +140,8 @@ class OptimizerConfig:
 
     learning_rate: float = 1e-5
     """Peak learning rate."""
+    critic_learning_rate: float | None = None
+    """That of the value head, and of its backbone if separate; None makes it learning_rate."""
     schedule: Schedule = "linear"
     """How the learning rate falls to zero over the run."""
     warmup_iterations: int = 0

@@ -56,13 +56,14 @@ def check_ranges(config: "TrainConfig") -> None:
         "kl_target": (ppo.kl_target, 0),
         "target_kl": (ppo.target_kl, 0),
         "learning_rate": (optimizer.learning_rate, 0),
+        "critic_learning_rate": (optimizer.critic_learning_rate, 0),
         "max_grad_norm": (optimizer.max_grad_norm, 0),
     }
     for name, (value, bound) in above.items():
         if value is not None and not value > bound:
             raise UsageError(f"{name} is {value}; it must be above {bound}.")
-    if optimizer.learning_rate == math.inf:
-        raise UsageError("learning_rate is inf; it must be finite.")
+        if value == math.inf and name.endswith("learning_rate"):
+            raise UsageError(f"{name} is {value}; it must be finite.")
     for name, value in (("gamma", ppo.gamma), ("gae_lambda", ppo.gae_lambda)):
         if not 0 <= value <= 1:
             raise UsageError(f"{name} is {value}; it must lie between 0 and 1.")
@@ -143,6 +144,7 @@ def check_contradictions(config: "TrainConfig") -> None:
     if ppo.value_coef == 0:
         for name, given in (
             ("critic_warmup_iterations", optimizer.critic_warmup_iterations > 0),
+            ("critic_learning_rate", optimizer.critic_learning_rate is not None),
             ("critic", ppo.critic == "separate"),
             ("value_clip_range", ppo.value_clip_range is not None),
         ):

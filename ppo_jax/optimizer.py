@@ -38,27 +38,30 @@ def adamw_step(
 
     Args:
         norm: of all gradients together.
+        learning_rate: of the policy; the critic's is in the same proportion as in `config`.
         share: of the learning rate, for each parameter, see `learning_share`.
     """
     b1, b2 = config.adam_b1, config.adam_b2
     count = state.count + applied
     clip = jnp.where(norm < config.max_grad_norm, 1.0, config.max_grad_norm / norm)
     unbias1, unbias2 = 1 - b1**count, 1 - b2**count
+    critic_factor = (config.critic_learning_rate or config.learning_rate) / config.learning_rate
 
     def averaged(old: Array, new: Array, decay: float, scale: Array | float) -> Array:
         average = decay * old + ((1 - decay) * scale) * new
         return jnp.where(applied, average, old).astype(old.dtype)
 
-    def moved(x: Array, mu: Array, nu: Array, share: Any, decays: bool) -> Array:
+    def moved(x: Array, mu: Array, nu: Array, share: Any, is_critic: bool, decays: bool) -> Array:
         step = (mu / unbias1) / (jnp.sqrt(nu / unbias2) + config.adam_eps)
         if decays:
             step = step + config.weight_decay * x
-        return jnp.where(applied, x - learning_rate * share * step, x).astype(x.dtype)
+        rate = learning_rate * (critic_factor if is_critic else 1.0)
+        return jnp.where(applied, x - rate * share * step, x).astype(x.dtype)
 
     # In mu the clip goes into the factor: were `clip * g` in both, XLA would keep a copy of it all.
     mu = jax.tree.map(lambda old, g: averaged(old, g, b1, clip), state.mu, gradients)
     nu = jax.tree.map(lambda old, g: averaged(old, (clip * g) ** 2, b2, 1.0), state.nu, gradients)
-    params = jax.tree.map(moved, params, mu, nu, share, _is_decayed(params))
+    params = jax.tree.map(moved, params, mu, nu, share, _is_critic(params), _is_decayed(params))
     return params, optax.ScaleByAdamState(count, mu, nu)
 
 
@@ -116,6 +119,15 @@ def learning_share(params: Params, config: OptimizerConfig, iteration: Int[Array
         return learns
 
     return jax.tree_util.tree_map_with_path(share, params)
+
+
+def _is_critic(params: Params) -> Any:
+    """True for the value head, and for its backbone where it has one of its own."""
+
+    def belongs(path: tuple[Any, ...], _: Array) -> bool:
+        return jax.tree_util.keystr(path, simple=True).startswith(("value_head", "critic"))
+
+    return jax.tree_util.tree_map_with_path(belongs, params)
 
 
 def _is_decayed(params: Params) -> Any:

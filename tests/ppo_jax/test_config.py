@@ -92,6 +92,8 @@ def changed(changes: dict[str, dict[str, Any]]) -> TrainConfig:
         ({"ppo": {"target_kl": -0.01}}, "target_kl"),
         ({"optimizer": {"learning_rate": float("nan")}}, "learning_rate"),
         ({"optimizer": {"learning_rate": 0.0}}, "learning_rate is 0.0; it must be above 0"),
+        ({"optimizer": {"critic_learning_rate": 0.0}}, "critic_learning_rate is 0.0"),
+        ({"optimizer": {"critic_learning_rate": float("inf")}}, "it must be finite"),
         ({"optimizer": {"adam_b1": -0.1}}, "adam_b1 is -0.1"),
         ({"optimizer": {"adam_b2": 1.0}}, "adam_b2 is 1.0; it must be at least 0 and below 1"),
         ({"optimizer": {"adam_eps": -1e-8}}, "adam_eps"),
@@ -154,6 +156,10 @@ def test_values_that_cannot_be(changes: dict[str, dict[str, Any]], words: str) -
         ({"ppo": {"kl_coef": 0.0, "kl_target": 6.0}}, "kl_target is 6.0, but kl_coef is 0"),
         ({"ppo": {"kl_coef": 0.0, "ref_ema_decay": 0.9}}, "ref_ema_decay is 0.9, but kl_coef is 0"),
         ({"ppo": {"kl_horizon": 5000}}, "kl_horizon is 5000, but without kl_target"),
+        (
+            {"ppo": {"value_coef": 0.0}, "optimizer": {"critic_learning_rate": 1e-4}},
+            "critic_learning_rate is set, but value_coef is 0",
+        ),
         (
             {"ppo": {"value_coef": 0.0}, "optimizer": {"critic_warmup_iterations": 2}},
             "critic_warmup_iterations is set, but value_coef is 0",

@@ -209,3 +209,26 @@ def test_a_separate_critic_is_neither_frozen_nor_held_back(make_network):
     }
     for name, share in shares(params, **settings).items():
         assert (share == name.startswith(("critic.", "value_head."))).all(), name
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_critic_has_a_learning_rate_of_its_own(make_network, separate):
+    """Adam's first step is as long as the learning rate, whatever the gradient."""
+    network = make_network()
+    params = nnx.state(with_separate_critic(network) if separate else network)
+    config = OptimizerConfig(learning_rate=1e-3, critic_learning_rate=3e-3, max_grad_norm=1e9)
+    moved, _ = adamw_step(
+        params,
+        init_adam(params),
+        jax.tree.map(jnp.ones_like, params),
+        jnp.float32(1.0),
+        config,
+        learning_rate=jnp.float32(0.5e-3),  # half way down the schedule
+        share=jax.tree.map(lambda _: 1.0, params),
+        applied=jnp.asarray(True),
+    )
+    before, after = by_name(params), by_name(moved)
+    assert any(name.startswith("critic.") for name in before) == separate
+    for name, x in before.items():
+        rate = 1.5e-3 if name.startswith(("critic.", "value_head.")) else 0.5e-3
+        np.testing.assert_allclose(x - after[name], rate, rtol=1e-2, err_msg=name)
