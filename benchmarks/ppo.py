@@ -40,6 +40,15 @@ from qwen_env.tokenizer import Tokenizer  # noqa: E402
 
 SHAPES = {
     "random:qwen2.5-0.5b": Qwen2Config.qwen2_5_0_5b(),
+    "random:smollm2-135m": Qwen2Config(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+    ),
     "random:tiny": Qwen2Config(
         vocab_size=512,
         hidden_size=32,
@@ -58,7 +67,7 @@ class Work:
     """What is timed."""
 
     model: str
-    """A folder in Hugging Face layout, a .gguf file, random:qwen2.5-0.5b, or random:tiny."""
+    """A folder in Hugging Face layout, a .gguf file, or one of SHAPES, such as random:tiny."""
     batch_size: int = 8
     """B."""
     prompt_length: int = 24
@@ -66,7 +75,8 @@ class Work:
     response_length: int = 32
     """T, the longest response."""
     mean_response_length: int | None = None
-    """Let responses end by chance so that their mean is about this; None runs all to the limit."""
+    """Let responses of a model of random weights end by chance, so that their mean is about this;
+    None runs all to the limit."""
     epochs: int = 4
     """Passes over the batch, one optimizer step each."""
     microbatches: int = 1

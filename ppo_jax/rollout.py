@@ -132,9 +132,23 @@ def choose_token(
     if sampling.is_truncated:
         support = truncation(logits, sampling)
         logits = jnp.where(support, logits, -jnp.inf)
-    token = jnp.argmax(logits, axis=-1) if greedy else jax.random.categorical(key, logits)
+    # The greatest of logits plus Gumbel noise is a draw from their softmax.
+    noise = 0.0 if greedy else jax.random.gumbel(key, logits.shape, logits.dtype)
+    token = argmax(logits + noise)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1), support
+    return token, chosen - jax.nn.logsumexp(logits, axis=-1), support
+
+
+def argmax(x: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """The first place of each row's greatest number.
+
+    As two reductions: XLA:CPU computes `jnp.argmax`, and the noise that it fuses into it, a number
+    at a time, which took a tenth of the time of generation for 32 rows.
+    """
+    count = x.shape[-1]
+    is_greatest = x == x.max(axis=-1, keepdims=True)
+    first = jnp.where(is_greatest, jnp.arange(count, dtype=jnp.int32), count).min(axis=-1)
+    return jnp.minimum(first, count - 1)  # of a row with NaN, some place
 
 
 def _written(x: Array, column: Array, step: Array) -> Array:

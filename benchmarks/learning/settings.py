@@ -81,6 +81,7 @@ SETTINGS = (
     # the value function
     Setting("critic stopped", "critic", {"critic": "stopped"}),
     Setting("critic separate", "critic", {"critic": "separate"}),
+    Setting("critic's learning rate x 10", "critic", {}, {"critic_learning_rate": 3e-3}),
     Setting("critic warm-up", "critic", {}, {"critic_warmup_iterations": 5}),
     Setting("value weight 1", "critic", {"value_coef": 1.0}),
     Setting(

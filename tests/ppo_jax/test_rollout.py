@@ -14,7 +14,7 @@ import ppo_jax.rollout as rollout_module
 import qwen_env  # noqa: F401  (registers QwenText-v0)
 from ppo_jax.models import save_pretrained
 from ppo_jax.models.response import response_outputs
-from ppo_jax.rollout import Rollout, rollout
+from ppo_jax.rollout import Rollout, argmax, choose_token, rollout
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
 
@@ -40,6 +40,32 @@ def compile_rollout(network, task, *, prompts=None, **options):
 
 def run(network, task, **options) -> Rollout:
     return compile_rollout(network, task, **options)()
+
+
+def test_argmax_is_that_of_numpy():
+    rng = np.random.default_rng(0)
+    rows = rng.integers(-3, 4, (200, 7)).astype(np.float32)  # most rows have several greatest
+    rows[rng.random(rows.shape) < 0.3] = -np.inf
+    rows[:2] = np.array([[-np.inf], [np.inf]])
+    np.testing.assert_array_equal(jax.jit(argmax)(rows), rows.argmax(1))
+    rows[:, 3] = np.nan
+    assert np.isin(jax.jit(argmax)(rows), np.arange(7)).all()
+
+
+def test_tokens_are_those_of_jax_random_categorical(make_network, make_test_task):
+    network, rules = make_network(), make_test_task().rules
+    hidden = np.random.default_rng(0).normal(0, 3, (50, 16)).astype(np.float32)
+    key = jax.random.key(3)
+    token, logprob, _ = choose_token(
+        network, hidden, jnp.zeros(50, int), key, rules=rules, sampling=Sampling(0.7), greedy=False
+    )
+    allowed = mdp.action_mask(jnp.zeros(50, int), rules, jnp)
+    logits = jnp.where(allowed, network.logits(hidden) / 0.7, -jnp.inf)
+    expected = jax.random.categorical(key, logits)
+    np.testing.assert_array_equal(token, expected)
+    assert len(set(token.tolist())) > 10
+    log_p = jax.nn.log_softmax(logits)[jnp.arange(50), expected]
+    np.testing.assert_allclose(logprob, log_p, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
