@@ -25,6 +25,9 @@ ROOT = Path(__file__).parents[1]
 SENTIMENT = "qwen_env.rewards.sentiment:pocket_sentiment"
 LENGTH, RARE = "benchmarks.guide_rewards:length", "benchmarks.guide_rewards:rare"
 
+# A value loss of full weight, so that one that is too large shows.
+PRESET = ["--preset", "pocket", "--value-coef", "1"]
+
 RUNS: dict[str, list[str]] = {
     "healthy": [],
     "fast": ["--learning-rate", "3e-3"],
@@ -39,7 +42,7 @@ RUNS: dict[str, list[str]] = {
     "stopped_critic": ["--reward", f"100 * {SENTIMENT}", "--kl-coef", "5", "--critic", "stopped"],
     "scaled_scores": ["--reward", f"100 * {SENTIMENT}", "--scale-scores"],
 }
-"""The flags of each run, behind `python -m ppo_jax.train --preset pocket`."""
+"""The flags of each run, behind `python -m ppo_jax.train --preset pocket --value-coef 1`."""
 
 
 class Picture(NamedTuple):
@@ -93,7 +96,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for name, flags in RUNS.items():
         folder = arguments.runs / name
-        command = [sys.executable, "-m", "ppo_jax.train", "--preset", "pocket", *flags]
+        command = [sys.executable, "-m", "ppo_jax.train", *PRESET, *flags]
         if arguments.commands:
             print(shlex.join(["python", *command[1:], "--output-dir", str(folder)]))
         elif not (folder / "final").exists():

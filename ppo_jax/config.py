@@ -213,7 +213,6 @@ PRESETS: dict[str, TrainConfig] = {
     # The embedded task on a CPU, in a couple of minutes.
     "pocket": TrainConfig(
         task=TaskConfig(gold_reward="qwen_env.rewards.sentiment:pocket_sentiment"),
-        ppo=PPOConfig(value_coef=1.0),
         optimizer=OptimizerConfig(learning_rate=3e-4),
         run=RunConfig(num_iterations=60),
     ),

@@ -8,8 +8,6 @@ from ppo_jax.config import TrainConfig, preset
 BASELINE = "baseline"
 LONG = "twice as long"
 """The baseline with twice the iterations of the others; the learning curves are its."""
-VALUE_COEF = 0.1
-"""Of all settings but those that say otherwise, whatever the preset's."""
 
 BEST_OF_N = "best of n"
 SFT = {"SFT on best of 8": 8, "SFT on best of 32": 32}
@@ -38,7 +36,7 @@ class Setting:
         num_iterations = self.length * iterations
         return TrainConfig(
             task=base.task,
-            ppo=replace(base.ppo, **{"value_coef": VALUE_COEF, **self.ppo}),
+            ppo=replace(base.ppo, **self.ppo),
             optimizer=replace(base.optimizer, **self.optimizer),
             run=replace(base.run, num_iterations=num_iterations, seed=seed),
         )
