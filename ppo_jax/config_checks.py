@@ -45,8 +45,6 @@ def check_ranges(config: "TrainConfig") -> None:
     for name, (value, least) in at_least.items():
         if value is not None and not value >= least:  # NaN is refused as well
             raise UsageError(f"{name} is {value}; it must be at least {least}.")
-        if value == math.inf:
-            raise UsageError(f"{name} is {value}; it must be finite.")
     above: dict[str, tuple[float | None, float]] = {
         "clip_range": (ppo.clip_range, 0),
         "clip_range_high": (ppo.clip_range_high, 0),
@@ -62,7 +60,13 @@ def check_ranges(config: "TrainConfig") -> None:
     for name, (value, bound) in above.items():
         if value is not None and not value > bound:
             raise UsageError(f"{name} is {value}; it must be above {bound}.")
-        if value == math.inf and name.endswith("learning_rate"):
+    # An infinite bound, such as max_grad_norm, bounds nothing; an infinite factor ends in NaN.
+    factors = {name: value for name, (value, _) in at_least.items()} | {
+        "learning_rate": optimizer.learning_rate,
+        "critic_learning_rate": optimizer.critic_learning_rate,
+    }
+    for name, value in factors.items():
+        if value == math.inf:
             raise UsageError(f"{name} is {value}; it must be finite.")
     for name, value in (("gamma", ppo.gamma), ("gae_lambda", ppo.gae_lambda)):
         if not 0 <= value <= 1:

@@ -51,17 +51,18 @@ def adamw_step(
         average = decay * old + ((1 - decay) * scale) * new
         return jnp.where(applied, average, old).astype(old.dtype)
 
-    def moved(x: Array, mu: Array, nu: Array, share: Any, is_critic: bool, decays: bool) -> Array:
+    def moved(path: tuple[Any, ...], x: Array, mu: Array, nu: Array, share: Any) -> Array:
+        name = _name(path)
         step = (mu / unbias1) / (jnp.sqrt(nu / unbias2) + config.adam_eps)
-        if decays:
+        if _is_decayed(name):
             step = step + config.weight_decay * x
-        rate = learning_rate * (critic_factor if is_critic else 1.0)
+        rate = learning_rate * (critic_factor if _is_critic(name) else 1.0)
         return jnp.where(applied, x - rate * share * step, x).astype(x.dtype)
 
     # In mu the clip goes into the factor: were `clip * g` in both, XLA would keep a copy of it all.
     mu = jax.tree.map(lambda old, g: averaged(old, g, b1, clip), state.mu, gradients)
     nu = jax.tree.map(lambda old, g: averaged(old, (clip * g) ** 2, b2, 1.0), state.nu, gradients)
-    params = jax.tree.map(moved, params, mu, nu, share, _is_critic(params), _is_decayed(params))
+    params = jax.tree_util.tree_map_with_path(moved, params, mu, nu, share)
     return params, optax.ScaleByAdamState(count, mu, nu)
 
 
@@ -107,8 +108,8 @@ def learning_share(params: Params, config: OptimizerConfig, iteration: Int[Array
     policy_learns = jnp.where(iteration < config.critic_warmup_iterations, 0.0, 1.0)
 
     def share(path: tuple[Any, ...], x: Array) -> Array | float:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if name.startswith(("value_head", "critic")):
+        name = _name(path)
+        if _is_critic(name):
             return 1.0
         learns = policy_learns if config.critic_warmup_iterations else 1.0
         if "embed_tokens" in name and config.freeze_embeddings:
@@ -121,20 +122,15 @@ def learning_share(params: Params, config: OptimizerConfig, iteration: Int[Array
     return jax.tree_util.tree_map_with_path(share, params)
 
 
-def _is_critic(params: Params) -> Any:
-    """True for the value head, and for its backbone where it has one of its own."""
-
-    def belongs(path: tuple[Any, ...], _: Array) -> bool:
-        return jax.tree_util.keystr(path, simple=True).startswith(("value_head", "critic"))
-
-    return jax.tree_util.tree_map_with_path(belongs, params)
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _is_decayed(params: Params) -> Any:
-    """True for matrices, False for norms and biases (which are stacked, so rank does not tell)."""
+def _is_critic(name: str) -> bool:
+    """Of the value head, or of its backbone where it has one of its own."""
+    return name.startswith(("value_head", "critic"))
 
-    def is_matrix(path: tuple[Any, ...], _: Array) -> bool:
-        name = jax.tree_util.keystr(path)
-        return "norm" not in name and "bias" not in name
 
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+def _is_decayed(name: str) -> bool:
+    """Matrices are, norms and biases not (which are stacked, so rank does not tell)."""
+    return "norm" not in name and "bias" not in name

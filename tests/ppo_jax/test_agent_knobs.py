@@ -10,7 +10,6 @@ from ppo_jax.agent import PPOAgent
 from ppo_jax.algorithm import RATIO_EDGES
 from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TrainConfig
 from ppo_jax.sampling import sampling_logits, truncation
-from ppo_jax.train import num_iterations
 from qwen_env import mdp
 
 CONFIG = TrainConfig(
@@ -129,10 +128,3 @@ def test_choose_action_says_the_separate_critics_value(make_network, make_test_t
     assert kept[rows, choice.action].all()
     log_p = jax.nn.log_softmax(np.where(kept, logits, -np.inf))
     np.testing.assert_allclose(choice.logprob, log_p[rows, choice.action], atol=1e-5)
-
-
-def test_passes_over_the_prompts_count_prompts_and_not_completions():
-    for completions, expected in ((1, 3), (2, 5), (8, 20)):
-        ppo = PPOConfig(batch_size=8, completions_per_prompt=completions)
-        config = TrainConfig(ppo=ppo, run=RunConfig(num_prompt_epochs=2))
-        assert num_iterations(config, num_prompts=10) == expected

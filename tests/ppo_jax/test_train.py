@@ -12,7 +12,7 @@ import torch
 import transformers
 from matplotlib.image import imread
 
-from ppo_jax.config import OptimizerConfig, RunConfig, TaskConfig, TrainConfig, from_json
+from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TaskConfig, TrainConfig, from_json
 from ppo_jax.train import load_all_prompts, main, num_iterations
 from qwen_env.errors import UsageError
 from qwen_env.tokenizer import Tokenizer
@@ -239,6 +239,13 @@ def test_number_of_iterations() -> None:
     config = TrainConfig(run=RunConfig(num_iterations=None, num_prompt_epochs=3))
     assert config.ppo.batch_size == 64
     assert num_iterations(config, num_prompts=100) == 5  # 300 prompts
+
+
+def test_passes_over_the_prompts_count_prompts_and_not_completions() -> None:
+    for completions, expected in ((1, 3), (2, 5), (8, 20)):
+        ppo = PPOConfig(batch_size=8, completions_per_prompt=completions)
+        config = TrainConfig(ppo=ppo, run=RunConfig(num_prompt_epochs=2))
+        assert num_iterations(config, num_prompts=10) == expected
 
 
 @pytest.mark.parametrize("name", ["warmup_iterations", "critic_warmup_iterations"])
