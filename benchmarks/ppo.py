@@ -81,8 +81,8 @@ class Work:
     """Passes over the batch, one optimizer step each."""
     microbatches: int = 1
     """Parts a minibatch is computed in."""
-    length_buckets: int = 1
-    """See num_length_buckets of the training script."""
+    packed_sizes: int = 1
+    """See num_packed_sizes of the training script."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -167,7 +167,7 @@ def make_agent(work: Work) -> PPOAgent:
             batch_size=work.batch_size,
             num_epochs=work.epochs,
             num_microbatches=work.microbatches,
-            num_length_buckets=work.length_buckets,
+            num_packed_sizes=work.packed_sizes,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-6),
         run=RunConfig(remat=work.remat),

@@ -70,7 +70,7 @@ def cases(arguments: Arguments) -> list[Case]:
                 "mean_response_length": 278,
                 "epochs": 1,
                 "microbatches": 16,
-                "length_buckets": 8,
+                "packed_sizes": 8,
             }
             short = {"batch_size": 64, "prompt_length": 128, "response_length": 128}
             decode = {"decode_batches": [1, 16, 64, 256]}
@@ -96,15 +96,14 @@ def cases(arguments: Arguments) -> list[Case]:
                 "batch_size": 32,
                 "response_length": 64,
                 "mean_response_length": 20,
-                "microbatches": 4,
-                "iterations": 2,
+                "iterations": 3,
             }
             return [
                 Case("135M, 8 x (24 + 32)", smollm2, has_peers=True),
                 Case("135M, 32 x (24 + 32)", smollm2 | {"batch_size": 32, "iterations": 3}),
                 *grown,
                 Case("135M, 32 x (12 + 20 of 64)", ragged),
-                Case("135M, the same in 4 length buckets", ragged | {"length_buckets": 4}),
+                Case("135M, the same, packed", ragged | {"packed_sizes": 8}),
                 *works,
             ]
 

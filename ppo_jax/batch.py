@@ -38,21 +38,6 @@ class Batch(NamedTuple):
     advantages: Float[Array, "B T"]
     returns: Float[Array, "B T"]
 
-    def up_to(self, steps: int) -> "Batch":
-        """Without the places behind the first `steps` response tokens, which no row may have."""
-        width = self.tokens.shape[1] - self.mask.shape[1] + steps
-        return Batch(
-            tokens=self.tokens[:, :width],
-            prompt_length=self.prompt_length,
-            length=self.length,
-            mask=self.mask[:, :steps],
-            support=None if self.support is None else self.support[:, :steps],
-            logprobs=self.logprobs[:, :steps],
-            values=self.values[:, :steps],
-            advantages=self.advantages[:, :steps],
-            returns=self.returns[:, :steps],
-        )
-
 
 class Prepared(NamedTuple):
     """What `make_batch` makes of a rollout."""

@@ -99,8 +99,9 @@ class PPOConfig:
     """Optimizer steps a pass."""
     num_microbatches: int = 1
     """Parts a minibatch is computed in, to save memory; the result does not depend on it."""
-    num_length_buckets: int = 1
-    """Lengths that responses are padded to: more save work on ragged ones, and compile longer."""
+    num_packed_sizes: int = 1
+    """Sizes that a micro-batch may shrink to when short sequences share rows: with 4, one that fits
+    into half its rows costs half. More follow the lengths more closely, and compile longer."""
     loss_aggregation: Aggregation = "token"
     """What counts alike in the mean loss of a minibatch: every token, or every sequence."""
     clip_range: float = 0.2
@@ -248,6 +249,7 @@ PRESETS: dict[str, TrainConfig] = {
             value_coef=0.5,
             entropy_coef=0.01,
             num_epochs=4,
+            num_packed_sizes=4,
             target_kl=0.01,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-5, max_grad_norm=0.5),

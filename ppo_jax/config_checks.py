@@ -22,7 +22,7 @@ def check_ranges(config: "TrainConfig") -> None:
         "completions_per_prompt": (ppo.completions_per_prompt, 1),
         "num_minibatches": (ppo.num_minibatches, 1),
         "num_microbatches": (ppo.num_microbatches, 1),
-        "num_length_buckets": (ppo.num_length_buckets, 1),
+        "num_packed_sizes": (ppo.num_packed_sizes, 1),
         "num_epochs": (ppo.num_epochs, 1),
         "kl_horizon": (ppo.kl_horizon, 1),
         "num_iterations": (run.num_iterations, 1),

@@ -19,10 +19,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ppo_jax import algorithm
+from ppo_jax import algorithm, packing
 from ppo_jax.batch import Batch, Controls, Distributions, Metrics, Prepared, make_batch
 from ppo_jax.config import OptimizerConfig, PPOConfig
-from ppo_jax.length_buckets import at_bucket, bucket_limits
 from ppo_jax.models.response import ResponseOutputs, response_outputs
 from ppo_jax.optimizer import (
     Params,
@@ -223,17 +222,13 @@ class Learner:
     def _gradients(self, params: Params, minibatch: Batch) -> tuple[Params, "_Seen"]:
         """Gradients and metrics of a minibatch, summed over its micro-batches."""
         pieces = self.config.num_microbatches
-        if pieces > 1:
-            minibatch = _take(minibatch, self._order(minibatch.mask.sum(1)))
         weights = algorithm.token_weights(minibatch.mask, self.config.loss_aggregation)
 
         def differentiate(piece: Batch, weights: Array) -> tuple[Params, _Seen]:
-            def up_to(limit: int, params: Params, piece: Batch, weights: Array) -> Any:
-                loss = jax.grad(self._loss, has_aux=True)
-                return loss(params, piece.up_to(limit), weights[:, :limit])
+            def in_rows(num_rows: int, params: Params, piece: Batch, weights: Array) -> Any:
+                return jax.grad(self._loss, has_aux=True)(params, piece, weights, num_rows)
 
-            longest = piece.mask.sum(1).max()
-            return at_bucket(up_to, longest, self._limits, params, piece, weights)
+            return self._in_fewest_rows(in_rows, piece.length, params, piece, weights)
 
         if pieces == 1:
             return differentiate(minibatch, weights)
@@ -250,7 +245,7 @@ class Learner:
         return jax.lax.scan(add, zeros, cut)[0]
 
     def _loss(
-        self, params: Params, batch: Batch, weights: Float[Array, "M T"]
+        self, params: Params, batch: Batch, weights: Float[Array, "M T"], num_rows: int
     ) -> tuple[Array, "_Seen"]:
         """The total loss of a micro-batch: its share of the minibatch's, by its tokens' weights."""
         config, mask = self.config, batch.mask
@@ -260,7 +255,7 @@ class Learner:
             batch.prompt_length,
             batch.length,
             batch.support,
-            num_steps=mask.shape[1],
+            num_rows=num_rows,
         )
         policy = algorithm.clipped_policy_loss(
             new.logprobs,
@@ -312,40 +307,29 @@ class Learner:
         self, params: Params, rollout: Rollout, choose: Callable[[ResponseOutputs], Any]
     ) -> Any:
         """What `choose` takes of the outputs of a whole rollout, a micro-batch at a time."""
-        state, limit = rollout.state, rollout.logprobs.shape[1]
+        state = rollout.state
         pieces = self.config.num_minibatches * self.config.num_microbatches
 
         def outputs(rows: Any) -> Any:
-            def up_to(steps: int, params: Params, rows: Any) -> Any:
-                tokens, prompt_length, length, support = rows
-                width = tokens.shape[1] - limit + steps
-                support = None if support is None else support[:, :steps]
-                part = choose(
-                    self._response_outputs(
-                        params, tokens[:, :width], prompt_length, length, support, num_steps=steps
-                    )
-                )
-                missing = [(0, 0), (0, limit - steps)]
-                return jax.tree.map(lambda x: jnp.pad(x, missing[: x.ndim]), part)
+            def in_rows(num_rows: int, params: Params, rows: Any) -> Any:
+                return choose(self._response_outputs(params, *rows, num_rows=num_rows))
 
-            longest = (rows[2] - rows[1]).max()
-            return at_bucket(up_to, longest, self._limits, params, rows)
+            _, _, length, _ = rows
+            return self._in_fewest_rows(in_rows, length, params, rows)
 
         rows = (state.tokens, state.prompt_length, state.length, rollout.support)
         if pieces == 1:
             return outputs(rows)
-        order = self._order(mdp.response_length(state))
-        rows = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), _take(rows, order))
-        parts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(outputs, rows))
-        return _take(parts, jnp.argsort(order))
+        cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rows)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(outputs, cut))
 
-    @property
-    def _limits(self) -> tuple[int, ...]:
-        return bucket_limits(self.rules.max_new_tokens, self.config.num_length_buckets)
-
-    def _order(self, lengths: Int[Array, "rows"]) -> Int[Array, "rows"]:
-        """Rows of like length beside each other, if that makes any piece of them shorter."""
-        return jnp.argsort(lengths) if len(self._limits) > 1 else jnp.arange(len(lengths))
+    def _in_fewest_rows(
+        self, function: Callable[..., Any], length: Int[Array, "M"], *operands: Any
+    ) -> Any:
+        """`function(num_rows, *operands)` at the fewest rows that the sequences fit into."""
+        sizes = packing.sizes(length.shape[0], self.config.num_packed_sizes)
+        needed = packing.places(length, self.rules.max_length).num_rows
+        return packing.at_size(function, needed, sizes, *operands)
 
     def _response_outputs(
         self,
@@ -355,7 +339,7 @@ class Learner:
         length: Array,
         support: Array | None,
         *,
-        num_steps: int,
+        num_rows: int,
     ) -> ResponseOutputs:
         return response_outputs(
             nnx.merge(self.graphdef, params),
@@ -365,9 +349,11 @@ class Learner:
             support,
             rules=self.rules,
             sampling=self.config.sampling,
-            num_steps=num_steps,
+            num_steps=self.rules.max_new_tokens,
             stop_value_gradient=self.config.critic == "stopped",
             remat=self.remat,
+            num_rows=num_rows,
+            num_chunks=self.config.num_packed_sizes,
         )
 
 

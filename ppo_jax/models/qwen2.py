@@ -249,21 +249,26 @@ class Qwen2(nnx.Module):
     def __call__(
         self,
         input_ids: Int[Array, "B S"],
-        attention_mask: Bool[Array, "B S"],
+        attention_mask: Int[Array, "B S"] | Bool[Array, "B S"],
         *,
         remat: bool = False,
     ) -> tuple[Float[Array, "B S D"], KeyValue]:
         """Hidden states after the final norm, and every layer's keys and values ([L, B, K, S, N]).
 
-        With padding on the right, states at real positions do not depend on the padding. The
-        backward pass keeps the results of matrix products and recomputes what lies between them,
-        which takes less memory and time than keeping all; with `remat` it recomputes all.
+        States of real tokens do not depend on the padding. The backward pass keeps the results of
+        matrix products and recomputes what lies between them, which takes less memory and time
+        than keeping all; with `remat` it recomputes all.
+
+        Args:
+            attention_mask: 0 at padding. Several sequences may share a row, numbered 1, 2, ...: a
+                token sees those before it that have its number, and its position is their count.
         """
-        positions = jnp.maximum(jnp.cumsum(attention_mask, axis=-1) - 1, 0)
-        rotary = rotary_angles(positions, self.config)
         size = input_ids.shape[1]
         causal = jnp.arange(size)[:, None] >= jnp.arange(size)
-        mask = causal & attention_mask.astype(bool)[:, None, :]
+        number = attention_mask.astype(jnp.int32)
+        mask = causal & (number[:, :, None] == number[:, None, :]) & (number > 0)[:, None, :]
+        positions = jnp.maximum(mask.sum(-1) - 1, 0)
+        rotary = rotary_angles(positions, self.config)
         graphdef, layers = nnx.split(self.layers)
 
         def apply_layer(x: Array, layer: nnx.State) -> tuple[Array, KeyValue]:

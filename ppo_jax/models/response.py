@@ -5,18 +5,23 @@ differ only by their parameters. Only response positions reach the vocabulary pr
 of them at a time: with V = 151,936, the logits of a whole batch are what runs people out of memory.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from ppo_jax import packing
 from ppo_jax.models.heads import PolicyValueNetwork
+from ppo_jax.models.qwen2 import Qwen2
 from ppo_jax.sampling import Sampling, sampling_logits, unpacked
 from qwen_env import mdp
 
 LOGITS_AT_ONCE = 2**25
 """How many may exist at one time (128 MiB): rows enough for a matrix product at full speed."""
+
+LEAST_CHUNK = 256
+"""Positions that are not cut further: products of few rows are slow."""
 
 
 class ResponseOutputs(NamedTuple):
@@ -40,6 +45,8 @@ def response_outputs(
     num_steps: int,
     stop_value_gradient: bool = False,
     remat: bool = False,
+    num_rows: int | None = None,
+    num_chunks: int = 1,
 ) -> ResponseOutputs:
     """Log-probabilities, entropies and values of responses. Beyond `length` they mean nothing.
 
@@ -49,53 +56,91 @@ def response_outputs(
         support: the ids that each token was drawn from, as `rollout` recorded them.
         num_steps: T, at least the longest response.
         stop_value_gradient: keep the gradient of the values out of the backbone.
+        num_rows: pack the sequences into so many rows, which they must fit into; None leaves each
+            in its own. See `ppo_jax.packing`.
+        num_chunks: project to the vocabulary in so many parts, unless they would be too large or
+            too small. Of several parts, those that no response reaches are left out.
     """
-    attention_mask = jnp.arange(tokens.shape[1]) < length[:, None]
-    hidden, _ = network.backbone(tokens, attention_mask, remat=remat)
+    batch, width = tokens.shape
+    packed = _packed(tokens, length, num_rows if num_rows is not None else batch)
     step = jnp.arange(num_steps)
     # Clipped, because a row that ends early may have fewer than T places behind its prompt.
-    index = jnp.minimum(prompt_length[:, None] + step, tokens.shape[1] - 1)
+    index = jnp.minimum(prompt_length[:, None] + step, width - 1)
     chosen = jnp.take_along_axis(tokens, index, axis=1)
 
-    def before_each_token(hidden: Float[Array, "B S D"]) -> Float[Array, "B T D"]:
-        return jnp.take_along_axis(hidden, index[..., None] - 1, axis=1)
+    def hidden_states(backbone: Qwen2) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
+        """Before each response token, and at the end."""
+        hidden, _ = backbone(packed.tokens, packed.mask, remat=remat)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        return hidden[packed.start[:, None] + index - 1], hidden[packed.start + length - 1]
 
-    if network.critic is not None:
-        value_hidden, _ = network.critic(tokens, attention_mask, remat=remat)
-    else:
-        value_hidden = jax.lax.stop_gradient(hidden) if stop_value_gradient else hidden
-    last = jnp.take_along_axis(value_hidden, (length - 1)[:, None, None], axis=1)[:, 0]
-    hidden = before_each_token(hidden)
-    batch, steps, size = hidden.shape
+    hidden, last = hidden_states(network.backbone)
+    value_hidden, last = (hidden, last) if network.critic is None else hidden_states(network.critic)
+    if stop_value_gradient:
+        value_hidden, last = jax.lax.stop_gradient((value_hidden, last))
+    positions = _Positions(hidden, chosen, jnp.broadcast_to(step, chosen.shape), support)
     logprobs, entropy = _logprobs_and_entropy(
         network,
-        hidden.reshape(batch * steps, size),
-        chosen.reshape(batch * steps),
-        jnp.broadcast_to(step, (batch, steps)).reshape(batch * steps),
-        None if support is None else support.reshape(batch * steps, -1),
+        jax.tree.map(lambda x: x.reshape(batch * num_steps, *x.shape[2:]), positions),
+        (step < (length - prompt_length)[:, None]).reshape(-1),
+        num_chunks,
         rules,
         sampling,
     )
     return ResponseOutputs(
-        logprobs.reshape(batch, steps),
-        entropy.reshape(batch, steps),
-        network.value_head(before_each_token(value_hidden)),
+        logprobs.reshape(batch, num_steps),
+        entropy.reshape(batch, num_steps),
+        network.value_head(value_hidden),
         network.value_head(last),
     )
 
 
+class _Packed(NamedTuple):
+    """Sequences as the backbone reads them."""
+
+    tokens: Int[Array, "rows S"]
+    mask: Int[Array, "rows S"]
+    start: Int[Array, "B"]  # of each sequence, in the flattened rows
+
+
+def _packed(tokens: Int[Array, "B S"], length: Int[Array, "B"], num_rows: int) -> _Packed:
+    count, width = tokens.shape
+    step = jnp.arange(width)
+    is_real = step < length[:, None]
+    if num_rows == count:
+        return _Packed(tokens, is_real.astype(jnp.int32), width * jnp.arange(count))
+    places = packing.places(length, width)
+    start = width * places.row + places.start
+    size = num_rows * width
+    place = jnp.where(is_real, start[:, None] + step, size)  # of padding, behind the end: dropped
+    number = jnp.broadcast_to(1 + jnp.arange(count)[:, None], place.shape)
+
+    def laid_out(x: Int[Array, "B S"]) -> Int[Array, "rows S"]:
+        return jnp.zeros(size, x.dtype).at[place].set(x, mode="drop").reshape(num_rows, width)
+
+    return _Packed(laid_out(tokens), laid_out(number), start)
+
+
+class _Positions(NamedTuple):
+    """What the distribution of a token is made of; N or B x T lead."""
+
+    hidden: Float[Array, "N D"]
+    chosen: Int[Array, "N"]
+    step: Int[Array, "N"]
+    support: UInt8[Array, "N V/8"] | None
+
+
 def _logprobs_and_entropy(
     network: PolicyValueNetwork,
-    hidden: Float[Array, "N D"],
-    chosen: Int[Array, "N"],
-    step: Int[Array, "N"],
-    support: UInt8[Array, "N V/8"] | None,
+    positions: _Positions,
+    is_response: Bool[Array, "N"],
+    num_chunks: int,
     rules: mdp.Rules,
     sampling: Sampling,
 ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
     """log p(chosen) and H(p), by chunks of rows whose logits are LOGITS_AT_ONCE at most."""
 
-    def of_chunk(rows: Any) -> tuple[Array, Array]:
+    def of_chunk(rows: _Positions) -> tuple[Array, Array]:
         hidden, chosen, step, support = rows
         allowed = mdp.action_mask(step, rules, jnp)
         if support is not None:
@@ -107,18 +152,28 @@ def _logprobs_and_entropy(
         logprob = jnp.take_along_axis(log_p, chosen[:, None], axis=-1)[:, 0]
         return logprob, -p_log_p.sum(axis=-1)
 
-    count = hidden.shape[0]
-    num_chunks = -(-count // max(LOGITS_AT_ONCE // rules.vocab_size, 1))
+    count = is_response.shape[0]
+    most = max(LOGITS_AT_ONCE // rules.vocab_size, 1)
+    num_chunks = max(-(-count // most), min(num_chunks, count // LEAST_CHUNK), 1)
+    if num_chunks == 1:  # the logits are kept for the backward pass
+        return jax.checkpoint(
+            of_chunk, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable
+        )(positions)
+
     chunk = -(-count // num_chunks)
+    order = jnp.argsort(~is_response)  # stable: responses first
+    # Behind the end, edge values: a row of zeros would be a token that was drawn from no ids.
+    taken = order[jnp.minimum(jnp.arange(num_chunks * chunk), count - 1)]
+    chunks = jax.tree.map(lambda x: x[taken].reshape(num_chunks, chunk, *x.shape[1:]), positions)
 
-    def in_chunks(x: Array) -> Array:
-        # Edge values, because a row of zeros would be a token that was drawn from no ids.
-        extra = [(0, num_chunks * chunk - count)] + [(0, 0)] * (x.ndim - 1)
-        return jnp.pad(x, extra, mode="edge").reshape(num_chunks, chunk, *x.shape[1:])
+    def if_reached(rows: tuple[Array, _Positions]) -> tuple[Array, Array]:
+        first, positions = rows
+        nothing = jnp.zeros(chunk)
+        return jax.lax.cond(
+            first < is_response.sum(), of_chunk, lambda _: (nothing, nothing), positions
+        )
 
-    rows = jax.tree.map(in_chunks, (hidden, chosen, step, support))
-    # The logits of a single chunk are kept for the backward pass, those of several recomputed.
-    policy = jax.checkpoint_policies.dots_saveable if num_chunks == 1 else None
-    of_chunk = jax.checkpoint(of_chunk, prevent_cse=False, policy=policy)
-    logprobs, entropy = jax.lax.map(of_chunk, rows)
-    return logprobs.reshape(-1)[:count], entropy.reshape(-1)[:count]
+    if_reached = jax.checkpoint(if_reached, prevent_cse=False)
+    results = jax.lax.map(if_reached, (chunk * jnp.arange(num_chunks), chunks))
+    logprobs, entropy = (jnp.zeros(count).at[order].set(x.reshape(-1)[:count]) for x in results)
+    return logprobs, entropy

@@ -38,7 +38,7 @@ def test_it_learns_and_compiles_nothing_after_the_second_iteration(make_agent, m
     compilations, fetches = [], []
     device_get = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda x: fetches.append(1) or device_get(x))
-    buckets = dataclasses.replace(CONFIG.ppo, num_length_buckets=2)
+    packed = dataclasses.replace(CONFIG.ppo, num_packed_sizes=2)
 
     def count(event: str, duration: float, **_: object) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
@@ -47,7 +47,7 @@ def test_it_learns_and_compiles_nothing_after_the_second_iteration(make_agent, m
     scores, lengths = [], set()
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
-        for episodes, metrics in make_agent(dataclasses.replace(CONFIG, ppo=buckets)).learn():
+        for episodes, metrics in make_agent(dataclasses.replace(CONFIG, ppo=packed)).learn():
             scores.append(metrics["objective/score"])
             lengths.add(metrics["rollout/length_mean"])
             if metrics["iteration"] == 2:

@@ -64,7 +64,7 @@ def changed(changes: dict[str, dict[str, Any]]) -> TrainConfig:
         ({"ppo": {"completions_per_prompt": 0}}, "completions_per_prompt is 0"),
         ({"ppo": {"num_minibatches": 0}}, "num_minibatches is 0"),
         ({"ppo": {"num_microbatches": 0}}, "num_microbatches is 0"),
-        ({"ppo": {"num_length_buckets": 0}}, "num_length_buckets is 0"),
+        ({"ppo": {"num_packed_sizes": 0}}, "num_packed_sizes is 0"),
         ({"ppo": {"num_epochs": -1}}, "num_epochs is -1"),
         ({"ppo": {"temperature": 0.0}}, "temperature is 0.0; it must be above 0"),
         ({"ppo": {"temperature": float("nan")}}, "temperature is nan"),

@@ -84,14 +84,15 @@ def test_padding(plain_update, wide_learner, finished, batch):
 
 
 @pytest.mark.slow
-def test_length_buckets(plain_update, compiled, finished, batch):
-    """Of two limits, 3 and 6: one micro-batch holds rows of 1 and 3 tokens, the other 4 and 6."""
-    learner = compiled(num_length_buckets=2, num_microbatches=2)
-    cut = learner.prepare(finished).batch
-    chex.assert_trees_all_close(cut, batch, rtol=0, atol=2e-6)
+def test_packed_rows(plain_update, compiled, finished, batch):
+    """Lengths of 11, 3, 7 and 7 in rows of 11: three of the four rows, or both of a micro-batch."""
+    learner = compiled(num_packed_sizes=4)
+    packed = learner.prepare(finished).batch
+    chex.assert_trees_all_close(packed, batch, rtol=0, atol=2e-6)
     result = learner.update(batch)
     assert_same_update(plain_update, result)
     assert result[1]["policy/first_ratio_max_error"] < 1e-5
+    assert_same_update(plain_update, compiled(num_packed_sizes=2, num_microbatches=2).update(batch))
 
 
 def test_row_order(plain_update, plain, batch):

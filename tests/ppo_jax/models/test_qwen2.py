@@ -149,6 +149,22 @@ def test_padding_never_changes_real_positions(network, outputs, ragged):
     np.testing.assert_allclose(longer[:, :11][mask], before[mask], rtol=0, atol=1e-5)
 
 
+def test_sequences_in_one_row_do_not_see_each_other(network, outputs):
+    """Three of them, with padding before, between and behind, as each by itself."""
+    rng = np.random.default_rng(2)
+    row, number = rng.integers(0, 96, 20), np.zeros(20, int)
+    for index, place in enumerate((slice(1, 6), slice(6, 13), slice(15, 18)), start=1):
+        number[place] = index
+    logits, values = outputs(network, row[None], number[None])
+    for index in (1, 2, 3):
+        alone = row[number == index][None]
+        expected, expected_values = outputs(network, alone, np.ones_like(alone, bool))
+        np.testing.assert_allclose(logits[0, number == index], expected[0], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(
+            values[0, number == index], expected_values[0], rtol=0, atol=1e-5
+        )
+
+
 def test_the_future_never_changes_the_past(network, outputs, ragged):
     ids, _ = ragged()
     mask = np.ones_like(ids, bool)
@@ -241,11 +257,12 @@ def test_unstacked_layers_are_those_that_are_scanned(network, ragged):
     hidden, kept = one_by_one(state)
     expected, stacked = jax.jit(lambda state: nnx.merge(graphdef, state)(ids, mask))(state)
     assert stacked.key.shape == stacked.value.shape == (3, 4, 2, 11, 8)
-    np.testing.assert_allclose(hidden, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(hidden[mask], expected[mask], rtol=0, atol=1e-5)
     assert len(kept) == 3
-    for i, (key, value) in enumerate(kept):
-        np.testing.assert_allclose(key, stacked.key[i], rtol=0, atol=1e-5)
-        np.testing.assert_allclose(value, stacked.value[i], rtol=0, atol=1e-5)
+    for i, layer in enumerate(kept):
+        for one, other in zip(layer, stacked, strict=True):
+            one, other = (jnp.swapaxes(x, 1, 2)[mask] for x in (one, other[i]))
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
 def test_a_new_network_is_drawn_with_standard_deviation_0_02():

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ppo_jax.models import PolicyValueNetwork, Qwen2Config, load_pretrained, response
+from ppo_jax.models import (
+    PolicyValueNetwork,
+    Qwen2Config,
+    load_pretrained,
+    response,
+    with_separate_critic,
+)
 from ppo_jax.models.response import ResponseOutputs, response_outputs
 from ppo_jax.rollout import rollout
 from ppo_jax.sampling import Sampling, packed
@@ -41,6 +47,8 @@ def chunks_of(monkeypatch):
 
     def set_rows(rows, vocab_size=RULES.vocab_size):
         monkeypatch.setattr(response, "LOGITS_AT_ONCE", rows * vocab_size + vocab_size // 2)
+        monkeypatch.setattr(response, "LEAST_CHUNK", 1)
+        differentiated.clear_cache()  # the number is compiled in
 
     set_rows(CHUNK)
     return set_rows
@@ -129,11 +137,11 @@ def masked_sum(outputs):
     return loss + jnp.sum(outputs.last_value * weights[3, :, 0])
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1), static_argnames=("num_rows", "num_chunks"))
 @partial(jax.value_and_grad, argnums=2, has_aux=True)
-def differentiated(function, graphdef, state, tokens, support=None):
+def differentiated(function, graphdef, state, tokens, support=None, **options):
     """((loss, outputs), gradients)"""
-    outputs = function(nnx.merge(graphdef, state), tokens, support)
+    outputs = function(nnx.merge(graphdef, state), tokens, support, **options)
     return masked_sum(outputs), outputs
 
 
@@ -170,6 +178,34 @@ def test_equals_the_computation_over_full_logits(split, tokens, chunks_of, rows)
     assert_equal_gradients(our_gradients, gradients)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize(("num_rows", "num_chunks"), [(3, 1), (4, 5), (5, 41)])
+def test_packed_rows_and_skipped_chunks_change_nothing(
+    split, tokens, support, chunks_of, critic, num_rows, num_chunks
+):
+    """Lengths of 47, 9, 5, 24 and 46 fit into three rows of 47; 112 of 205 places are responses."""
+    chunks_of(1000)
+    if critic == "separate":
+        network = with_separate_critic(nnx.merge(*split))
+        embeddings = network.critic.embed_tokens
+        embeddings[...] = 0.7 * embeddings[...]  # no longer a copy of the policy's
+        split = nnx.split(network)
+    options = {"num_rows": num_rows, "num_chunks": num_chunks}
+    (_, ours), our_gradients = differentiated(chunked, *split, tokens, support, **options)
+    (_, expected), gradients = differentiated(plain, *split, tokens, support)
+    assert_equal_outputs(ours, expected)
+    assert_equal_gradients(our_gradients, gradients)
+
+
+def test_chunks_that_no_response_reaches_are_not_computed(split, tokens, chunks_of):
+    """Of 41 chunks of five places each, the 112 places of responses reach 23."""
+    chunks_of(1000)
+    (_, outputs), _ = differentiated(chunked, *split, tokens, num_chunks=T)
+    assert (outputs.entropy > 0).sum() == 5 * 23
+    assert (outputs.entropy[IS_RESPONSE] > 0).all()
+
+
 def assert_equal_gradients(our_gradients, gradients):
     for (path, a), (_, b) in zip(
         nnx.to_flat_state(our_gradients), nnx.to_flat_state(gradients), strict=True
@@ -204,8 +240,9 @@ def test_equals_it_without_forbidden_ids_or_temperature(split, tokens):
     assert_tells(ours)
 
 
-def test_what_lies_beyond_the_length_is_never_read(split, tokens):
+def test_what_lies_beyond_the_length_is_never_read(split, tokens, chunks_of):
     """Forbidden ids there have log-probability -inf, and still no NaN reaches a gradient."""
+    chunks_of(1000)  # in one chunk, so that no padding is left out
     padding = np.arange(S) >= LENGTH[:, None]
     forbidden = np.where(padding, 0, tokens)
     (loss, outputs), gradients = differentiated(chunked, *split, forbidden)
