@@ -67,12 +67,13 @@ def response_outputs(
     # Clipped, because a row that ends early may have fewer than T places behind its prompt.
     index = jnp.minimum(prompt_length[:, None] + step, width - 1)
     chosen = jnp.take_along_axis(tokens, index, axis=1)
+    before = packed.start[:, None] + jnp.minimum(index, length[:, None]) - 1
 
     def hidden_states(backbone: Qwen2) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
         """Before each response token, and at the end."""
         hidden, _ = backbone(packed.tokens, packed.mask, remat=remat)
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        return hidden[packed.start[:, None] + index - 1], hidden[packed.start + length - 1]
+        return hidden[before], hidden[packed.start + length - 1]
 
     hidden, last = hidden_states(network.backbone)
     value_hidden, last = (hidden, last) if network.critic is None else hidden_states(network.critic)
