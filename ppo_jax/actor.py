@@ -47,12 +47,20 @@ class Actor:
         network: fixes the architecture; its parameters are given at each call.
         task: prompts, rules and reward; its vocabulary is the network's.
         sampling: how tokens are drawn.
+        shrinks: see `ppo_jax.rollout.rollout`.
 
     Raises:
         UsageError: the network does not fit the task.
     """
 
-    def __init__(self, network: PolicyValueNetwork, task: TextTask, sampling: Sampling):
+    def __init__(
+        self,
+        network: PolicyValueNetwork,
+        task: TextTask,
+        sampling: Sampling,
+        *,
+        shrinks: bool = False,
+    ):
         if task.rules.vocab_size != network.config.vocab_size:
             raise UsageError(
                 f"The task has {task.rules.vocab_size} actions, but the model's vocabulary has "
@@ -83,6 +91,7 @@ class Actor:
                 sampling=sampling,
                 completions_per_prompt=completions_per_prompt,
                 greedy=greedy,
+                shrinks=shrinks,
             )
 
         self._rollout = jax.jit(compiled, static_argnames=("completions_per_prompt", "greedy"))

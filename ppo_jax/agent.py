@@ -76,7 +76,9 @@ class PPOAgent:
         self.task = task
         self.config = config
         self.num_iterations = num_iterations
-        self.actor = Actor(network, task, config.ppo.sampling)
+        self.actor = Actor(
+            network, task, config.ppo.sampling, shrinks=config.ppo.num_packed_sizes > 1
+        )
         self.learner = Learner(
             graphdef=graphdef,
             rules=task.rules,

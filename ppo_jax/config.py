@@ -101,7 +101,8 @@ class PPOConfig:
     """Parts a minibatch is computed in, to save memory; the result does not depend on it."""
     num_packed_sizes: int = 1
     """Sizes that a micro-batch may shrink to when short sequences share rows: with 4, one that fits
-    into half its rows costs half. More follow the lengths more closely, and compile longer."""
+    into half its rows costs half. With more than 1, generation as well goes on in fewer rows once
+    most have ended. More sizes follow the lengths more closely, and compile longer."""
     loss_aggregation: Aggregation = "token"
     """What counts alike in the mean loss of a minibatch: every token, or every sequence."""
     clip_range: float = 0.2

@@ -1,5 +1,6 @@
 """The compiled rollout against teacher forcing, `transformers`, and the Gymnasium environments."""
 
+import chex
 import gymnasium as gym
 import jax
 import jax.numpy as jnp
@@ -181,21 +182,49 @@ def test_rows_do_not_depend_on_each_other_or_on_padding(make_network, make_test_
         )
 
 
-def test_decoding_stops_when_every_row_has_ended(make_network, make_test_task, monkeypatch):
-    steps = []
+@pytest.fixture
+def rows_decoded(monkeypatch):
+    """How many rows each decode step had, once all effects are there."""
+    counts = []
     decode = rollout_module._decode
 
-    def counted(*arguments):
-        jax.debug.callback(lambda: steps.append(1))
-        return decode(*arguments)
+    def counted(network, layers, carry, rules):
+        rows = len(carry.token)
+        jax.debug.callback(lambda: counts.append(rows))
+        return decode(network, layers, carry, rules)
 
     monkeypatch.setattr(rollout_module, "_decode", counted)
+    return counts
+
+
+def test_decoding_stops_when_every_row_has_ended(make_network, make_test_task, rows_decoded):
     task = make_test_task(eos_token_ids=range(100, 700))
     result = run(make_network(), task)
     jax.effects_barrier()
     longest = mdp.response_length(result.state).max()
     assert longest < task.rules.max_new_tokens, "the batch must end early to test anything"
-    assert len(steps) == longest - 1  # the first token comes from the prefill
+    assert rows_decoded == [5] * (longest - 1)  # the first token comes from the prefill
+
+
+def test_decoding_goes_on_in_a_quarter_of_the_rows(make_network, make_test_task, rows_decoded):
+    task = make_test_task()
+    prompts = [*task.prompts, *task.prompts[:3]]
+    result = run(make_network(), task, prompts=prompts, shrinks=True)
+    jax.effects_barrier()
+    *_, third, _, longest = np.sort(mdp.response_length(result.state))
+    assert longest > third, "or none went on alone"
+    assert rows_decoded == [8] * (third - 1) + [2] * (longest - third)
+
+
+def test_in_fewer_rows_it_writes_what_it_would_have_written(make_network, make_test_task):
+    network, task = make_network(), make_test_task(eos_token_ids=range(400))
+    options = {"prompts": [*task.prompts, *task.prompts[:3]], "sampling": Sampling(top_k=5)}
+    shrunk = run(network, task, **options, greedy=True, shrinks=True)
+    whole = run(network, task, **options, greedy=True)
+    np.testing.assert_allclose(shrunk.logprobs, whole.logprobs, rtol=0, atol=1e-5)
+    chex.assert_trees_all_equal((shrunk.state, shrunk.support), (whole.state, whole.support))
+    lengths = np.sort(mdp.response_length(whole.state))
+    assert lengths[-3] < lengths[-1], "or none went on alone"
 
 
 def test_the_environment_replays_a_compiled_rollout(make_network, make_test_task):
