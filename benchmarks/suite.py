@@ -60,7 +60,11 @@ def cases(arguments: Arguments) -> list[Case]:
     match arguments.machine:
         case "tiny":
             tiny = {"model": "random:tiny", "iterations": 2}
-            return [Case("tiny", tiny), Case("tiny, 2 x", tiny | {"batch_size": 16})]
+            packed = {"batch_size": 16, "mean_response_length": 8, "packed_sizes": 2}
+            return [
+                Case("tiny", tiny | {"decode_batches": [1, 4]}),
+                Case("tiny, packed", tiny | packed),
+            ]
         case "gpu":
             on_gpu = qwen | {"dtype": "bfloat16", "iterations": 3}
             long = {

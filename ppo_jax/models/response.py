@@ -58,8 +58,8 @@ def response_outputs(
         stop_value_gradient: keep the gradient of the values out of the backbone.
         num_rows: pack the sequences into so many rows, which they must fit into; None leaves each
             in its own. See `ppo_jax.packing`.
-        num_chunks: project to the vocabulary in so many parts, unless they would be too large or
-            too small. Of several parts, those that no response reaches are left out.
+        num_chunks: with several, project to the vocabulary in about so many parts and leave out
+            those that no response reaches; it takes the memory of one more embedding table.
     """
     batch, width = tokens.shape
     packed = _packed(tokens, length, num_rows if num_rows is not None else batch)
@@ -153,7 +153,7 @@ def _logprobs_and_entropy(
         logprob = jnp.take_along_axis(log_p, chosen[:, None], axis=-1)[:, 0]
         return logprob, -p_log_p.sum(axis=-1)
 
-    count = is_response.shape[0]
+    count, skips = is_response.shape[0], num_chunks > 1
     most = max(LOGITS_AT_ONCE // rules.vocab_size, 1)
     num_chunks = max(-(-count // most), min(num_chunks, count // LEAST_CHUNK), 1)
     if num_chunks == 1:  # the logits are kept for the backward pass
@@ -167,14 +167,14 @@ def _logprobs_and_entropy(
     taken = order[jnp.minimum(jnp.arange(num_chunks * chunk), count - 1)]
     chunks = jax.tree.map(lambda x: x[taken].reshape(num_chunks, chunk, *x.shape[1:]), positions)
 
-    def if_reached(rows: tuple[Array, _Positions]) -> tuple[Array, Array]:
-        first, positions = rows
-        nothing = jnp.zeros(chunk)
-        return jax.lax.cond(
-            first < is_response.sum(), of_chunk, lambda _: (nothing, nothing), positions
-        )
+    def of_numbered(number: Int[Array, ""], positions: _Positions) -> tuple[Array, Array]:
+        if not skips:
+            return of_chunk(positions)
+        is_reached = number * chunk < is_response.sum()
+        nothing = jnp.zeros(chunk), jnp.zeros(chunk)
+        return jax.lax.cond(is_reached, of_chunk, lambda _: nothing, positions)
 
-    if_reached = jax.checkpoint(if_reached, prevent_cse=False)
-    results = jax.lax.map(if_reached, (chunk * jnp.arange(num_chunks), chunks))
+    of_numbered = jax.checkpoint(of_numbered, prevent_cse=False)
+    results = jax.lax.map(lambda x: of_numbered(*x), (jnp.arange(num_chunks), chunks))
     logprobs, entropy = (jnp.zeros(count).at[order].set(x.reshape(-1)[:count]) for x in results)
     return logprobs, entropy

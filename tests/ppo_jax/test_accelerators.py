@@ -1,0 +1,35 @@
+"""Without an accelerator at hand: that all an iteration computes can be lowered for one."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ppo_jax.agent import PPOAgent
+from ppo_jax.config import PPOConfig, TrainConfig
+from ppo_jax.models import load_pretrained, save_pretrained
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_an_iteration_lowers(platform, make_network, make_test_task, tmp_path):
+    """In bfloat16, packed, in micro-batches, over a truncated distribution."""
+    task = make_test_task()
+    save_pretrained(make_network(), tmp_path / "model")
+    network = load_pretrained(tmp_path / "model", dtype="bfloat16")
+    ppo = PPOConfig(batch_size=4, num_microbatches=2, num_packed_sizes=2, top_k=5)
+    agent = PPOAgent(network, task, TrainConfig(ppo=ppo), num_iterations=2)
+    state, key = agent.state, jax.random.key(0)
+
+    def result(function, *arguments, **options):
+        """Its shapes; the program for `platform` is made on the way."""
+        lowered = function.trace(*arguments, **options).lower(lowering_platforms=(platform,))
+        assert "while" in lowered.as_text()
+        return lowered.out_info
+
+    first = task.initial_state(task.prompts[:4])
+    ids = jnp.asarray(first.tokens[:, : task.rules.max_prompt_length])
+    how = {"completions_per_prompt": 1, "greedy": False}
+    rollout = result(agent.actor._rollout, state.params, ids, first.prompt_length, key, **how)
+    score = jnp.zeros(4)
+    prepared = result(agent._prepare, state.params, agent.reference, state.controls, rollout, score)
+    after, _, _ = result(agent._update, state, prepared.batch, key)
+    jax.tree.map(lambda x, y: None if x.shape == y.shape else pytest.fail(), state, after)
