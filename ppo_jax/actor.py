@@ -3,12 +3,15 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from ppo_jax.data_parallel import on_own_rows, own_key
 from ppo_jax.models.heads import PolicyValueNetwork
 from ppo_jax.rollout import Rollout, rollout
 from ppo_jax.sampling import Sampling
@@ -48,6 +51,7 @@ class Actor:
         task: prompts, rules and reward; its vocabulary is the network's.
         sampling: how tokens are drawn.
         shrinks: see `ppo_jax.rollout.rollout`.
+        mesh: that the prompts of a call are cut over; they must be a multiple of its devices.
 
     Raises:
         UsageError: the network does not fit the task.
@@ -60,6 +64,7 @@ class Actor:
         sampling: Sampling,
         *,
         shrinks: bool = False,
+        mesh: Mesh | None = None,
     ):
         if task.rules.vocab_size != network.config.vocab_size:
             raise UsageError(
@@ -73,6 +78,7 @@ class Actor:
             )
         graphdef = nnx.graphdef(network)
         self.task = task
+        self._num_devices = 1 if mesh is None else mesh.size
 
         def compiled(
             params: nnx.State,
@@ -82,17 +88,22 @@ class Actor:
             completions_per_prompt: int,
             greedy: bool,
         ) -> Rollout:
-            return rollout(
-                nnx.merge(graphdef, params),
-                ids,
-                length,
-                key,
-                rules=task.rules,
-                sampling=sampling,
-                completions_per_prompt=completions_per_prompt,
-                greedy=greedy,
-                shrinks=shrinks,
-            )
+            def of_rows(whole: tuple[nnx.State, jax.Array], rows: Any) -> Rollout:
+                params, key = whole
+                ids, length = rows
+                return rollout(
+                    nnx.merge(graphdef, params),
+                    ids,
+                    length,
+                    own_key(key, mesh),
+                    rules=task.rules,
+                    sampling=sampling,
+                    completions_per_prompt=completions_per_prompt,
+                    greedy=greedy,
+                    shrinks=shrinks,
+                )
+
+            return on_own_rows(of_rows, mesh)((params, key), (ids, length))
 
         self._rollout = jax.jit(compiled, static_argnames=("completions_per_prompt", "greedy"))
 
@@ -139,7 +150,9 @@ class Actor:
         batch_size: int,
         greedy: bool = False,
     ) -> tuple[list[Episode], list[Outcome]]:
-        """Any number of prompts, `batch_size` at a time; the last batch is filled up."""
+        """Any number of prompts, about `batch_size` at a time; the last batch is filled up."""
+        at_once = min(batch_size, len(prompts))
+        batch_size = -(-at_once // self._num_devices) * self._num_devices
         episodes: list[Episode] = []
         outcomes: list[Outcome] = []
         for start in range(0, len(prompts), batch_size):

@@ -17,6 +17,7 @@ from flax import nnx
 
 from ppo_jax.actor import Actor, Episodes, component_means
 from ppo_jax.config import TrainConfig
+from ppo_jax.data_parallel import copied, make_mesh
 from ppo_jax.learner import Learner, TrainState
 from ppo_jax.models import PolicyValueNetwork, with_separate_critic
 from ppo_jax.models.qwen2 import Qwen2
@@ -54,7 +55,7 @@ class PPOAgent:
         num_iterations: iterations of the whole run, over which the learning rate is scheduled.
 
     Raises:
-        UsageError: the network does not fit the task or the settings.
+        UsageError: the network does not fit the task or the settings, or these not the machine.
     """
 
     def __init__(
@@ -72,12 +73,13 @@ class PPOAgent:
                 f"critic is {config.ppo.critic!r}, but the model has a separate critic "
                 "(critic.safetensors); set critic to 'separate', or remove that file."
             )
+        mesh = make_mesh(config.run.num_devices)
         graphdef, params = nnx.split(network)
         self.task = task
         self.config = config
         self.num_iterations = num_iterations
         self.actor = Actor(
-            network, task, config.ppo.sampling, shrinks=config.ppo.num_packed_sizes > 1
+            network, task, config.ppo.sampling, shrinks=config.ppo.num_packed_sizes > 1, mesh=mesh
         )
         self.learner = Learner(
             graphdef=graphdef,
@@ -86,10 +88,13 @@ class PPOAgent:
             optimizer_config=config.optimizer,
             num_iterations=num_iterations,
             remat=config.run.remat,
+            mesh=mesh,
         )
+        params = copied(params, mesh)
         self.initial_backbone = params["backbone"]
         # Updates donate the state's buffers, so the policy must not share the reference's.
-        self.state: TrainState = self.learner.init(jax.tree.map(jnp.copy, params), config.run.seed)
+        start = self.learner.init(jax.tree.map(jnp.copy, params), config.run.seed)
+        self.state: TrainState = copied(start, mesh)
         self._prepare = jax.jit(self.learner.prepare)
         self._update = jax.jit(self.learner.update, donate_argnums=0)
         self._act = jax.jit(
@@ -135,7 +140,7 @@ class PPOAgent:
             self.state.params,
             prompts,
             self._key(_EVALUATE),
-            batch_size=min(self.config.ppo.batch_size, len(prompts)),
+            batch_size=self.config.ppo.batch_size,
             greedy=greedy,
         )
 

@@ -170,7 +170,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How long, how often, with what precision."""
+    """How long, how often, with what precision, on what."""
 
     num_iterations: int | None = None
     """Iterations in all; None makes num_prompt_epochs passes over the prompts."""
@@ -182,6 +182,8 @@ class RunConfig:
     """Compute type."""
     param_dtype: ComputeType = "float32"
     """Type of parameters and moments; bfloat16 halves their memory and rounds small steps away."""
+    num_devices: int = 1
+    """Devices, such as GPUs, that each batch is cut over; each has a copy of all parameters."""
     remat: bool = False
     """Recompute activations in the backward pass instead of keeping them: slower, smaller."""
     eval_every: int = 10

@@ -25,6 +25,7 @@ def check_ranges(config: "TrainConfig") -> None:
         "num_packed_sizes": (ppo.num_packed_sizes, 1),
         "num_epochs": (ppo.num_epochs, 1),
         "kl_horizon": (ppo.kl_horizon, 1),
+        "num_devices": (run.num_devices, 1),
         "num_iterations": (run.num_iterations, 1),
         "num_prompt_epochs": (run.num_prompt_epochs, 1),
         "eval_every": (run.eval_every, 1),
@@ -93,16 +94,15 @@ def check_contradictions(config: "TrainConfig") -> None:
             f"num_minibatches ({ppo.num_minibatches}) is larger than batch_size "
             f"({ppo.batch_size}): a minibatch would have no episode; lower num_minibatches."
         )
-    if ppo.batch_size % (ppo.num_minibatches * ppo.num_microbatches):
-        raise UsageError(
-            f"batch_size ({ppo.batch_size}) must be a multiple of num_minibatches x "
-            f"num_microbatches ({ppo.num_minibatches} x {ppo.num_microbatches})."
-        )
-    if ppo.batch_size % ppo.completions_per_prompt:
-        raise UsageError(
-            f"batch_size ({ppo.batch_size}) must be a multiple of completions_per_prompt "
-            f"({ppo.completions_per_prompt})."
-        )
+    parts = {"num_minibatches": ppo.num_minibatches, "num_microbatches": ppo.num_microbatches}
+    for factors in (parts, {"completions_per_prompt": ppo.completions_per_prompt}):
+        factors = factors | {"num_devices": run.num_devices}
+        if ppo.batch_size % math.prod(factors.values()):
+            named = {name: factor for name, factor in factors.items() if factor > 1}
+            raise UsageError(
+                f"batch_size ({ppo.batch_size}) must be a multiple of {' x '.join(named)} "
+                f"({' x '.join(map(str, named.values()))})."
+            )
     if task.min_new_tokens > task.max_new_tokens:
         raise UsageError(
             f"min_new_tokens ({task.min_new_tokens}) is above max_new_tokens "

@@ -113,7 +113,7 @@ def evaluate(arguments: Arguments) -> dict[str, dict[str, float]]:
             nnx.state(network),
             prompts,
             jax.random.key(arguments.seed),
-            batch_size=min(arguments.batch_size, len(prompts)),
+            batch_size=arguments.batch_size,
             greedy=greedy,
         )
         return evaluation_means(outcomes)

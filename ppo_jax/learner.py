@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ppo_jax import algorithm, packing
+from ppo_jax import algorithm
 from ppo_jax.batch import Batch, Controls, Distributions, Metrics, Prepared, make_batch
 from ppo_jax.config import OptimizerConfig, PPOConfig
+from ppo_jax.data_parallel import copied, greatest, on_own_rows, summed
 from ppo_jax.models.response import ResponseOutputs, response_outputs
 from ppo_jax.optimizer import (
     Params,
@@ -31,6 +33,7 @@ from ppo_jax.optimizer import (
     learning_rate_schedule,
     learning_share,
 )
+from ppo_jax.packing import Layout, in_fewest_rows
 from ppo_jax.rollout import Rollout
 from qwen_env import mdp
 
@@ -57,6 +60,7 @@ class Learner:
     optimizer_config: OptimizerConfig
     num_iterations: int  # over which the learning rate is scheduled
     remat: bool = False
+    mesh: Mesh | None = None  # that the rows of a batch are cut over
 
     def init(self, params: Params, seed: int) -> TrainState:
         moves = self.config.ref_ema_decay is not None
@@ -105,6 +109,7 @@ class Learner:
         whose loss or gradient is not finite is skipped.
         """
         config = self.config
+        batch = copied(batch, self.mesh)  # before its rows change places
         batch_size = batch.tokens.shape[0]
         num_minibatches = config.num_minibatches
         num_steps = config.num_epochs * num_minibatches
@@ -220,32 +225,46 @@ class Learner:
         return ends_epoch & (epoch_kl / config.num_minibatches > config.target_kl), never
 
     def _gradients(self, params: Params, minibatch: Batch) -> tuple[Params, "_Seen"]:
-        """Gradients and metrics of a minibatch, summed over its micro-batches."""
-        pieces = self.config.num_microbatches
+        """Gradients and metrics of a minibatch, summed over its micro-batches and devices."""
         weights = algorithm.token_weights(minibatch.mask, self.config.loss_aggregation)
 
-        def differentiate(piece: Batch, weights: Array) -> tuple[Params, _Seen]:
-            def in_rows(num_rows: int, params: Params, piece: Batch, weights: Array) -> Any:
-                return jax.grad(self._loss, has_aux=True)(params, piece, weights, num_rows)
+        def of_own_rows(params: Params, rows: tuple[Batch, Array]) -> tuple[Params, _Seen]:
+            gradients, seen = self._gradients_of_rows(params, rows)
+            worst = greatest(seen.ratio_max_error, self.mesh)
+            gradients, seen = summed((gradients, seen), self.mesh)
+            return gradients, seen._replace(ratio_max_error=worst)
 
-            return self._in_fewest_rows(in_rows, piece.length, params, piece, weights)
+        of_all_rows = on_own_rows(of_own_rows, self.mesh, gives_rows=False)
+        return of_all_rows(params, (minibatch, weights))
+
+    def _gradients_of_rows(
+        self, params: Params, rows: tuple[Batch, Float[Array, "M T"]]
+    ) -> tuple[Params, "_Seen"]:
+        """Summed over their micro-batches, by the weights of their tokens."""
+        pieces = self.config.num_microbatches
+
+        def differentiate(rows: tuple[Batch, Array]) -> tuple[Params, _Seen]:
+            def at_layout(layout: Layout | None, params: Params, *rows: Any) -> Any:
+                return jax.grad(self._loss, has_aux=True)(params, *rows, layout)
+
+            return self._in_fewest_rows(at_layout, rows[0].length, params, *rows)
 
         if pieces == 1:
-            return differentiate(minibatch, weights)
+            return differentiate(rows)
 
         def add(total: Any, piece: Any) -> tuple[Any, None]:
-            gradients, seen = differentiate(*piece)
-            summed = jax.tree.map(jnp.add, total, (gradients, seen))
+            gradients, seen = differentiate(piece)
+            added = jax.tree.map(jnp.add, total, (gradients, seen))
             worst = jnp.maximum(total[1].ratio_max_error, seen.ratio_max_error)
-            return (summed[0], summed[1]._replace(ratio_max_error=worst)), None
+            return (added[0], added[1]._replace(ratio_max_error=worst)), None
 
-        cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), (minibatch, weights))
-        shapes = jax.eval_shape(differentiate, *jax.tree.map(lambda x: x[0], cut))
+        cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rows)
+        shapes = jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], cut))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(add, zeros, cut)[0]
 
     def _loss(
-        self, params: Params, batch: Batch, weights: Float[Array, "M T"], num_rows: int
+        self, params: Params, batch: Batch, weights: Float[Array, "M T"], layout: Layout | None
     ) -> tuple[Array, "_Seen"]:
         """The total loss of a micro-batch: its share of the minibatch's, by its tokens' weights."""
         config, mask = self.config, batch.mask
@@ -255,7 +274,7 @@ class Learner:
             batch.prompt_length,
             batch.length,
             batch.support,
-            num_rows=num_rows,
+            layout=layout,
         )
         policy = algorithm.clipped_policy_loss(
             new.logprobs,
@@ -310,26 +329,28 @@ class Learner:
         state = rollout.state
         pieces = self.config.num_minibatches * self.config.num_microbatches
 
-        def outputs(rows: Any) -> Any:
-            def in_rows(num_rows: int, params: Params, rows: Any) -> Any:
-                return choose(self._response_outputs(params, *rows, num_rows=num_rows))
+        def outputs(params: Params, rows: Any) -> Any:
+            def at_layout(layout: Layout | None, params: Params, *rows: Any) -> Any:
+                return choose(self._response_outputs(params, *rows, layout=layout))
 
             _, _, length, _ = rows
-            return self._in_fewest_rows(in_rows, length, params, rows)
+            return self._in_fewest_rows(at_layout, length, params, *rows)
+
+        def outputs_of_rows(params: Params, rows: Any) -> Any:
+            if pieces == 1:
+                return outputs(params, rows)
+            cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rows)
+            results = jax.lax.map(lambda rows: outputs(params, rows), cut)
+            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
         rows = (state.tokens, state.prompt_length, state.length, rollout.support)
-        if pieces == 1:
-            return outputs(rows)
-        cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rows)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(outputs, cut))
+        return on_own_rows(outputs_of_rows, self.mesh)(params, rows)
 
     def _in_fewest_rows(
         self, function: Callable[..., Any], length: Int[Array, "M"], *operands: Any
     ) -> Any:
-        """`function(num_rows, *operands)` at the fewest rows that the sequences fit into."""
-        sizes = packing.sizes(length.shape[0], self.config.num_packed_sizes)
-        needed = packing.places(length, self.rules.max_length).num_rows
-        return packing.at_size(function, needed, sizes, *operands)
+        num_sizes = self.config.num_packed_sizes
+        return in_fewest_rows(function, length, self.rules.max_length, num_sizes, *operands)
 
     def _response_outputs(
         self,
@@ -339,7 +360,7 @@ class Learner:
         length: Array,
         support: Array | None,
         *,
-        num_rows: int,
+        layout: Layout | None,
     ) -> ResponseOutputs:
         return response_outputs(
             nnx.merge(self.graphdef, params),
@@ -352,7 +373,7 @@ class Learner:
             num_steps=self.rules.max_new_tokens,
             stop_value_gradient=self.config.critic == "stopped",
             remat=self.remat,
-            num_rows=num_rows,
+            layout=layout,
             num_chunks=self.config.num_packed_sizes,
         )
 

@@ -17,20 +17,65 @@ from jaxtyping import Array, Int
 
 
 class Places(NamedTuple):
-    """Where each sequence lies."""
+    """Where each sequence lies: in which row, and from where on."""
 
     row: Int[Array, "M"]
     start: Int[Array, "M"]
-    num_rows: Int[Array, ""]  # that hold any: the first ones
 
 
-def places(length: Int[Array, "M"], width: int) -> Places:
-    """First fit, longest first: each sequence goes to the first row that has room for it.
+class Layout(NamedTuple):
+    """So many rows, and where each sequence lies in them."""
+
+    num_rows: int  # fixed when a program is compiled
+    places: Places
+
+
+def in_fewest_rows(
+    function: Callable[..., Any],
+    length: Int[Array, "M"],
+    width: int,
+    num_sizes: int,
+    *operands: Any,
+) -> Any:
+    """`function(layout, *operands)`, with as few of `num_sizes` numbers of rows as will do.
+
+    Args:
+        function: its layout is None where each sequence has a row of its own. The results must
+            have the same shapes for every number of rows.
+        length: 1 to `width` each.
+        width: of a row.
+    """
+    count = length.shape[0]
+    if num_sizes == 1:
+        return function(None, *operands)
+    places, needed = first_fit(length, width)
+
+    def at_size(size: int) -> Callable[..., Any]:
+        def branch(places: Places, *operands: Any) -> Any:
+            return function(None if size == count else Layout(size, places), *operands)
+
+        return branch
+
+    available = sizes(count, num_sizes)
+    smallest = jnp.searchsorted(jnp.asarray(available), needed)
+    return jax.lax.switch(smallest, list(map(at_size, available)), places, *operands)
+
+
+def sizes(count: int, num_sizes: int) -> tuple[int, ...]:
+    """Numbers of rows to compile for, ascending; the last is `count`, one for each sequence."""
+    return tuple(sorted({-(-count * k // num_sizes) for k in range(1, num_sizes + 1)}))
+
+
+def first_fit(length: Int[Array, "M"], width: int) -> tuple[Places, Int[Array, ""]]:
+    """Longest first, each sequence goes to the first row that has room for it.
 
     It takes at most 11/9 of the fewest rows possible, and one more (Dósa 2007).
 
     Args:
         length: 1 to `width` each.
+
+    Returns:
+        the places, and how many rows hold any: the first ones.
     """
 
     def put(room: Int[Array, "M"], length: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -40,22 +85,4 @@ def places(length: Int[Array, "M"], width: int) -> Places:
     order = jnp.argsort(-length)
     room, of_longest_first = jax.lax.scan(put, jnp.full_like(length, width), length[order])
     row, start = (jnp.zeros_like(length).at[order].set(x) for x in of_longest_first)
-    return Places(row, start, (room < width).sum())
-
-
-def sizes(count: int, num_sizes: int) -> tuple[int, ...]:
-    """Numbers of rows to compile for, ascending; the last is `count`, one for each sequence."""
-    return tuple(sorted({-(-count * k // num_sizes) for k in range(1, num_sizes + 1)}))
-
-
-def at_size(
-    function: Callable[..., Any], needed: Int[Array, ""], sizes: tuple[int, ...], *operands: Any
-) -> Any:
-    """`function(size, *operands)` at the first of `sizes` that is at least `needed`.
-
-    Its result must have the same shapes for every size.
-    """
-    if len(sizes) == 1:
-        return function(sizes[0], *operands)
-    branches = [lambda *operands, size=size: function(size, *operands) for size in sizes]
-    return jax.lax.switch(jnp.searchsorted(jnp.asarray(sizes), needed), branches, *operands)
+    return Places(row, start), (room < width).sum()

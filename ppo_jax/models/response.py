@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from ppo_jax import packing
 from ppo_jax.models.heads import PolicyValueNetwork
 from ppo_jax.models.qwen2 import Qwen2
+from ppo_jax.packing import Layout
 from ppo_jax.sampling import Sampling, sampling_logits, unpacked
 from qwen_env import mdp
 
@@ -45,7 +45,7 @@ def response_outputs(
     num_steps: int,
     stop_value_gradient: bool = False,
     remat: bool = False,
-    num_rows: int | None = None,
+    layout: Layout | None = None,
     num_chunks: int = 1,
 ) -> ResponseOutputs:
     """Log-probabilities, entropies and values of responses. Beyond `length` they mean nothing.
@@ -56,13 +56,12 @@ def response_outputs(
         support: the ids that each token was drawn from, as `rollout` recorded them.
         num_steps: T, at least the longest response.
         stop_value_gradient: keep the gradient of the values out of the backbone.
-        num_rows: pack the sequences into so many rows, which they must fit into; None leaves each
-            in its own. See `ppo_jax.packing`.
+        layout: rows that the sequences share; None leaves each in its own. See `ppo_jax.packing`.
         num_chunks: with several, project to the vocabulary in about so many parts and leave out
             those that no response reaches; it takes the memory of one more embedding table.
     """
     batch, width = tokens.shape
-    packed = _packed(tokens, length, num_rows if num_rows is not None else batch)
+    packed = _packed(tokens, length, layout)
     step = jnp.arange(num_steps)
     # Clipped, because a row that ends early may have fewer than T places behind its prompt.
     index = jnp.minimum(prompt_length[:, None] + step, width - 1)
@@ -104,13 +103,13 @@ class _Packed(NamedTuple):
     start: Int[Array, "B"]  # of each sequence, in the flattened rows
 
 
-def _packed(tokens: Int[Array, "B S"], length: Int[Array, "B"], num_rows: int) -> _Packed:
+def _packed(tokens: Int[Array, "B S"], length: Int[Array, "B"], layout: Layout | None) -> _Packed:
     count, width = tokens.shape
     step = jnp.arange(width)
     is_real = step < length[:, None]
-    if num_rows == count:
+    if layout is None:
         return _Packed(tokens, is_real.astype(jnp.int32), width * jnp.arange(count))
-    places = packing.places(length, width)
+    num_rows, places = layout
     start = width * places.row + places.start
     size = num_rows * width
     place = jnp.where(is_real, start[:, None] + step, size)  # of padding, behind the end: dropped

@@ -5,18 +5,20 @@ import jax.numpy as jnp
 import pytest
 
 from ppo_jax.agent import PPOAgent
-from ppo_jax.config import PPOConfig, TrainConfig
+from ppo_jax.config import PPOConfig, RunConfig, TrainConfig
 from ppo_jax.models import load_pretrained, save_pretrained
 
 
+@pytest.mark.parametrize("num_devices", [1, 2])
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_an_iteration_lowers(platform, make_network, make_test_task, tmp_path):
+def test_an_iteration_lowers(platform, num_devices, make_network, make_test_task, tmp_path):
     """In bfloat16, packed, in micro-batches, over a truncated distribution."""
     task = make_test_task()
     save_pretrained(make_network(), tmp_path / "model")
     network = load_pretrained(tmp_path / "model", dtype="bfloat16")
     ppo = PPOConfig(batch_size=4, num_microbatches=2, num_packed_sizes=2, top_k=5)
-    agent = PPOAgent(network, task, TrainConfig(ppo=ppo), num_iterations=2)
+    config = TrainConfig(ppo=ppo, run=RunConfig(num_devices=num_devices))
+    agent = PPOAgent(network, task, config, num_iterations=2)
     state, key = agent.state, jax.random.key(0)
 
     def result(function, *arguments, **options):

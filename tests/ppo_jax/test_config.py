@@ -133,6 +133,14 @@ def test_values_that_cannot_be(changes: dict[str, dict[str, Any]], words: str) -
             r"batch_size \(8\) must be a multiple of completions_per_prompt \(3\)",
         ),
         (
+            {"ppo": {"batch_size": 8, "num_minibatches": 4}, "run": {"num_devices": 4}},
+            r"batch_size \(8\) must be a multiple of num_minibatches x num_devices \(4 x 4\)",
+        ),
+        (
+            {"ppo": {"batch_size": 8, "completions_per_prompt": 4}, "run": {"num_devices": 4}},
+            r"must be a multiple of completions_per_prompt x num_devices \(4 x 4\)",
+        ),
+        (
             {"task": {"min_new_tokens": 9, "max_new_tokens": 8}},
             r"min_new_tokens \(9\) is above max_new_tokens \(8\)",
         ),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ppo_jax import packing
 
 WIDTH = 12
-places = jax.jit(packing.places, static_argnums=1)
+first_fit = jax.jit(packing.first_fit, static_argnums=1)
 
 
 @st.composite
@@ -22,7 +22,7 @@ def lengths(draw):
 @settings(deadline=None)  # the first example compiles
 @given(lengths())
 def test_sequences_lie_inside_their_rows_and_apart(length):
-    row, start, num_rows = places(length, WIDTH)
+    (row, start), num_rows = first_fit(length, WIDTH)
     taken = np.zeros((8, WIDTH), int)
     for r, s, n in zip(row, start, length, strict=True):
         assert s + n <= WIDTH
@@ -40,7 +40,7 @@ def test_they_are_those_of_first_fit_longest_first(length):
     for n in sorted(length.tolist(), reverse=True):
         fitting = [row for row in rows if sum(row) + n <= WIDTH]
         fitting[0].append(n) if fitting else rows.append([n])
-    row, start, num_rows = places(length, WIDTH)
+    (row, start), num_rows = first_fit(length, WIDTH)
     assert num_rows == len(rows)
     for number, expected in enumerate(rows):
         mine = np.flatnonzero(np.asarray(row) == number)
@@ -58,11 +58,25 @@ def test_sizes(count: int, num_sizes: int, expected: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("jitted", [False, True])
 def test_the_smallest_size_that_will_do(jitted: bool) -> None:
-    sizes = (3, 5, 8, 10)
+    """Sizes 3, 5, 8 and 10 of ten rows: n sequences that fill a row, the others in one row."""
 
-    def taken(needed: jax.Array) -> jax.Array:
-        return packing.at_size(lambda size, x: x + size, needed, sizes, jnp.zeros((), jnp.int32))
+    def in_fewest_rows(length: jax.Array, offset: jax.Array) -> jax.Array:
+        def taken(layout: packing.Layout | None, offset: jax.Array) -> jax.Array:
+            if layout is None:
+                return offset + 10
+            fits = layout.places.row.max() < layout.num_rows
+            return offset + jnp.where(fits, layout.num_rows, 0)
 
-    taken = jax.jit(taken) if jitted else taken
-    for needed in range(11):
-        assert taken(jnp.asarray(needed)) == next(size for size in sizes if size >= needed)
+        return packing.in_fewest_rows(taken, length, WIDTH, 4, offset)
+
+    in_fewest_rows = jax.jit(in_fewest_rows) if jitted else in_fewest_rows
+    for full in range(11):
+        length = jnp.array([WIDTH] * full + [1] * (10 - full))
+        needed = min(full + 1, 10)
+        expected = next(size for size in (3, 5, 8, 10) if size >= needed)
+        assert in_fewest_rows(length, jnp.asarray(100)) == 100 + expected
+
+
+def test_one_size_leaves_each_sequence_its_row() -> None:
+    length = jnp.ones(4, jnp.int32)
+    assert packing.in_fewest_rows(lambda layout, x: (layout, x), length, WIDTH, 1, 7) == (None, 7)

@@ -108,6 +108,24 @@ def test_a_signal_ends_the_run_behind_its_iteration(
     assert_same_run(run, finished_run)
 
 
+@pytest.mark.slow
+def test_on_two_devices(
+    flags: list[str], rewards: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    main([*flags, "--num-devices", "2", "--output-dir", str(one)])
+    rewards.calls = 0
+    rewards.on_call[10] = raises(RuntimeError("no connection"))
+    with pytest.raises(SystemExit):
+        main([*flags, "--num-devices", "2", "--output-dir", str(other)])
+    with pytest.raises(SystemExit) as exit:
+        main(["--output-dir", str(other), "--resume", "--num-devices", "1"])
+    assert exit.value.code == 2
+    assert "holds a run with num_devices = 2, not 1" in capfd.readouterr().err
+    main(["--output-dir", str(other), "--resume"])
+    assert_same_run(one, other)
+
+
 @pytest.mark.parametrize(
     ("call", "saved_after"),
     [

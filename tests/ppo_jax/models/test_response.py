@@ -18,6 +18,7 @@ from ppo_jax.models import (
     with_separate_critic,
 )
 from ppo_jax.models.response import ResponseOutputs, response_outputs
+from ppo_jax.packing import Layout, first_fit
 from ppo_jax.rollout import rollout
 from ppo_jax.sampling import Sampling, packed
 from qwen_env import mdp
@@ -98,7 +99,9 @@ def allowed_ids(rules):
     return allowed
 
 
-def chunked(network, tokens, support=None, rules=RULES, temperature=TEMPERATURE, **options):
+def chunked(
+    network, tokens, support=None, rules=RULES, temperature=TEMPERATURE, num_rows=None, num_chunks=1
+):
     return response_outputs(
         network,
         tokens,
@@ -108,7 +111,8 @@ def chunked(network, tokens, support=None, rules=RULES, temperature=TEMPERATURE,
         rules=rules,
         sampling=Sampling(temperature),
         num_steps=T,
-        **options,
+        layout=Layout(num_rows, first_fit(jnp.asarray(LENGTH), S)[0]) if num_rows else None,
+        num_chunks=num_chunks,
     )
 
 
