@@ -3,13 +3,11 @@
     prepare   old and reference log-probabilities, values -> rewards -> advantages, returns
     update    epochs x minibatches of clipped PPO, with the KL early stop inside
 
-Both are pure: state in, state out. Losses are weighted sums over valid tokens, whose weights add up
-to 1 over the whole minibatch, so they do not depend on how it is cut into micro-batches.
+Both are pure: state in, state out. What passes through the network is in `ppo_jax.passes`.
 
-Shapes: B batch, M minibatch, T response limit, S = P + T.
+Shapes: B batch, T response limit.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,8 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ppo_jax import algorithm
 from ppo_jax.batch import Batch, Controls, Distributions, Metrics, Prepared, make_batch
 from ppo_jax.config import OptimizerConfig, PPOConfig
-from ppo_jax.data_parallel import copied, greatest, on_own_rows, summed
-from ppo_jax.models.response import ResponseOutputs, response_outputs
+from ppo_jax.data_parallel import copied
 from ppo_jax.optimizer import (
     Params,
     adamw_step,
@@ -33,7 +30,7 @@ from ppo_jax.optimizer import (
     learning_rate_schedule,
     learning_share,
 )
-from ppo_jax.packing import Layout, in_fewest_rows
+from ppo_jax.passes import Passes
 from ppo_jax.rollout import Rollout
 from qwen_env import mdp
 
@@ -61,6 +58,10 @@ class Learner:
     num_iterations: int  # over which the learning rate is scheduled
     remat: bool = False
     mesh: Mesh | None = None  # that the rows of a batch are cut over
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(self.graphdef, self.rules, self.config, self.remat, self.mesh)
 
     def init(self, params: Params, seed: int) -> TrainState:
         moves = self.config.ref_ema_decay is not None
@@ -92,9 +93,9 @@ class Learner:
         return make_batch(
             rollout,
             score,
-            self._outputs_of(params, rollout, lambda outputs: outputs),
+            self.passes.outputs(params, rollout, lambda outputs: outputs),
             # The log-probabilities alone, so that no values are computed.
-            self._outputs_of(reference_params, rollout, lambda outputs: outputs.logprobs),
+            self.passes.outputs(reference_params, rollout, lambda outputs: outputs.logprobs),
             controls,
             self.config,
         )
@@ -128,12 +129,12 @@ class Learner:
             if config.advantage_whitening == "minibatch":
                 advantages = algorithm.masked_whiten(minibatch.advantages, minibatch.mask)
                 minibatch = minibatch._replace(advantages=advantages)
-            gradients, seen = self._gradients(carry.params, minibatch)
+            gradients, stats = self.passes.gradients(carry.params, minibatch)
             gradients = jax.tree.map(jnp.multiply, gradients, share)
             norm = global_norm(gradients)
-            metrics = seen.metrics | {"policy/grad_norm": norm}
-            epoch_kl = jnp.where(part == 0, 0.0, carry.epoch_kl) + seen.stop_kl
-            stopped, is_refused = self._stops(seen.stop_kl, epoch_kl, part)
+            metrics = stats.metrics | {"policy/grad_norm": norm}
+            epoch_kl = jnp.where(part == 0, 0.0, carry.epoch_kl) + stats.stop_kl
+            stopped, is_refused = self._stops(stats.stop_kl, epoch_kl, part)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
             applied = finite & ~is_refused
             params, opt_state = adamw_step(
@@ -156,9 +157,9 @@ class Learner:
                 num_nonfinite=carry.num_nonfinite + ~finite,
                 num_applied=carry.num_applied + applied,
                 first_ratio_max_error=jnp.where(
-                    carry.num_seen == 0, seen.ratio_max_error, carry.first_ratio_max_error
+                    carry.num_seen == 0, stats.ratio_max_error, carry.first_ratio_max_error
                 ),
-                ratios=carry.ratios + seen.ratios,
+                ratios=carry.ratios + stats.ratios,
                 sums={k: v + jnp.where(finite, metrics[k], 0.0) for k, v in carry.sums.items()},
             )
 
@@ -223,168 +224,6 @@ class Learner:
             return kl > config.target_kl, kl > config.target_kl
         ends_epoch = part == config.num_minibatches - 1
         return ends_epoch & (epoch_kl / config.num_minibatches > config.target_kl), never
-
-    def _gradients(self, params: Params, minibatch: Batch) -> tuple[Params, "_Seen"]:
-        """Gradients and metrics of a minibatch, summed over its micro-batches and devices."""
-        weights = algorithm.token_weights(minibatch.mask, self.config.loss_aggregation)
-
-        def of_own_rows(params: Params, rows: tuple[Batch, Array]) -> tuple[Params, _Seen]:
-            gradients, seen = self._gradients_of_rows(params, rows)
-            worst = greatest(seen.ratio_max_error, self.mesh)
-            gradients, seen = summed((gradients, seen), self.mesh)
-            return gradients, seen._replace(ratio_max_error=worst)
-
-        of_all_rows = on_own_rows(of_own_rows, self.mesh, gives_rows=False)
-        return of_all_rows(params, (minibatch, weights))
-
-    def _gradients_of_rows(
-        self, params: Params, rows: tuple[Batch, Float[Array, "M T"]]
-    ) -> tuple[Params, "_Seen"]:
-        """Summed over their micro-batches, by the weights of their tokens."""
-        pieces = self.config.num_microbatches
-
-        def differentiate(rows: tuple[Batch, Array]) -> tuple[Params, _Seen]:
-            def at_layout(layout: Layout | None, params: Params, *rows: Any) -> Any:
-                return jax.grad(self._loss, has_aux=True)(params, *rows, layout)
-
-            return self._in_fewest_rows(at_layout, rows[0].length, params, *rows)
-
-        if pieces == 1:
-            return differentiate(rows)
-
-        def add(total: Any, piece: Any) -> tuple[Any, None]:
-            gradients, seen = differentiate(piece)
-            added = jax.tree.map(jnp.add, total, (gradients, seen))
-            worst = jnp.maximum(total[1].ratio_max_error, seen.ratio_max_error)
-            return (added[0], added[1]._replace(ratio_max_error=worst)), None
-
-        cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rows)
-        shapes = jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], cut))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(add, zeros, cut)[0]
-
-    def _loss(
-        self, params: Params, batch: Batch, weights: Float[Array, "M T"], layout: Layout | None
-    ) -> tuple[Array, "_Seen"]:
-        """The total loss of a micro-batch: its share of the minibatch's, by its tokens' weights."""
-        config, mask = self.config, batch.mask
-        new = self._response_outputs(
-            params,
-            batch.tokens,
-            batch.prompt_length,
-            batch.length,
-            batch.support,
-            layout=layout,
-        )
-        policy = algorithm.clipped_policy_loss(
-            new.logprobs,
-            batch.logprobs,
-            batch.advantages,
-            mask,
-            clip_range=config.clip_range,
-            clip_range_high=config.clip_range_high,
-            dual_clip=config.dual_clip,
-            weights=weights,
-        )
-        value_loss = algorithm.value_loss(
-            new.values,
-            batch.returns,
-            mask,
-            old_values=None if config.value_clip_range is None else batch.values,
-            clip_range=config.value_clip_range,
-            weights=weights,
-        )
-        entropy = algorithm.masked_mean(new.entropy, mask, weights=weights)
-        loss = algorithm.total_loss(
-            policy.loss,
-            value_loss,
-            entropy,
-            value_coef=config.value_coef,
-            entropy_coef=config.entropy_coef,
-        )
-
-        def kl(estimator: algorithm.KlEstimator) -> Array:
-            return algorithm.approx_kl(
-                batch.logprobs, new.logprobs, mask, estimator, weights=weights
-            )
-
-        ratio = jnp.exp(jnp.where(mask, new.logprobs - batch.logprobs, 0.0))
-        return loss, _Seen(
-            metrics={
-                "loss": loss,
-                "policy/loss": policy.loss,
-                "policy/clip_fraction": policy.clip_fraction,
-                "policy/approx_kl": kl("k3"),
-                "value/loss": value_loss,
-            },
-            stop_kl=kl(config.target_kl_estimator),
-            ratio_max_error=jnp.abs(ratio - 1).max(),
-            ratios=algorithm.masked_histogram(ratio, mask, algorithm.RATIO_EDGES),
-        )
-
-    def _outputs_of(
-        self, params: Params, rollout: Rollout, choose: Callable[[ResponseOutputs], Any]
-    ) -> Any:
-        """What `choose` takes of the outputs of a whole rollout, a micro-batch at a time."""
-        state = rollout.state
-        pieces = self.config.num_minibatches * self.config.num_microbatches
-
-        def outputs(params: Params, rows: Any) -> Any:
-            def at_layout(layout: Layout | None, params: Params, *rows: Any) -> Any:
-                return choose(self._response_outputs(params, *rows, layout=layout))
-
-            _, _, length, _ = rows
-            return self._in_fewest_rows(at_layout, length, params, *rows)
-
-        def outputs_of_rows(params: Params, rows: Any) -> Any:
-            if pieces == 1:
-                return outputs(params, rows)
-            cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rows)
-            results = jax.lax.map(lambda rows: outputs(params, rows), cut)
-            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
-
-        rows = (state.tokens, state.prompt_length, state.length, rollout.support)
-        return on_own_rows(outputs_of_rows, self.mesh)(params, rows)
-
-    def _in_fewest_rows(
-        self, function: Callable[..., Any], length: Int[Array, "M"], *operands: Any
-    ) -> Any:
-        num_sizes = self.config.num_packed_sizes
-        return in_fewest_rows(function, length, self.rules.max_length, num_sizes, *operands)
-
-    def _response_outputs(
-        self,
-        params: Params,
-        tokens: Array,
-        prompt_length: Array,
-        length: Array,
-        support: Array | None,
-        *,
-        layout: Layout | None,
-    ) -> ResponseOutputs:
-        return response_outputs(
-            nnx.merge(self.graphdef, params),
-            tokens,
-            prompt_length,
-            length,
-            support,
-            rules=self.rules,
-            sampling=self.config.sampling,
-            num_steps=self.rules.max_new_tokens,
-            stop_value_gradient=self.config.critic == "stopped",
-            remat=self.remat,
-            layout=layout,
-            num_chunks=self.config.num_packed_sizes,
-        )
-
-
-class _Seen(NamedTuple):
-    """What a minibatch says of itself; all but `ratio_max_error` are sums over its tokens."""
-
-    metrics: Metrics
-    stop_kl: Float[Array, ""]
-    ratio_max_error: Float[Array, ""]
-    ratios: Int[Array, "bins"]
 
 
 class _UpdateCarry(NamedTuple):

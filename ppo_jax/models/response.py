@@ -18,7 +18,11 @@ from ppo_jax.sampling import Sampling, sampling_logits, unpacked
 from qwen_env import mdp
 
 LOGITS_AT_ONCE = 2**25
-"""How many may exist at one time (128 MiB): rows enough for a matrix product at full speed."""
+"""How many may exist at one time (128 MiB), if that is more than the projection has weights.
+
+With fewer rows than D in a chunk, reading the projection and adding up its gradient would take
+longer than the logits themselves.
+"""
 
 LEAST_CHUNK = 256
 """Positions that are not cut further: products of few rows are slow."""
@@ -138,7 +142,7 @@ def _logprobs_and_entropy(
     rules: mdp.Rules,
     sampling: Sampling,
 ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
-    """log p(chosen) and H(p), by chunks of rows whose logits are LOGITS_AT_ONCE at most."""
+    """log p(chosen) and H(p), by chunks of rows: see LOGITS_AT_ONCE."""
 
     def of_chunk(rows: _Positions) -> tuple[Array, Array]:
         hidden, chosen, step, support = rows
@@ -153,7 +157,7 @@ def _logprobs_and_entropy(
         return logprob, -p_log_p.sum(axis=-1)
 
     count, skips = is_response.shape[0], num_chunks > 1
-    most = max(LOGITS_AT_ONCE // rules.vocab_size, 1)
+    most = max(LOGITS_AT_ONCE // rules.vocab_size, network.config.hidden_size)
     num_chunks = max(-(-count // most), min(num_chunks, count // LEAST_CHUNK), 1)
     if num_chunks == 1:  # the logits are kept for the backward pass
         return jax.checkpoint(

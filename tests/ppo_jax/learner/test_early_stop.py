@@ -109,7 +109,7 @@ def test_the_estimator_that_decides_is_the_one_that_was_asked_for(compiled, batc
     def what_decides(params):
         return [
             compiled(loss_aggregation="sequence", target_kl_estimator=estimator)
-            .learner._loss(params, moved, weights, None)[1]
+            .learner.passes._loss(params, moved, weights, None)[1]
             .stop_kl
             for estimator in estimators
         ]

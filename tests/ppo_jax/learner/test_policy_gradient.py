@@ -154,7 +154,7 @@ def learner(mdp_task, learner_of):
 @pytest.fixture(scope="module")
 def gradients(learner):
     """From a batch to the gradient of the learner's loss at its start."""
-    differentiate = learner.compile(lambda *a: learner.learner._gradients(*a)[0])
+    differentiate = learner.compile(lambda *a: learner.learner.passes.gradients(*a)[0])
     return lambda batch: differentiate(learner.start.params, batch)
 
 

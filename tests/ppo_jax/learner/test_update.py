@@ -200,7 +200,7 @@ def test_everything_acts_in_that_batch(compiled, moved):
     mask = np.asarray(moved.mask)
     learner = compiled(**EVERYTHING)
     start = learner.start
-    new = learner.compile(learner.learner._response_outputs, static_argnames="layout")(
+    new = learner.compile(learner.learner.passes._response_outputs, static_argnames="layout")(
         start.params, moved.tokens, moved.prompt_length, moved.length, moved.support, layout=None
     )
     ratio = np.exp(new.logprobs - moved.logprobs)[mask]

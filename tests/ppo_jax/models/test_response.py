@@ -44,7 +44,7 @@ assert IS_RESPONSE.size % -(-IS_RESPONSE.size // CHUNK)  # and the last one not 
 
 @pytest.fixture(autouse=True)
 def chunks_of(monkeypatch):
-    """Set the rows a chunk has at most; CHUNK before any test."""
+    """Set the rows a chunk has at most, but for the network's D; CHUNK before any test."""
 
     def set_rows(rows, vocab_size=RULES.vocab_size):
         monkeypatch.setattr(response, "LOGITS_AT_ONCE", rows * vocab_size + vocab_size // 2)
@@ -174,6 +174,7 @@ def assert_tells(ours):
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 50, CHUNK, 1000])
 def test_equals_the_computation_over_full_logits(split, tokens, chunks_of, rows):
+    """In chunks of 32 = D, 50 and CHUNK rows, and in one."""
     chunks_of(rows)
     (_, ours), our_gradients = differentiated(chunked, *split, tokens)
     (_, expected), gradients = differentiated(plain, *split, tokens)
