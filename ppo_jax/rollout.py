@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from ppo_jax.models.heads import PolicyValueNetwork
@@ -58,6 +59,7 @@ def rollout(
         shrinks: once three quarters of the rows have ended, go on without them. Saves time on
             ragged responses, takes longer to compile, and draws other tokens from then on.
     """
+    network = _in_compute_type(network)
     layers = network.backbone.unstacked_layers()
 
     def choose(hidden: Array, carry: _Carry) -> _Carry:
@@ -122,6 +124,17 @@ def rollout(
     rest = write_on(rest, until=0)
     rest = Rollout(rest.state, rest.logprobs, rest.support)
     return jax.tree.map(lambda all, some: all.at[rows].set(some), result, rest)
+
+
+def _in_compute_type(network: PolicyValueNetwork) -> PolicyValueNetwork:
+    """The backbone's parameters as each use would cast them, so that no token has to wait for it.
+
+    XLA:GPU moves nothing out of a loop: there, every step would read all float32 parameters.
+    """
+    graphdef, params = nnx.split(network)
+    dtype = network.backbone.dtype
+    backbone = jax.tree.map(lambda x: x.astype(dtype), params["backbone"])
+    return nnx.merge(graphdef, nnx.State({**params, "backbone": backbone}))
 
 
 _EVERYTHING = np.uint8(255)  # eight ids that may all be drawn

@@ -18,10 +18,10 @@ from ppo_jax.sampling import Sampling, sampling_logits, unpacked
 from qwen_env import mdp
 
 LOGITS_AT_ONCE = 2**25
-"""How many may exist at one time (128 MiB), if that is more than the projection has weights.
+"""How many may exist at one time: so many (128 MiB) or, if those are more, D rows.
 
-With fewer rows than D in a chunk, reading the projection and adding up its gradient would take
-longer than the logits themselves.
+With fewer rows in a chunk, reading the projection and adding up its gradient takes longer than
+the logits themselves.
 """
 
 LEAST_CHUNK = 256

@@ -13,7 +13,7 @@ from scipy import stats
 
 import ppo_jax.rollout as rollout_module
 import qwen_env  # noqa: F401  (registers QwenText-v0)
-from ppo_jax.models import save_pretrained
+from ppo_jax.models import load_pretrained, save_pretrained
 from ppo_jax.models.response import response_outputs
 from ppo_jax.rollout import Rollout, argmax, choose_token, rollout
 from ppo_jax.sampling import Sampling
@@ -214,6 +214,37 @@ def test_decoding_goes_on_in_a_quarter_of_the_rows(make_network, make_test_task,
     *_, third, _, longest = np.sort(mdp.response_length(result.state))
     assert longest > third, "or none went on alone"
     assert rows_decoded == [8] * (third - 1) + [2] * (longest - third)
+
+
+def test_no_step_casts_a_weight(make_network, make_test_task, tmp_path):
+    """XLA moves casts out of the loop on a CPU, but not on a GPU."""
+    save_pretrained(make_network(), tmp_path / "model")
+    network = load_pretrained(tmp_path / "model", dtype="bfloat16")
+    task = make_test_task()
+    prompts = jnp.asarray(task.initial_state(task.prompts).tokens[:, :8])
+
+    def roll(network):
+        lengths, key = jnp.ones(len(prompts), jnp.int32), jax.random.key(0)
+        return rollout(network, prompts, lengths, key, rules=task.rules).logprobs
+
+    def casts(jaxpr, in_loop=False):
+        """(operand's shape, is it in a while loop?) of each cast to bfloat16."""
+        for equation in jaxpr.eqns:
+            is_cast = equation.primitive.name == "convert_element_type"
+            if is_cast and equation.outvars[0].aval.dtype == jnp.bfloat16:
+                yield equation.invars[0].aval.shape, in_loop
+            for parameter in jax.tree.leaves(
+                equation.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")
+            ):
+                inner = getattr(parameter, "jaxpr", parameter)
+                if hasattr(inner, "eqns"):
+                    yield from casts(inner, in_loop or equation.primitive.name == "while")
+
+    found = list(casts(jax.make_jaxpr(roll)(network).jaxpr))
+    weights = {x.shape for x in jax.tree.leaves(nnx.state(network.backbone))}
+    weights |= {shape[1:] for shape in weights} | {shape[:0:-1] for shape in weights}
+    assert network.backbone.embed_tokens.shape in {shape for shape, _ in found}
+    assert not [shape for shape, inside in found if inside and shape in weights]
 
 
 def test_in_fewer_rows_it_writes_what_it_would_have_written(make_network, make_test_task):
