@@ -75,6 +75,20 @@ def count_e(batch: RewardBatch) -> np.ndarray:
     return np.array([text.count("e") for text in batch.completions], np.float32)
 
 
+@pytest.fixture
+def compilations() -> Iterator[list[float]]:
+    """Grows by the seconds of every compilation from now on."""
+    seconds: list[float] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seconds
+    jax.monitoring.clear_event_listeners()
+
+
 # What follows is for the tests of the entry points, which train from files.
 
 REWARD_MODULE = '''

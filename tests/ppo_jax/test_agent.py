@@ -30,35 +30,28 @@ def make_agent(make_network, make_test_task):
     return make
 
 
-def test_it_learns_and_compiles_nothing_after_the_second_iteration(make_agent, monkeypatch):
+def test_it_learns_and_compiles_nothing_after_the_second_iteration(
+    make_agent, compilations, monkeypatch
+):
     """Ragged episodes, so the shapes inside differ; the programs must not.
 
     Nor does an iteration wait for the device more than twice: for its episodes and its metrics.
     """
-    compilations, fetches = [], []
+    fetches = []
     device_get = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda x: fetches.append(1) or device_get(x))
     packed = dataclasses.replace(CONFIG.ppo, num_packed_sizes=2)
-
-    def count(event: str, duration: float, **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compilations.append(duration)
-
     scores, lengths = [], set()
-    jax.monitoring.register_event_duration_secs_listener(count)
-    try:
-        for episodes, metrics in make_agent(dataclasses.replace(CONFIG, ppo=packed)).learn():
-            scores.append(metrics["objective/score"])
-            lengths.add(metrics["rollout/length_mean"])
-            if metrics["iteration"] == 2:
-                assert compilations, "the listener must hear of compilations"
-                compilations.clear()
-            assert metrics["policy/first_ratio_max_error"] < 1e-5
-            assert metrics["rollout/logprob_gap_max"] < 1e-4
-            mean = episodes.scores.mean()
-            np.testing.assert_allclose(metrics["objective/score"], mean, rtol=1e-6)
-    finally:
-        jax.monitoring.clear_event_listeners()
+    for episodes, metrics in make_agent(dataclasses.replace(CONFIG, ppo=packed)).learn():
+        scores.append(metrics["objective/score"])
+        lengths.add(metrics["rollout/length_mean"])
+        if metrics["iteration"] == 2:
+            assert compilations, "the listener must hear of compilations"
+            compilations.clear()
+        assert metrics["policy/first_ratio_max_error"] < 1e-5
+        assert metrics["rollout/logprob_gap_max"] < 1e-4
+        mean = episodes.scores.mean()
+        np.testing.assert_allclose(metrics["objective/score"], mean, rtol=1e-6)
     assert not compilations
     assert len(fetches) == 2 * len(scores)
     assert len(lengths) > 5
