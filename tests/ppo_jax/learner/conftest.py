@@ -13,6 +13,7 @@ from flax import nnx
 
 from ppo_jax.batch import Batch, Prepared
 from ppo_jax.config import OptimizerConfig, PPOConfig
+from ppo_jax.data_parallel import copied, make_mesh
 from ppo_jax.learner import Learner, TrainState
 from ppo_jax.models import PolicyValueNetwork, with_separate_critic
 from ppo_jax.rollout import Rollout
@@ -40,6 +41,7 @@ class CompiledLearner:
 
     Args:
         changes: fields of `PPO` and `OPTIMIZER` that are others here.
+        num_devices: that the rows are cut over.
         optimized: compile as training does. The tests that ask what a setting does go without
             LLVM's optimizer, which takes half of the time.
     """
@@ -50,6 +52,7 @@ class CompiledLearner:
         rules: mdp.Rules,
         *,
         optimized: bool = False,
+        num_devices: int = 1,
         **changes: Any,
     ):
         own = {field.name for field in dataclasses.fields(PPOConfig)}
@@ -60,15 +63,17 @@ class CompiledLearner:
         if self.ppo.critic == "separate":
             network = with_separate_critic(network)
         self.network = network
+        mesh = make_mesh(num_devices)
         self.learner = Learner(
             graphdef=nnx.graphdef(network),
             rules=rules,
             config=self.ppo,
             optimizer_config=self.optimizer,
             num_iterations=10,
+            mesh=mesh,
         )
-        self.start: TrainState = self.learner.init(nnx.state(network), seed=0)
-        self.reference = other_backbone(network)
+        self.start: TrainState = copied(self.learner.init(nnx.state(network), seed=0), mesh)
+        self.reference = copied(other_backbone(network), mesh)
         options = None if optimized else {"xla_backend_optimization_level": 0}
         self.compile = functools.partial(jax.jit, compiler_options=options)
         self._prepare = self.compile(self.learner.prepare)

@@ -1,4 +1,5 @@
-"""What an update must not depend on: how a minibatch is cut, what pads it, how its rows lie.
+"""What an update must not depend on: how a minibatch is cut, on how many devices, what pads it,
+how its rows lie.
 
 The plain update and the first ratios are compiled as training does. Where parameters are compared,
 Adam has divided each gradient by its own size, so that the rounding of a gradient that all but
@@ -93,6 +94,20 @@ def test_packed_rows(plain_update, compiled, finished, batch):
     assert_same_update(plain_update, result)
     assert result[1]["policy/first_ratio_max_error"] < 1e-5
     assert_same_update(plain_update, compiled(num_packed_sizes=2, num_microbatches=2).update(batch))
+
+
+@pytest.mark.slow
+def test_devices(plain_update, compiled, finished, batch):
+    """Two rows on each, whole; one row a micro-batch, packed; one row a minibatch."""
+    two = compiled(num_devices=2)
+    chex.assert_trees_all_close(two.prepare(finished).batch, batch, rtol=0, atol=2e-6)
+    result = two.update(batch)
+    assert_same_update(plain_update, result)
+    assert result[1]["policy/first_ratio_max_error"] < 1e-5
+    packed = compiled(num_devices=2, num_packed_sizes=2, num_microbatches=2)
+    assert_same_update(plain_update, packed.update(batch))
+    cut = {"num_minibatches": 2, "advantage_whitening": "minibatch", "loss_aggregation": "sequence"}
+    assert_same_update(compiled(**cut).update(batch), compiled(**cut, num_devices=2).update(batch))
 
 
 def test_row_order(plain_update, plain, batch):
