@@ -16,11 +16,9 @@ def integer(name: str, value: Any, *, at_least: int | None = None) -> int:
         UsageError: it is not an integer, or too small.
     """
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        number = _index(value)
     except TypeError:
-        number = None
-    if number is None:
-        raise UsageError(f"{name} is {value!r}; it must be an integer.")
+        raise UsageError(f"{name} is {value!r}; it must be an integer.") from None
     if at_least is not None and number < at_least:
         raise UsageError(f"{name} is {number}; it must be at least {at_least}.")
     return number
@@ -58,14 +56,21 @@ def token_ids(name: str, ids: Any) -> tuple[int, ...]:
         UsageError: something else, text for instance.
     """
     try:
-        return (operator.index(ids),)
+        return (_index(ids),)
     except TypeError:
         pass
     try:
         if isinstance(ids, Iterable) and not isinstance(ids, str | bytes):
-            return tuple(sorted({operator.index(i) for i in ids}))
+            return tuple(sorted({_index(i) for i in ids}))
     except TypeError:
         pass
     raise UsageError(
         f"{name} is {reprlib.repr(ids)}; it must be a list of token ids, which are integers."
     )
+
+
+def _index(value: Any) -> int:
+    """`operator.index`, for which True is 1, and for us no integer."""
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)

@@ -25,16 +25,18 @@ def resolve(folder_or_hub_id: str | Path, *, allow_patterns: list[str]) -> Path:
     folder = Path(folder_or_hub_id).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file; name the folder that it is in.")
     name = str(folder_or_hub_id)
     if isinstance(folder_or_hub_id, Path) or not _HUB_ID.fullmatch(name):
         raise UsageError(f"{name}: no such folder.")
 
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=allow_patterns))
-    except RepositoryNotFoundError as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise UsageError(
             f"{name}: no such folder, and no such repository on the Hugging Face hub "
             "(or it needs a login)."

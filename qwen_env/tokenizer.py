@@ -1,5 +1,6 @@
 """Text to token ids and back, with the few facts about special tokens that the task needs."""
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from qwen_env.arguments import integer
 from qwen_env.chat_template import Message, render_chat
 from qwen_env.errors import UsageError
 from qwen_env.hub import resolve
@@ -27,10 +29,13 @@ class Tokenizer:
     """A `tokenizers.Tokenizer`, its end-of-sequence ids and its chat template. Immutable.
 
     Args:
-        backend: the tokenizer proper.
+        backend: the tokenizer proper, taken over: its truncation and padding are switched off.
         eos_token_ids: the ids that end a response; empty when the source names none.
         config: what `tokenizer_config.json` holds: `eos_token`, `pad_token`, `bos_token`,
             `chat_template`, ...
+
+    Raises:
+        UsageError: there is no token, or the chat templates are malformed.
     """
 
     def __init__(
@@ -40,11 +45,15 @@ class Tokenizer:
         eos_token_ids: Sequence[int] = (),
         config: Mapping[str, Any] | None = None,
     ) -> None:
+        backend.no_truncation()  # a tokenizer keeps both from the last call that asked for them,
+        backend.no_padding()  # and saves them
         self.backend = backend
         self.config: dict[str, Any] = dict(config or {})
         self.eos_token_ids = tuple(int(i) for i in eos_token_ids)
         self.ids: frozenset[int] = frozenset(backend.get_vocab(with_added_tokens=True).values())
         """Every id that has text. A padded vocabulary has more."""
+        if not self.ids:
+            raise UsageError("the tokenizer has no tokens; train it first.")
         self.vocab_size: int = max(self.ids) + 1
         self.chat_template: str | None = _default_template(self.config.get("chat_template"))
 
@@ -91,7 +100,7 @@ class Tokenizer:
         if template is None:
             raise UsageError(
                 "the tokenizer has no chat template; pass one as chat_template, "
-                "or give prompts as plain text."
+                "or give plain text and leave chat_template out."
             )
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         special_tokens = {n: token for n in names if (token := self.special_token(n)) is not None}
@@ -140,7 +149,7 @@ def load_tokenizer(source: Any) -> Tokenizer:
     if isinstance(source, Tokenizer):
         return source
     if isinstance(source, tokenizers.Tokenizer):
-        return Tokenizer(source)
+        return Tokenizer(_copy(source))
     if isinstance(source, str | Path):
         if Path(source).suffix == ".gguf":
             from qwen_env.gguf_tokenizer import load_gguf_tokenizer
@@ -176,6 +185,7 @@ def _load_folder(folder: Path) -> Tokenizer:
         ids = _read_json(folder / name).get("eos_token_id")
         if ids is not None:
             ids = ids if isinstance(ids, list) else [ids]
+            ids = [integer(f"eos_token_id in {folder / name}", i) for i in ids]
             return Tokenizer(backend, eos_token_ids=ids, config=config)
     eos = tokenizer._special_token_id("eos_token")
     return Tokenizer(backend, eos_token_ids=() if eos is None else (eos,), config=config)
@@ -185,7 +195,15 @@ def _from_transformers(fast: Any) -> Tokenizer:
     names = ("eos_token", "pad_token", "bos_token", "unk_token", "chat_template")
     config = {name: value for name in names if (value := getattr(fast, name, None)) is not None}
     ids = () if fast.eos_token_id is None else (fast.eos_token_id,)
-    return Tokenizer(fast.backend_tokenizer, eos_token_ids=ids, config=config)
+    return Tokenizer(_copy(fast.backend_tokenizer), eos_token_ids=ids, config=config)
+
+
+def _copy(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """One that nobody else changes."""
+    try:
+        return copy.deepcopy(backend)
+    except Exception as error:  # the Rust library raises bare Exceptions
+        raise UsageError(f"the tokenizer cannot be copied: {error}.") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -201,8 +219,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _default_template(template: Any) -> str | None:
-    """A template, or the one named "default" of the older form, a list of named templates."""
+    """A template, or the one named "default" of several: a mapping, or the list in a file."""
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default")
-    return template
+        try:
+            template = {entry["name"]: entry["template"] for entry in template}
+        except (TypeError, KeyError) as error:
+            raise UsageError(
+                "the tokenizer's chat_template is a list; each entry must have a 'name' and a "
+                "'template'."
+            ) from error
+    return template.get("default") if isinstance(template, Mapping) else template

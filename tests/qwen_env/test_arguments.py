@@ -53,7 +53,10 @@ def test_a_single_token_id(one):
     assert token_ids("ids", one) == (3,)
 
 
-@pytest.mark.parametrize("wrong", ["3", b"3", "<|im_end|>", ["3"], [2.5], 2.0, None, [None], [[3]]])
+@pytest.mark.parametrize(
+    "wrong",
+    ["3", b"3", "<|im_end|>", ["3"], [2.5], 2.0, None, [None], [[3]], True, [3, True]],
+)
 def test_what_are_no_token_ids(wrong):
     with pytest.raises(UsageError, match=r"^ids is .*; it must be a list of token ids"):
         token_ids("ids", wrong)

@@ -37,6 +37,18 @@ def test_what_cannot_be_a_hub_id_is_a_missing_folder(name):
         resolve(name, allow_patterns=[])
 
 
+def test_a_file_is_no_folder(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"model.safetensors is a file; name the folder"):
+        resolve("model.safetensors", allow_patterns=[])
+
+
+def test_a_name_that_the_hub_does_not_take():
+    with pytest.raises(UsageError, match=r"my--tok: no such folder, and no such repository"):
+        resolve("my--tok", allow_patterns=[])
+
+
 def test_a_hub_that_cannot_be_reached(monkeypatch):
     download(monkeypatch, LocalEntryNotFoundError("no network"))
     with pytest.raises(UsageError, match=r"hub cannot be reached; .*local folder.*\.gguf.*pocket"):

@@ -3,7 +3,9 @@ import json
 import pickle
 
 import pytest
+import tokenizers
 import transformers
+from tokenizers import models, pre_tokenizers
 
 from qwen_env import pocket
 from qwen_env.errors import UsageError
@@ -70,6 +72,24 @@ def test_a_tokenizer_of_transformers_is_taken_as_it_is(folder):
     assert load_tokenizer(ours) is ours
 
 
+def test_truncation_and_padding_are_left_behind(folder, tmp_path):
+    """A tokenizer keeps those of its last call, and saves them."""
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = ["a", "the film was good"]
+    ids = [theirs(text).input_ids for text in texts]
+    before = load_tokenizer(theirs)
+    theirs(texts, truncation=True, padding="max_length", max_length=2)
+    theirs.save_pretrained(tmp_path / "saved")
+    for ours in (
+        before,
+        load_tokenizer(theirs),
+        load_tokenizer(theirs.backend_tokenizer),
+        load_tokenizer(tmp_path / "saved"),
+    ):
+        assert [ours.encode(text) for text in texts] == ids
+    assert theirs.backend_tokenizer.padding["length"] == 2, "theirs is theirs"
+
+
 def test_end_of_sequence_ids_come_from_the_nearest_file(folder):
     assert load_tokenizer(folder).eos_token_ids == (2, 0)
     (folder / "generation_config.json").unlink()
@@ -85,6 +105,17 @@ def test_a_bare_backend_has_no_special_roles(backend):
     assert tokenizer.eos_token_ids == ()
     assert tokenizer.pad_token_id is None
     assert tokenizer.chat_template is None
+
+
+def test_several_chat_templates(folder, tmp_path):
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.chat_template = {"tool_use": "t", "default": "d"}
+    ours = load_tokenizer(theirs)
+    assert ours.chat_template == "d"
+    ours.save(tmp_path)
+    assert load_tokenizer(tmp_path).chat_template == "d"
+    theirs.chat_template = {"tool_use": "t"}
+    assert load_tokenizer(theirs).chat_template is None
 
 
 def test_where_the_chat_template_may_stand(folder):
@@ -130,6 +161,34 @@ def test_wrong_sources(folder, tmp_path):
     (folder / "generation_config.json").write_text("[]")
     with pytest.raises(UsageError, match="holds a list; it must hold an object"):
         load_tokenizer(folder)
+    with pytest.raises(UsageError, match=r"tokenizer.json is a file; name the folder"):
+        load_tokenizer(folder / "tokenizer.json")
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(UsageError, match=r"tokenizer.json is not a tokenizer"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", {"eos_token_id": "abc"}, r"eos_token_id in .*config.json is 'abc'; it"),
+        ("config.json", {"eos_token_id": [0, None]}, "is None; it must be an integer"),
+        ("config.json", {"eos_token_id": True}, "is True; it must be an integer"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "a"}]}, "chat_template is a list; "),
+        ("tokenizer_config.json", {"chat_template": ["a"]}, "chat_template is a list; each entry"),
+    ],
+)
+def test_wrong_files(folder, name, content, message):
+    (folder / "generation_config.json").unlink()
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=message):
+        load_tokenizer(folder)
+
+
+def test_tokenizers_that_cannot_be_used():
+    untrained = tokenizers.Tokenizer(models.BPE())
+    with pytest.raises(UsageError, match="has no tokens; train it first"):
+        load_tokenizer(untrained)
+    untrained.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(object())
+    with pytest.raises(UsageError, match=r"the tokenizer cannot be copied: .*Custom"):
+        load_tokenizer(untrained)
