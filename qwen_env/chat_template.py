@@ -4,6 +4,7 @@ A template is untrusted text that came with a model, so it runs in jinja2's sand
 """
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -25,7 +26,7 @@ def render_chat(
     add_generation_prompt: bool = True,
     **variables: Any,
 ) -> str:
-    """Render `messages` (mappings with `role` and `content`).
+    """Render `messages` (mappings with `role`, and `content` or `tool_calls`).
 
     Args:
         system_prompt: put first as a system message, unless the messages begin with one.
@@ -40,9 +41,14 @@ def render_chat(
     if not messages:
         raise UsageError("messages is empty; a chat needs at least one message.")
     for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or "role" not in message:
+        if (
+            not isinstance(message, Mapping)
+            or "role" not in message
+            or (message.get("content") is None and not message.get("tool_calls"))
+        ):
             raise UsageError(
-                f"message {index} is {message!r}; a message is an object with 'role' and 'content'."
+                f"message {index} is {reprlib.repr(message)}; a message is an object with 'role' "
+                "and 'content' (which may be left out beside 'tool_calls')."
             )
     if system_prompt is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]

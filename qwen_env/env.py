@@ -1,6 +1,5 @@
 """QwenTextEnv: the token MDP as a Gymnasium environment, one episode at a time."""
 
-import operator
 from typing import Any
 
 import gymnasium as gym
@@ -8,7 +7,8 @@ import numpy as np
 from gymnasium.error import InvalidAction, ResetNeeded
 
 from qwen_env import mdp
-from qwen_env.arguments import one_of
+from qwen_env.arguments import integer, one_of
+from qwen_env.errors import UsageError
 from qwen_env.prompts import Prompt
 from qwen_env.rendering import LiveText, render_episode
 from qwen_env.sampling import PromptSampler
@@ -69,7 +69,7 @@ class QwenTextEnv(gym.Env[Observation, Any]):
 
     - `{"prompt": text}`: this text, treated as those of `prompts` are;
     - `{"messages": [{"role": ..., "content": ...}, ...]}`: this chat, in the chat template;
-    - `{"prompt_index": i}`: number i of `prompts`, from 0.
+    - `{"prompt_index": i}`: the prompt with number i in the source, from 0.
 
     `reset(seed=s)` also begins the order of the prompts anew: equal seeds, equal episodes. In the
     vector environment the options hold for every row that is reset, and a further one chooses the
@@ -100,11 +100,11 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     - `"Disabled"`: by `reset(options={"reset_mask": mask})`; no step is taken before.
 
     ## Information
-    `reset` gives `prompt` (its text) and `prompt_index` (-1 if it came by the options). The last
-    `step` of an episode gives `completion` (text without special tokens), `completion_length` (in
-    tokens, the end-of-sequence token included), `finish_reason` ("eos" or "length") and
-    `reward_components` (the `score`, the parts that the reward function names, and the
-    `missing_eos_penalty` if there is one). Other steps give nothing.
+    `reset` gives `prompt` (its text) and `prompt_index` (its number in the source, from 0; -1 if
+    its text or chat came by the options). The last `step` of an episode gives `completion` (text
+    without special tokens), `completion_length` (in tokens, the end-of-sequence token included),
+    `finish_reason` ("eos" or "length") and `reward_components` (the `score`, the parts that the
+    reward function names, and the `missing_eos_penalty` if there is one). Other steps give nothing.
 
     In the vector environment each key holds an array over the rows, and the key with an underscore
     before it (`_completion`) the bool mask of the rows that have it.
@@ -122,7 +122,8 @@ class QwenTextEnv(gym.Env[Observation, Any]):
       reward server (see `qwen_env.rewards.http`, also for time limits); or a weighted sum,
       `"1.0 * SPEC + 0.2 * SPEC"` or `{name: (weight, reward)}`. Default: the pocket grammar's
       sentiment.
-    - `max_prompt_length=32`, `max_new_tokens=32`: limits, in tokens.
+    - `max_prompt_length=32`, `max_new_tokens=32`: limits, in tokens. With `max_new_tokens=1`
+      Gymnasium's `check_env` fails ("truncates after 1 step"), which is a limit of its own.
     - `vocab_size=None`: the model's vocabulary size, if it is padded beyond the tokenizer's.
     - `eos_token_ids=None`: the id, or ids, that end the response. Default: what the tokenizer's
       folder says.
@@ -244,8 +245,8 @@ class QwenTextEnv(gym.Env[Observation, Any]):
 
     def _checked(self, action: Any, state: mdp.State) -> int:
         try:
-            token = operator.index(action)
-        except TypeError:
+            token = integer("action", action)
+        except UsageError:
             raise InvalidAction(
                 f"action {action!r} is not an integer; actions are token ids from 0 to "
                 f"{self.task.rules.vocab_size - 1}."

@@ -1,6 +1,7 @@
 """Where prompts come from: a jsonl file, a list, or a dataset, tokenised and checked once."""
 
 import json
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ class Prompt:
     """One prompt.
 
     `text` is what was tokenised (a chat is already rendered), `ids` int32 [length] its tokens,
-    `row` the source's row with all its columns, `index` its place in the source or -1.
+    `row` the source's row with all its columns, `index` its number in the source, or -1.
     """
 
     text: str
@@ -51,15 +52,19 @@ class PromptEncoder:
     chat_template_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        integer("max_prompt_length", self.max_prompt_length, at_least=1)
+        limit = integer("max_prompt_length", self.max_prompt_length, at_least=1)
+        object.__setattr__(self, "max_prompt_length", limit)  # small NumPy integers wrap round
         one_of("prompt_overflow", self.overflow, get_args(Overflow))
         template = self.chat_template
         if not (template is None or isinstance(template, bool | str)) or template == "":
             raise UsageError(
-                f"chat_template is {template!r}; it must be None, True, False, or a template."
+                f"chat_template is {reprlib.repr(template)}; it must be None, True, False, or a "
+                "template."
             )
         if not isinstance(self.system_prompt, str | None):
-            raise UsageError(f"system_prompt is {self.system_prompt!r}; it must be text, or None.")
+            raise UsageError(
+                f"system_prompt is {reprlib.repr(self.system_prompt)}; it must be text, or None."
+            )
         if self.chat_template_kwargs is not None:
             _check_variables(self.chat_template_kwargs, "chat_template_kwargs")
 
@@ -98,7 +103,7 @@ class PromptEncoder:
                 )
             ids = ids[excess:]
             text = self.tokenizer.decode(ids, skip_special_tokens=False)
-        return Prompt(text, ids, row, index)
+        return Prompt(text, ids, dict(row), index)
 
     def _text(self, row: Mapping[str, Any], place: str) -> str:
         if row.get("messages") is not None:
@@ -118,7 +123,10 @@ class PromptEncoder:
                 return prompt
             messages = [{"role": "user", "content": prompt}]
         elif "prompt" in row:
-            raise UsageError(f"{place} has a 'prompt' that is {prompt!r}; it must be text.")
+            raise UsageError(
+                f"{place} has a 'prompt' that is {reprlib.repr(prompt)}; it must be text (a chat "
+                "goes under 'messages')."
+            )
         else:
             raise UsageError(
                 f"{place} has neither 'prompt' (text) nor 'messages' (a list); its keys are "
@@ -139,8 +147,10 @@ class PromptEncoder:
 
 def _check_variables(variables: Any, name: str) -> None:
     if not isinstance(variables, Mapping) or not all(isinstance(key, str) for key in variables):
-        raise UsageError(f"{name} is {variables!r}; it must be an object with names as keys.")
-    for taken in ("messages", "system_prompt", "chat_template"):
+        raise UsageError(
+            f"{name} is {reprlib.repr(variables)}; it must be an object with names as keys."
+        )
+    for taken in ("messages", "system_prompt", "chat_template", "template", "self"):
         if taken in variables:
             raise UsageError(f"{name} holds {taken!r}, which has a place of its own; leave it out.")
 
@@ -242,15 +252,14 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
         raise UsageError(
             f"{path}: no such file; a string names a .jsonl file of prompts, a list holds texts."
         )
-    try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                place = f"line {number} of {path}"
-                try:
-                    yield place, json.loads(line)
-                except ValueError as error:
-                    raise UsageError(f"{place} is not JSON: {error}.") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error}.") from error
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            place = f"line {number} of {path}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    yield place, json.loads(text)
+            except UnicodeDecodeError as error:
+                raise UsageError(f"{place} is not UTF-8 text: {error}.") from error
+            except ValueError as error:
+                raise UsageError(f"{place} is not JSON: {error}.") from error

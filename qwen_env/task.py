@@ -102,6 +102,10 @@ class TextTask:
         lengths = [len(prompt.ids) for prompt in prompts]
         return mdp.initial_state(ids, lengths, self.rules, np)
 
+    @cached_property
+    def _prompts_by_index(self) -> dict[int, Prompt]:
+        return {prompt.index: prompt for prompt in self.prompts}
+
     def prompt_from_options(self, options: Mapping[str, Any] | None) -> Prompt | None:
         """The prompt that the options of a reset name, if they name one.
 
@@ -126,13 +130,13 @@ class TextTask:
             if encoder.overflow == "drop":  # what was asked for is never dropped in silence
                 encoder = replace(encoder, overflow="error")
             return encoder.encode(options, index=-1, place="the option of reset")
-        index = options["prompt_index"]
-        if not isinstance(index, int | np.integer) or not 0 <= index < len(self.prompts):
+        index = integer("prompt_index", options["prompt_index"])
+        if index not in self._prompts_by_index:
             raise UsageError(
-                f"prompt_index is {index!r}; it must be an integer from 0 to "
-                f"{len(self.prompts) - 1}."
+                f"prompt_index is {index}; it must be the number of a prompt that was not dropped, "
+                f"from {min(self._prompts_by_index)} to {max(self._prompts_by_index)}."
             )
-        return self.prompts[int(index)]
+        return self._prompts_by_index[index]
 
     def draw(self, sampler: PromptSampler, rng: np.random.Generator) -> Prompt:
         """The next prompt of `sampler`."""
@@ -246,7 +250,6 @@ def make_task(
             f"vocab_size is {size}, but the tokenizer has {tokenizer.vocab_size} ids; "
             "give the model's vocabulary size, or leave it out."
         )
-    without_text = set(range(size)) - tokenizer.ids
     rules = mdp.Rules(
         max_prompt_length=max_prompt_length,
         max_new_tokens=max_new_tokens,
@@ -254,10 +257,15 @@ def make_task(
         eos_token_ids=token_ids(
             "eos_token_ids", tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids
         ),
-        forbidden_token_ids=(*token_ids("forbidden_token_ids", forbidden_token_ids), *without_text),
+        forbidden_token_ids=token_ids("forbidden_token_ids", forbidden_token_ids),
         min_new_tokens=min_new_tokens,
     )
-    if without_text.issuperset(rules.eos_token_ids):
+    # Listed now that the size is checked: of a wrong one they could be too many for the memory.
+    has_no_text = np.ones(size, dtype=bool)
+    has_no_text[list(tokenizer.ids)] = False
+    without_text = np.flatnonzero(has_no_text).tolist()
+    rules = replace(rules, forbidden_token_ids=(*rules.forbidden_token_ids, *without_text))
+    if tokenizer.ids.isdisjoint(rules.eos_token_ids):
         raise UsageError(
             f"eos_token_ids holds {rules.eos_token_ids[0]}, which has no text in the tokenizer, so "
             "it can never be chosen; name an end-of-sequence id that the tokenizer has."

@@ -21,6 +21,13 @@ def test_what_templates_of_models_use():
     assert len(render_chat("{{ strftime_now('%Y') }}", USER)) == 4
 
 
+def test_a_call_of_a_tool_may_stand_in_for_the_content():
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+    template = "{{ messages[1].tool_calls[0].function.name }}"
+    assert render_chat(template, [*USER, call]) == "f"
+    assert render_chat(template, [*USER, call | {"content": None}]) == "f"
+
+
 def test_the_generation_prompt():
     template = "{{ 'go' if add_generation_prompt else 'stop' }}"
     assert render_chat(template, USER) == "go"
@@ -36,8 +43,17 @@ def test_the_generation_prompt():
         (ROLES, [], "messages is empty"),
         (ROLES, ["hi"], "message 0 is 'hi'"),
         (ROLES, [*USER, {"content": "no role"}], "message 1 is"),
+        (ROLES, [{"role": "user", "contents": "hi"}], "message 0 is .*'contents': 'hi'.*; a mess"),
+        (ROLES, [{"role": "user", "content": None}], "message 0 is .*'content': None.*; a message"),
+        (ROLES, [{"role": "user", "content": None, "tool_calls": []}], "message 0 is"),
     ],
 )
 def test_what_is_refused(template, messages, message):
     with pytest.raises(UsageError, match=message):
         render_chat(template, messages)
+
+
+def test_a_long_message_is_not_printed_whole():
+    with pytest.raises(UsageError) as caught:
+        render_chat(ROLES, [{"contents": "word " * 10_000}])
+    assert len(str(caught.value)) < 200

@@ -253,6 +253,7 @@ def test_integer_actions_of_any_kind(env, kind):
     [
         (1.0, "action 1.0 is not an integer"),
         ("the", "is not an integer"),
+        (True, "action True is not an integer"),
         (None, "is not an integer"),
         (np.array([3, 4]), "is not an integer"),
         (-1, "action -1 is outside the vocabulary; ids run from 0 to"),
@@ -325,6 +326,7 @@ def test_a_prompt_by_the_options(env):
         ({"prompt_index": 3}, "prompt_index is 3; .* 0 to 2"),
         ({"prompt_index": -1}, "prompt_index is -1"),
         ({"prompt_index": "1"}, "prompt_index is '1'"),
+        ({"prompt_index": True}, "prompt_index is True"),
     ],
 )
 def test_wrong_options(env, options, message):
@@ -361,6 +363,38 @@ def test_a_prompt_asked_for_is_never_dropped(backend):
     )  # fmt: skip
     with pytest.raises(UsageError, match="over the limit of 2"):
         env.reset(options={"prompt": "word word word"})
+
+
+@pytest.mark.parametrize("make", [gym.make, gym.make_vec])
+def test_a_prompt_goes_by_its_number_in_the_source(make, backend):
+    env = make(
+        "QwenText-v0", tokenizer=backend, eos_token_ids=EOS, prompts=["word word", "b", "c"],
+        max_prompt_length=2, prompt_overflow="drop",
+    )  # fmt: skip
+    for index, text in ((1, "b"), (2, "c")):
+        _, info = env.reset(options={"prompt_index": index})
+        assert (info["prompt"], info["prompt_index"]) == (text, index)
+    for index in (0, 3):
+        with pytest.raises(UsageError, match=f"prompt_index is {index}; .*not dropped, from 1 to"):
+            env.reset(options={"prompt_index": index})
+
+
+def test_a_slice_of_the_prompts_keeps_their_numbers(env):
+    some = QwenTextEnv(
+        tokenizer=env.task.tokenizer, eos_token_ids=EOS, prompts=env.task.prompts[1:]
+    )
+    _, info = some.reset(options={"prompt_index": 2})
+    assert info == {"prompt": "it's", "prompt_index": 2}
+
+
+def test_options_may_change_after_the_reset(env):
+    seen = []
+    env.task = dataclasses.replace(env.task, reward=lambda batch: seen.append(batch.rows) or [0.0])
+    options = {"prompt": "it"}
+    env.reset(options=options)
+    options["prompt"] = "another"
+    env.step(EOS)
+    assert seen == [[{"prompt": "it"}]]
 
 
 @pytest.mark.parametrize("mode", [None, *QwenTextEnv.metadata["render_modes"]])

@@ -1,4 +1,5 @@
 import datasets
+import numpy as np
 import pandas
 import pytest
 
@@ -49,6 +50,19 @@ def test_chats_go_through_the_template(load):
     assert prompt.ids.tolist() == load.tokenizer.encode(expected)
     (prompt,) = load([{"messages": CHAT}], system_prompt="yes", max_prompt_length=60)
     assert prompt.text == "<|im_start|>system\nyes<|im_end|>\n" + expected
+
+
+def test_a_prompt_keeps_its_row_whatever_becomes_of_the_source(load):
+    rows = [{"prompt": "the film", "stars": 4}]
+    (prompt,) = load(rows)
+    rows[0]["stars"] = 1
+    assert prompt.row == {"prompt": "the film", "stars": 4}
+
+
+def test_a_limit_of_a_small_integer_type(load):
+    assert load(["the film"], max_prompt_length=np.uint8(32))[0].text == "the film"
+    with pytest.raises(UsageError, match="over the limit of 32"):
+        load(["it is " * 200], max_prompt_length=np.uint8(32))
 
 
 def test_text_becomes_a_message_only_on_request(load):
@@ -130,6 +144,10 @@ def test_overflow(load):
         ("{}", "its keys are none"),
         ('{"prompt": 3}', "line 2 of .* has a 'prompt' that is 3; it must be text"),
         ('{"prompt": null}', "line 2 of .* has a 'prompt' that is None"),
+        (
+            '{"prompt": [{"role": "user", "content": "hi"}]}',
+            "line 2 of .* it must be text .a chat goes under 'messages'.",
+        ),
         ('{"prompt": "\\ud800"}', "line 2 of .* not valid Unicode text"),
         ('{"messages": "hi"}', "line 2 of .*: messages is a str; it must be a list"),
         ('{"messages": {"role": "user"}}', "line 2 of .*: messages is a dict; it must be a list"),
@@ -140,13 +158,28 @@ def test_overflow(load):
         ('{"prompt": ""}', "line 2 of .* holds an empty prompt"),
         ('{"messages": []}', "line 2 of .*: messages is empty"),
         ('{"messages": [{}]}', "line 2 of .*: message 0"),
+        ('{"prompt": "\u00e9"}', "line 2 of .*p.jsonl is not UTF-8 text: .*0xe9"),
+        ('\u00ef\u00bb\u00bf{"prompt": "b"}', "line 2 of .*p.jsonl is not JSON: .*BOM"),
     ],
 )
 def test_wrong_lines_are_named(load, tmp_path, line, message):
     path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "a"}\n' + line + "\n")
+    path.write_bytes(b'{"prompt": "a"}\n' + line.encode("latin-1") + b"\n")
     with pytest.raises(UsageError, match=message):
         load(path)
+
+
+def test_long_values_are_not_printed_whole(load):
+    long = ["word " * 10_000] * 50
+    for source, arguments in (
+        ([{"prompt": long}], {}),
+        (["a"], {"system_prompt": long}),
+        (["a"], {"chat_template": long}),
+        (["a"], {"chat_template_kwargs": long}),
+    ):
+        with pytest.raises(UsageError) as caught:
+            load(source, **arguments)
+        assert len(str(caught.value)) < 400
 
 
 def test_wrong_sources(load, tmp_path):
@@ -155,9 +188,6 @@ def test_wrong_sources(load, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UsageError, match=r"empty.jsonl holds no prompts.$"):
         load(tmp_path / "empty.jsonl")
-    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
-    with pytest.raises(UsageError, match="is not UTF-8"):
-        load(tmp_path / "latin.jsonl")
     with pytest.raises(UsageError, match="prompts holds no prompts of at most 1 tokens"):
         load(["the film was"], max_prompt_length=1, overflow="drop")
     with pytest.raises(UsageError, match="prompts is a dict"):
@@ -184,3 +214,6 @@ def test_wrong_arguments(load, backend):
         load([{"messages": CHAT}], chat_template=False)
     with pytest.raises(UsageError, match=r"prompts\[0\]: the tokenizer has no chat template"):
         load_prompts([{"messages": CHAT}], load_tokenizer(backend), max_prompt_length=9)
+    for name in ("self", "template"):
+        with pytest.raises(UsageError, match=f"holds '{name}', which has a place of its own"):
+            load([{"messages": CHAT}], chat_template_kwargs={name: "x"})

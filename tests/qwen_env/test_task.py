@@ -30,7 +30,10 @@ WRONG_ARGUMENTS = [
     ({"prompt_overflow": None}, "prompt_overflow is None"),
     ({"system_prompt": "be brief"}, "takes no system_prompt; set chat_template to True"),
     ({"system_prompt": 3}, "system_prompt is 3; it must be text"),
-    ({"chat_template": True}, "no chat template; pass one"),
+    (
+        {"chat_template": True},
+        "no chat template; pass one as chat_template, or give plain text and leave chat_template",
+    ),
     ({"chat_template": ""}, "chat_template is ''; it must be None, True, False, or a template"),
     ({"chat_template": 3}, "chat_template is 3"),
     ({"chat_template": "{% for %}"}, "line 1 of .*: the chat template fails"),
@@ -55,6 +58,7 @@ WRONG_ARGUMENTS = [
     ({"max_new_tokens": None}, "max_new_tokens is None; it must be an integer"),
     ({"vocab_size": 100}, "vocab_size is 100, but the tokenizer has .* or leave it out"),
     ({"vocab_size": 1e6}, "vocab_size is 1000000.0; it must be an integer"),
+    ({"vocab_size": 2**33}, "vocab_size is 8589934592; it must be at most 2147483647"),
     ({"eos_token_ids": ()}, "eos_token_ids is empty, .*; name at least one"),
     ({"eos_token_ids": 10**6}, "eos_token_ids holds 1000000, .* outside the vocabulary .0 to"),
     ({"eos_token_ids": "<|endoftext|>"}, "it must be a list of token ids"),
@@ -101,6 +105,15 @@ def test_numpy_s_numbers_are_welcome():
     env.reset(seed=0)
     assert env.unwrapped.task.rules.eos_token_ids == (0, 5)
     assert not env.unwrapped.action_mask()[[7, 714, 767]].any()
+
+
+def test_small_numpy_integers_do_not_wrap_round():
+    env = gym.make(
+        "QwenText-v0", max_prompt_length=np.uint8(200), max_new_tokens=np.uint8(100),
+        prompts=["The film is " * 20],
+    )  # fmt: skip
+    observation, _ = env.reset(seed=0)
+    assert observation["input_ids"].shape == (300,)
 
 
 def test_everything_forbidden(backend):
