@@ -212,7 +212,7 @@ class QwenTextEnv(gym.Env[Observation, Any]):
         terminated, truncated = bool(state.terminated), bool(state.truncated)
         reward, info = 0.0, {}
         if terminated or truncated:
-            batch_of_one = mdp.State(*(field[None].copy() for field in state))
+            batch_of_one = mdp.State(*(field[None] for field in state))
             (self._outcome,) = self.task.evaluate(episodes_of([self._prompt], batch_of_one))
             reward, info = self._outcome.reward, self._outcome.info
         self._state = state

@@ -159,8 +159,7 @@ class TextTask:
             RewardBatch(
                 prompts=[episode.prompt.text for episode in episodes],
                 completions=completions,
-                # A copy: a reward function may do with its arrays what it likes.
-                prompt_ids=[episode.prompt.ids.copy() for episode in episodes],
+                prompt_ids=[episode.prompt.ids for episode in episodes],
                 completion_ids=[episode.completion_ids for episode in episodes],
                 rows=[episode.prompt.row for episode in episodes],
                 finish_reasons=reasons,

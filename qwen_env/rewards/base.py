@@ -43,6 +43,17 @@ class RewardBatch:
         """The batch of one row."""
         return RewardBatch(*([getattr(self, field.name)[index]] for field in fields(self)))
 
+    def copy(self) -> "RewardBatch":
+        """The same with lists, arrays and rows of its own, which may be changed."""
+        return RewardBatch(
+            prompts=list(self.prompts),
+            completions=list(self.completions),
+            prompt_ids=[np.array(ids) for ids in self.prompt_ids],
+            completion_ids=[np.array(ids) for ids in self.completion_ids],
+            rows=[dict(row) for row in self.rows],
+            finish_reasons=list(self.finish_reasons),
+        )
+
 
 Numbers = np.ndarray | Sequence[float]  # N of them
 
@@ -68,11 +79,22 @@ class Scores:
 RESERVED_COMPONENTS = ("score", "missing_eos_penalty")
 """Components that the environment reports itself."""
 
+NAMES_ALLOWED = (
+    "names must be text, and none of "
+    f"{', '.join(map(repr, (*RESERVED_COMPONENTS, '_...')))}, which are taken"
+)
+
+
+def may_be_named(name: Any) -> bool:
+    """Whether a component can have this name: Gymnasium keeps the underscore for its masks."""
+    return isinstance(name, str) and name not in RESERVED_COMPONENTS and not name.startswith("_")
+
 
 def score(reward: RewardFn, batch: RewardBatch) -> Scores:
     """Call `reward` and check what it returns.
 
-    When it raises, it is called once more for each row, to find the one to blame.
+    It gets a copy of the batch, to do with as it likes. When it raises, it is called once more for
+    each row, to find the one to blame.
 
     Raises:
         RewardError: it raised, returned another count, a type that is not a number, or a value
@@ -81,13 +103,13 @@ def score(reward: RewardFn, batch: RewardBatch) -> Scores:
     """
     name = reward_name(reward)
     try:
-        answer = reward(batch)
+        answer = reward(batch.copy())
     except (RewardError, DependencyNotInstalled):
         raise
     except Exception as error:
         raise RewardError(
             f"The reward function {name} raised {type(error).__name__}: {error}, for "
-            f"{_culprit(reward, batch, type(error))}."
+            f"{_culprit(reward, batch, error)}."
         ) from error
     values, components = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, {})
     if isinstance(values, tuple) or not isinstance(components, Mapping):
@@ -97,10 +119,9 @@ def score(reward: RewardFn, batch: RewardBatch) -> Scores:
             "(array, {component: array})."
         )
     for key in components:
-        if not isinstance(key, str) or key in RESERVED_COMPONENTS:
+        if not may_be_named(key):
             raise RewardError(
-                f"The reward function {name} names a component {key!r}; names must be text, and "
-                f"none of {', '.join(map(repr, RESERVED_COMPONENTS))}, which are taken."
+                f"The reward function {name} names a component {key!r}; {NAMES_ALLOWED}."
             )
     return Scores(
         _checked(values, batch, f"The reward function {name}"),
@@ -121,9 +142,8 @@ def reward_name(reward: RewardFn) -> str:
 def _checked(values: Any, batch: RewardBatch, who: str) -> np.ndarray:
     try:
         given = np.asarray(values)
-        if (
-            given.dtype.kind in "USmMc"
-        ):  # text, times and complex numbers, which NumPy would convert
+        # Text, times and complex numbers: NumPy would convert them.
+        if given.dtype.kind in "USmMc" or (given.dtype.kind == "O" and _no_number(given, batch)):
             raise TypeError(f"of type {given.dtype}")
         with np.errstate(over="ignore"):  # an infinity, which is refused below
             array = np.asarray(given, dtype=np.float32)
@@ -155,12 +175,16 @@ def _no_number(values: Any, batch: RewardBatch) -> str | None:
     return None
 
 
-def _culprit(reward: RewardFn, batch: RewardBatch, raised: type[Exception]) -> str:
+def _culprit(reward: RewardFn, batch: RewardBatch, raised: Exception) -> str:
     """Which row makes `reward` raise, if one does so alone."""
+    if len(batch) == 1:
+        return _row(batch, 0)
+    if isinstance(raised, OSError | MemoryError):  # no row's fault, and each call may be slow
+        return f"a batch of {len(batch)}"
     for row in range(len(batch)):
         try:
-            reward(batch.row(row))
-        except raised:
+            reward(batch.row(row).copy())
+        except type(raised):
             return _row(batch, row)
         except Exception:
             continue

@@ -14,6 +14,7 @@ where `"components"`, reported beside the reward, may be left out.
 
 import http.client
 import json
+import re
 import time
 import urllib.error
 import urllib.request
@@ -141,8 +142,15 @@ class HTTPReward:
 def _check_url(url: str) -> None:
     try:
         parts = urlsplit(url)
-        is_right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        is_right = (
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and parts.port != 0
+            and not re.search("[^!-~]", url)  # a space, or beyond ASCII
+        )
     except (ValueError, AttributeError):  # no such port, no text
         is_right = False
     if not is_right:
-        raise UsageError(f"the reward server is {url!r}; write it as 'http://HOST:PORT/PATH'.")
+        raise UsageError(
+            f"the reward server is {url!r}; write it as 'http://HOST:PORT/PATH', percent-encoded."
+        )

@@ -49,13 +49,13 @@ class HuggingFaceReward:
         max_length: int | None = None,
         use_chat_template: bool = True,
     ) -> None:
-        self._torch: Any = import_extra("torch", extra="torch")
+        torch: Any = import_extra("torch", extra="torch")
         transformers = import_extra("transformers", extra="torch")
         if dtype not in ("float32", "bfloat16", "float16"):
             raise UsageError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16.")
         self.batch_size = integer("batch_size", batch_size, at_least=1)
         if max_length is not None:
-            integer("max_length", max_length, at_least=1)
+            max_length = integer("max_length", max_length, at_least=1)
         folder = resolve(model, allow_patterns=_FILES)
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -70,9 +70,9 @@ class HuggingFaceReward:
                 "model, or not a complete one."
             )
         self._column = _label_column(self.model.config, label, str(model))
-        self.device = device or ("cuda" if self._torch.cuda.is_available() else "cpu")
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            self.model.to(self.device, getattr(self._torch, dtype)).eval()
+            self.model.to(self.device, getattr(torch, dtype)).eval()
         except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
             reason = str(error).splitlines()[0]
             raise UsageError(
@@ -94,6 +94,9 @@ class HuggingFaceReward:
             rewards[rows] = self._forward([ids[row] for row in rows])
         return rewards
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HuggingFaceReward":
+        return self  # Gymnasium copies the arguments of an environment, and a model is large
+
     def _encode(self, batch: RewardBatch, row: int) -> list[int]:
         prompt, completion = batch.prompts[row], batch.completions[row]
         if self.use_chat_template:
@@ -108,15 +111,16 @@ class HuggingFaceReward:
         return ids if self.max_length is None else ids[-self.max_length :]
 
     def _forward(self, rows: list[list[int]]) -> np.ndarray:
+        import torch  # not kept: an environment is copied and pickled with its reward
+
         pad = self._pad_token_id(rows)
         width = max(len(ids) for ids in rows)
         input_ids = [ids + [pad] * (width - len(ids)) for ids in rows]
         mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in rows]
-        tensor = self._torch.tensor
-        with self._torch.inference_mode():
+        with torch.inference_mode():
             logits = self.model(
-                input_ids=tensor(input_ids, device=self.device),
-                attention_mask=tensor(mask, device=self.device),
+                input_ids=torch.tensor(input_ids, device=self.device),
+                attention_mask=torch.tensor(mask, device=self.device),
             ).logits
         return logits[:, self._column].float().cpu().numpy()
 

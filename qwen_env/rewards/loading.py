@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from qwen_env.errors import UsageError
-from qwen_env.rewards.base import RewardFn
-from qwen_env.rewards.weighted_sum import WeightedSum
+from qwen_env.rewards.base import RewardFn, may_be_named
+from qwen_env.rewards.weighted_sum import WeightedSum, weight_and_reward
 
 FORMS = (
     "'package.module:callable', 'hf:FOLDER_OR_HUB_ID', 'http://HOST:PORT/PATH', or a weighted sum "
@@ -68,7 +68,7 @@ def load_reward(spec: Any, schemes: Schemes = MappingProxyType({})) -> RewardFn:
         if scheme in ("http", "https"):
             from qwen_env.rewards.http import HTTPReward
 
-            return HTTPReward(spec)
+            return HTTPReward(spec.strip())
         if scheme and rest:
             return _load_callable(scheme, rest)
     elif isinstance(spec, Mapping):
@@ -79,33 +79,31 @@ def load_reward(spec: Any, schemes: Schemes = MappingProxyType({})) -> RewardFn:
 
 
 def _load_term(name: str, term: Any, schemes: Schemes) -> tuple[float, RewardFn]:
-    try:
-        weight, spec = term
-    except (TypeError, ValueError):
-        raise UsageError(
-            f"the term {name!r} of a weighted sum is {term!r}; it must be (weight, reward)."
-        ) from None
+    weight, spec = weight_and_reward(name, term)
     return weight, load_reward(spec, schemes)
 
 
 def _load_sum(text: str, schemes: Schemes) -> WeightedSum:
-    """Components are named after the last part of their spec."""
-    terms: dict[str, tuple[float, RewardFn]] = {}
+    """Components are named after the last part of their spec; after all of it if that is taken."""
+    weights: dict[str, float] = {}
     for term in re.split(r"\s\+\s", text):
         match = _WEIGHTED.fullmatch(term)
         factor, spec = match.groups() if match else ("1", term)
         if not (spec := spec.strip()):
             raise UsageError(f"reward {text!r} has an empty term; write it as {FORMS}.")
-        name = re.split(r"[:/]", spec.rstrip("/"))[-1]
-        if name in terms:
-            raise UsageError(f"reward {text!r} names {name!r} twice; add up its weights.")
+        if spec in weights:
+            raise UsageError(f"reward {text!r} names {spec!r} twice; add up its weights.")
         try:
-            weight = float(factor)
+            weights[spec] = float(factor)
         except ValueError:
             raise UsageError(
                 f"reward {text!r}: {factor!r} is not a weight; write it as {FORMS}."
             ) from None
-        terms[name] = (weight, load_reward(spec, schemes))
+    names = [re.split(r"[:/]", spec.rstrip("/"))[-1] for spec in weights]
+    terms = {}
+    for (spec, weight), name in zip(weights.items(), names, strict=True):
+        is_free = names.count(name) == 1 and may_be_named(name)
+        terms[name if is_free else spec] = (weight, load_reward(spec, schemes))
     return WeightedSum(terms)
 
 
@@ -116,8 +114,10 @@ def _load_huggingface(rest: str) -> RewardFn:
     if not model:
         raise UsageError(f"reward 'hf:{rest}' names no model; write 'hf:FOLDER_OR_HUB_ID'.")
     options = {}
-    for name, text in parse_qsl(query):
+    for name, text in parse_qsl(query, keep_blank_values=True):
         try:
+            if not text:
+                raise ValueError
             options[name] = _HUGGINGFACE_OPTIONS[name](text)
         except (KeyError, ValueError):
             raise UsageError(

@@ -1,12 +1,13 @@
 """Several reward functions as one."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from qwen_env.arguments import finite
 from qwen_env.errors import UsageError
-from qwen_env.rewards.base import RESERVED_COMPONENTS, RewardBatch, RewardFn, score
+from qwen_env.rewards.base import NAMES_ALLOWED, RewardBatch, RewardFn, may_be_named, score
 
 
 class WeightedSum:
@@ -15,21 +16,26 @@ class WeightedSum:
     Args:
         terms: `{name: (weight, reward function)}`. The components of a term that has its own are
             reported as `name/component`.
+
+    Raises:
+        UsageError: there is no term, or one has a wrong name, weight or reward function.
     """
 
     def __init__(self, terms: Mapping[str, tuple[float, RewardFn]]) -> None:
         if not terms:
             raise UsageError("a weighted sum of rewards needs at least one term.")
-        for name in terms:
-            if not isinstance(name, str) or name in RESERVED_COMPONENTS:
+        self.terms: dict[str, tuple[float, RewardFn]] = {}
+        for name, term in terms.items():
+            if not may_be_named(name):
+                raise UsageError(f"a weighted sum names a term {name!r}; {NAMES_ALLOWED}.")
+            weight, reward = weight_and_reward(name, term)
+            weight = finite(f"the weight of {name!r} in a weighted sum", weight)
+            if not callable(reward):
                 raise UsageError(
-                    f"a weighted sum names a term {name!r}; names must be text, and none of "
-                    f"{', '.join(map(repr, RESERVED_COMPONENTS))}, which are taken."
+                    f"the reward of {name!r} in a weighted sum is {reward!r}; it must be a "
+                    "callable (load_reward makes one of a string)."
                 )
-        self.terms = {
-            name: (finite(f"the weight of {name!r} in a weighted sum", weight), reward)
-            for name, (weight, reward) in terms.items()
-        }
+            self.terms[name] = (weight, reward)
 
     def __call__(self, batch: RewardBatch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         total = np.zeros(len(batch), np.float32)
@@ -40,3 +46,18 @@ class WeightedSum:
             components[name] = scores.values
             components |= {f"{name}/{key}": value for key, value in scores.components.items()}
         return total, components
+
+
+def weight_and_reward(name: Any, term: Any) -> tuple[Any, Any]:
+    """The two parts of the term called `name`.
+
+    Raises:
+        UsageError: it has others.
+    """
+    try:
+        weight, reward = term
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"the term {name!r} of a weighted sum is {term!r}; it must be (weight, reward)."
+        ) from None
+    return weight, reward

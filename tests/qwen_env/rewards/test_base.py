@@ -53,6 +53,7 @@ NUMBERS = [0.0, 1.0, 2.0]
             r"returned '1' for row 0 \(prompt 'The film'\); it must return one number",
         ),
         ([0.0, "b", 2.0], "returned 'b' for row 1"),
+        (np.array([0.0, "1.5", 2.0], object), "returned '1.5' for row 1 .*; it must return one"),
         ([0.0, 1.0, [2.0]], r"returned \[2.0\] for row 2"),
         ([0.0, object(), 2.0], "returned <object .* for row 1"),
         (
@@ -74,6 +75,7 @@ NUMBERS = [0.0, 1.0, 2.0]
         ((NUMBERS, {"score": NUMBERS}), "names a component 'score'; names must be text, and none"),
         ((NUMBERS, {"missing_eos_penalty": NUMBERS}), "names a component 'missing_eos_penalty'"),
         ((NUMBERS, {3: NUMBERS}), "names a component 3"),
+        ((NUMBERS, {"_part": NUMBERS}), r"names a component '_part'; .* none of .*'_\.\.\.', whi"),
         ((NUMBERS, {"part": ["a", "b", "c"]}), "Component 'part' of .* returned 'a' for row 0"),
         (KeyError("stars"), "raised KeyError: 'stars', for row 0"),
     ],
@@ -96,11 +98,46 @@ def test_the_row_that_makes_it_raise_is_named(make_batch):
 def test_no_row_is_blamed_for_what_the_batch_does(make_batch):
     def reward(batch):
         if len(batch) > 2:
-            raise MemoryError("too many")
+            raise RuntimeError("too many")
         return [0.0] * len(batch)
 
     with pytest.raises(RewardError, match="a batch of 3, none of whose rows does it alone"):
         score(reward, make_batch(["a", "b", "c"]))
+
+
+@pytest.mark.parametrize(
+    ("error", "count", "message"),
+    [
+        (TimeoutError("late"), 3, r"TimeoutError: late, for a batch of 3\.$"),
+        (MemoryError("too many"), 3, r"MemoryError: too many, for a batch of 3\.$"),
+        (KeyError("stars"), 1, r"KeyError: 'stars', for row 0 \(prompt 'The film'\)\.$"),
+        (TimeoutError("late"), 1, r"TimeoutError: late, for row 0"),
+    ],
+)
+def test_it_is_not_called_again_where_that_would_tell_nothing(make_batch, error, count, message):
+    calls = []
+
+    def reward(batch):
+        calls.append(len(batch))
+        raise error
+
+    with pytest.raises(RewardError, match=message):
+        score(reward, make_batch(["a"] * count))
+    assert calls == [count]
+
+
+def test_a_reward_may_do_what_it_likes_with_its_batch(batch):
+    def reward(batch):
+        answers = [row.pop("prompt") for row in batch.rows]
+        for ids in (*batch.prompt_ids, *batch.completion_ids):
+            ids[...] = 7
+        for column in vars(batch).values():
+            column.clear()
+        return [len(answer) for answer in answers]
+
+    for _ in range(2):
+        assert score(reward, batch).values.tolist() == [8, 8, 8]
+    assert batch.completion_ids[2].tolist() == [0, 1, 2]
 
 
 def test_a_batch_of_one_row(batch):

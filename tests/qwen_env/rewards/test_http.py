@@ -111,6 +111,8 @@ def test_components_that_come_and_go(server, make_batch):
         ({"url": "http://host:99999/"}, "the reward server is 'http://host:99999/'"),
         ({"url": "file:///etc/passwd"}, "the reward server is 'file:///etc/passwd'"),
         ({"url": None}, "the reward server is None"),
+        ({"url": "http://host/a b"}, "http://host/a b'; write it as .*, percent-encoded"),
+        ({"url": "http://host/\u00e9"}, "the reward server is 'http://host/\u00e9'"),
     ],
 )
 def test_wrong_arguments(arguments, message):

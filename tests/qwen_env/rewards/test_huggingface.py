@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 
 import gymnasium as gym
 import numpy as np
@@ -122,8 +124,9 @@ def test_chats_are_read_by_the_reward_model_s_own_template(tmp_path, make_batch)
 def test_long_texts_keep_their_end(tmp_path, make_batch):
     model, tokenizer = build(tmp_path)
     expected = one_by_one(model, tokenizer, ["!" * 10])[:, 0]
-    reward = HuggingFaceReward(tmp_path, max_length=10)
-    np.testing.assert_allclose(reward(make_batch(["!" * 40])), expected, atol=1e-5)
+    for ten in (10, np.uint8(10)):
+        reward = HuggingFaceReward(tmp_path, max_length=ten)
+        np.testing.assert_allclose(reward(make_batch(["!" * 40])), expected, atol=1e-5)
 
 
 def test_a_label_of_a_classifier(tmp_path, make_batch):
@@ -144,6 +147,16 @@ def test_bfloat16(tmp_path, make_batch):
     values = half(batch)
     assert values.dtype == np.float32
     np.testing.assert_allclose(values, HuggingFaceReward(tmp_path)(batch), atol=0.2)
+
+
+def test_copies(tmp_path, make_batch):
+    build(tmp_path)
+    env = gym.make("QwenText-v0", reward=HuggingFaceReward(tmp_path))
+    assert env.spec is not None, "which Gymnasium copies"
+    reward = env.unwrapped.task.reward
+    assert copy.deepcopy(env).unwrapped.task.reward is reward, "a model is not copied in memory"
+    batch = make_batch(COMPLETIONS)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(reward))(batch), reward(batch))
 
 
 def test_an_empty_batch(tmp_path, make_batch):

@@ -66,6 +66,17 @@ def test_weighted_sums(module, make_batch, spec):
     }
 
 
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ("http://a:1/rate + http://b:1/rate", ["http://a:1/rate", "http://b:1/rate"]),
+        ("http://a:1/score + http://b:1/rate", ["http://a:1/score", "rate"]),
+    ],
+)
+def test_names_that_are_taken_give_way_to_the_whole_spec(spec, names):
+    assert list(load_reward(spec).terms) == names
+
+
 def test_a_weighted_sum_in_the_environment(module):
     env = gym.make("QwenText-v0", reward="-0.5 * my_rewards:count", max_new_tokens=1)
     env.reset(seed=0)
@@ -78,6 +89,7 @@ def test_a_server():
     reward = load_reward("http://127.0.0.1:9/score")
     assert isinstance(reward, HTTPReward)
     assert reward.url == "http://127.0.0.1:9/score"
+    assert load_reward(" http://127.0.0.1:9/score ").url == reward.url
 
 
 @pytest.mark.parametrize(
@@ -88,7 +100,7 @@ def test_a_server():
         ("no.such.module:f", "there is no module 'no.such.module'"),
         ("my_rewards:missing", "my_rewards has no callable 'missing'"),
         ("my_rewards:text", "my_rewards has no callable 'text'"),
-        ("1 * my_rewards:count + 2 * my_rewards:count", "names 'count' twice"),
+        ("1 * my_rewards:count + 2 * my_rewards:count", "names 'my_rewards:count' twice"),
         ("1 * my_rewards:count + ", "empty term"),
         ("e * my_rewards:count", "'e' is not a weight"),
         ("nan * my_rewards:count", "the weight of 'count' in a weighted sum is nan; .* finite"),
@@ -111,12 +123,15 @@ def test_a_server():
         ({"a": 3}, "the term 'a' of a weighted sum is 3; it must be .weight, reward."),
         ({"score": (1, "my_rewards:count")}, "names a term 'score'; names must be text, and none"),
         ({3: (1, "my_rewards:count")}, "names a term 3"),
+        ({"_a": (1, "my_rewards:count")}, "names a term '_a'"),
         ({}, "at least one term"),
         ({"a": "my_rewards:count"}, "the term 'a' of a weighted sum is 'my_rewards:count'"),
         ({"a": (1, "my_rewards:missing")}, "has no callable 'missing'"),
         ("hf:./none", "./none: no such folder"),
         ("hf:./none?colour=red", "option colour=red is not known; there are label, device"),
         ("hf:./none?batch_size=many", "option batch_size=many is not known"),
+        ("hf:./none?batch_size=", "option batch_size= is not known"),
+        ("hf:./none?device", "option device= is not known"),
     ],
 )
 def test_wrong_specs(module, spec, message):
