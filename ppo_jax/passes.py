@@ -197,5 +197,4 @@ class Passes:
             stop_value_gradient=self.config.critic == "stopped",
             remat=self.remat,
             layout=layout,
-            num_chunks=self.config.num_packed_sizes,
         )

@@ -14,8 +14,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
+from ppo_jax.models.attention import KeyValue
 from ppo_jax.models.heads import PolicyValueNetwork
-from ppo_jax.models.qwen2 import DecoderLayer, KeyValue, rotary_angles
+from ppo_jax.models.qwen2 import DecoderLayer, rotary_angles
 from ppo_jax.sampling import Sampling, packed, sampling_logits, truncation
 from qwen_env import mdp
 

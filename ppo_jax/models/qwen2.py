@@ -11,7 +11,6 @@ Shapes: B batch, Q query positions, S key positions, D hidden, F MLP width, H he
 G = H / K query heads a KV head, N head size, V vocabulary, L layers.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -19,16 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
+from ppo_jax.models.attention import KeyValue, attend
 from ppo_jax.models.config import Qwen2Config
 
 INITIALIZER_STD = 0.02
-
-
-class KeyValue(NamedTuple):
-    """The attention inputs that one layer keeps for later tokens."""
-
-    key: Float[Array, "B K S N"]
-    value: Float[Array, "B K S N"]
 
 
 class Rotary(NamedTuple):
@@ -125,27 +118,11 @@ class Attention(nnx.Module):
                     for old, now in zip(past, new, strict=True)
                 )
             )
-        mixed = _attend(query, kept, mask)
+        mixed = attend(query, kept, mask)
         return self.o_proj(jnp.swapaxes(mixed, 1, 2).reshape(*x.shape[:2], -1)), kept
 
     def _heads(self, x: Float[Array, "B Q HN"]) -> Float[Array, "B heads Q N"]:
         return jnp.swapaxes(x.reshape(*x.shape[:2], -1, self.head_dim), 1, 2)
-
-
-def _attend(
-    query: Float[Array, "B H Q N"], kept: KeyValue, mask: Bool[Array, "B Q S"]
-) -> Float[Array, "B H Q N"]:
-    """softmax(q·k / √N) v. A query whose keys are all masked gets their mean, not NaN."""
-    batch, heads, queries, size = query.shape
-    kv_heads = kept.key.shape[1]
-    # One matrix product a KV head: its G query heads are rows beside their positions.
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads * queries, size)
-    logits = jnp.einsum("BKRN,BKSN->BKRS", grouped, kept.key, preferred_element_type=jnp.float32)
-    logits = logits.reshape(batch, heads, queries, -1) / math.sqrt(size)
-    logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-    weights = weights.reshape(batch, kv_heads, heads // kv_heads * queries, -1)
-    return jnp.einsum("BKRS,BKSN->BKRN", weights, kept.value).reshape(query.shape)
 
 
 @jax.custom_vjp
@@ -255,9 +232,9 @@ class Qwen2(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], KeyValue]:
         """Hidden states after the final norm, and every layer's keys and values ([L, B, K, S, N]).
 
-        States of real tokens do not depend on the padding. The backward pass keeps the results of
-        matrix products and recomputes what lies between them, which takes less memory and time
-        than keeping all; with `remat` it recomputes all.
+        States of real tokens do not depend on the padding. The backward pass keeps what weights
+        were multiplied into and recomputes the rest, attention included, which takes less memory
+        and time than keeping all; with `remat` it recomputes all.
 
         Args:
             attention_mask: 0 at padding. Several sequences may share a row, numbered 1, 2, ...: a
@@ -274,7 +251,7 @@ class Qwen2(nnx.Module):
         def apply_layer(x: Array, layer: nnx.State) -> tuple[Array, KeyValue]:
             return nnx.merge(graphdef, layer)(x, rotary, mask)
 
-        policy = None if remat else jax.checkpoint_policies.dots_saveable
+        policy = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         apply_layer = jax.checkpoint(apply_layer, prevent_cse=False, policy=policy)
         x, kept = jax.lax.scan(apply_layer, self.embed(input_ids), layers)
         return self.norm(x), kept

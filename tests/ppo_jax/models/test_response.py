@@ -14,7 +14,7 @@ from ppo_jax.models import (
     PolicyValueNetwork,
     Qwen2Config,
     load_pretrained,
-    response,
+    vocabulary,
     with_separate_critic,
 )
 from ppo_jax.models.response import ResponseOutputs, response_outputs
@@ -47,8 +47,7 @@ def chunks_of(monkeypatch):
     """Set the rows a chunk has at most, but for the network's D; CHUNK before any test."""
 
     def set_rows(rows, vocab_size=RULES.vocab_size):
-        monkeypatch.setattr(response, "LOGITS_AT_ONCE", rows * vocab_size + vocab_size // 2)
-        monkeypatch.setattr(response, "LEAST_CHUNK", 1)
+        monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", rows * vocab_size + vocab_size // 2)
         differentiated.clear_cache()  # the number is compiled in
 
     set_rows(CHUNK)
@@ -99,9 +98,7 @@ def allowed_ids(rules):
     return allowed
 
 
-def chunked(
-    network, tokens, support=None, rules=RULES, temperature=TEMPERATURE, num_rows=None, num_chunks=1
-):
+def chunked(network, tokens, support=None, rules=RULES, temperature=TEMPERATURE, num_rows=None):
     return response_outputs(
         network,
         tokens,
@@ -112,7 +109,6 @@ def chunked(
         sampling=Sampling(temperature),
         num_steps=T,
         layout=Layout(num_rows, first_fit(jnp.asarray(LENGTH), S)[0]) if num_rows else None,
-        num_chunks=num_chunks,
     )
 
 
@@ -141,7 +137,7 @@ def masked_sum(outputs):
     return loss + jnp.sum(outputs.last_value * weights[3, :, 0])
 
 
-@partial(jax.jit, static_argnums=(0, 1), static_argnames=("num_rows", "num_chunks"))
+@partial(jax.jit, static_argnums=(0, 1), static_argnames="num_rows")
 @partial(jax.value_and_grad, argnums=2, has_aux=True)
 def differentiated(function, graphdef, state, tokens, support=None, **options):
     """((loss, outputs), gradients)"""
@@ -185,30 +181,21 @@ def test_equals_the_computation_over_full_logits(split, tokens, chunks_of, rows)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("critic", ["shared", "separate"])
-@pytest.mark.parametrize(("num_rows", "num_chunks"), [(3, 1), (4, 5), (5, 41)])
+@pytest.mark.parametrize(("num_rows", "chunk"), [(3, 1000), (4, 32), (5, 50)])
 def test_packed_rows_and_skipped_chunks_change_nothing(
-    split, tokens, support, chunks_of, critic, num_rows, num_chunks
+    split, tokens, support, chunks_of, critic, num_rows, chunk
 ):
     """Lengths of 47, 9, 5, 24 and 46 fit into three rows of 47; 112 of 205 places are responses."""
-    chunks_of(1000)
+    chunks_of(chunk)
     if critic == "separate":
         network = with_separate_critic(nnx.merge(*split))
         embeddings = network.critic.embed_tokens
         embeddings[...] = 0.7 * embeddings[...]  # no longer a copy of the policy's
         split = nnx.split(network)
-    options = {"num_rows": num_rows, "num_chunks": num_chunks}
-    (_, ours), our_gradients = differentiated(chunked, *split, tokens, support, **options)
+    (_, ours), our_gradients = differentiated(chunked, *split, tokens, support, num_rows=num_rows)
     (_, expected), gradients = differentiated(plain, *split, tokens, support)
     assert_equal_outputs(ours, expected)
     assert_equal_gradients(our_gradients, gradients)
-
-
-def test_chunks_that_no_response_reaches_are_not_computed(split, tokens, chunks_of):
-    """Of 41 chunks of five places each, the 112 places of responses reach 23."""
-    chunks_of(1000)
-    (_, outputs), _ = differentiated(chunked, *split, tokens, num_chunks=T)
-    assert (outputs.entropy > 0).sum() == 5 * 23
-    assert (outputs.entropy[IS_RESPONSE] > 0).all()
 
 
 def assert_equal_gradients(our_gradients, gradients):

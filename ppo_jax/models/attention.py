@@ -1,0 +1,93 @@
+"""Attention: softmax(q·k / √N) v, and its gradient.
+
+The gradient is written out, in products of the compute type. Left to itself, JAX multiplies float32
+gradients of the logits by keys and queries widened to float32, half as fast on a GPU or slower, and
+goes over arrays as large as the logits about twice as often.
+
+Shapes: B batch, Q query positions, S key positions, H heads, K KV heads, G = H / K query heads a KV
+head, N head size.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+BLOCK = 256
+"""Query positions that are computed together: fewer would save more, and take longer to compile."""
+
+
+class KeyValue(NamedTuple):
+    """The attention inputs that one layer keeps for later tokens."""
+
+    key: Float[Array, "B K S N"]
+    value: Float[Array, "B K S N"]
+
+
+def attend(
+    query: Float[Array, "B H Q N"], kept: KeyValue, mask: Bool[Array, "B Q S"]
+) -> Float[Array, "B H Q N"]:
+    """softmax(q·k / √N) v. A query whose keys are all masked gets their mean, not NaN.
+
+    Args:
+        mask: the keys that each query sees; where Q = S, none behind the query's own place.
+    """
+    if query.shape[2] == kept.key.shape[2] > BLOCK:
+        return _attend_in_blocks(query, kept, mask)
+    batch, heads, queries, size = query.shape
+    kv_heads = kept.key.shape[1]
+    # One matrix product a KV head: its G query heads are rows beside their positions.
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads * queries, size)
+    return _attend_in_groups(grouped, kept, mask).reshape(query.shape)
+
+
+def _attend_in_blocks(query: Array, kept: KeyValue, mask: Array) -> Array:
+    """Of a block of queries with the keys up to its end, since none behind that is seen."""
+    blocks = []
+    for start in range(0, query.shape[2], BLOCK):
+        end = start + BLOCK  # or beyond the last one
+        seen = KeyValue(kept.key[:, :, :end], kept.value[:, :, :end])
+        blocks.append(attend(query[:, :, start:end], seen, mask[:, start:end, :end]))
+    return jnp.concatenate(blocks, axis=2)
+
+
+@jax.custom_vjp
+def _attend_in_groups(
+    query: Float[Array, "B K GQ N"], kept: KeyValue, mask: Bool[Array, "B Q S"]
+) -> Float[Array, "B K GQ N"]:
+    return _attend_forward(query, kept, mask)[0]
+
+
+def _attend_forward(
+    query: Array, kept: KeyValue, mask: Array
+) -> tuple[Array, tuple[Array, KeyValue, Array, Array, Array]]:
+    logits = jnp.einsum("BKRN,BKSN->BKRS", query, kept.key, preferred_element_type=jnp.float32)
+    by_query = logits.reshape(*logits.shape[:2], -1, *mask.shape[1:]) / math.sqrt(query.shape[-1])
+    by_query = jnp.where(mask[:, None, None], by_query, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(by_query, axis=-1).astype(query.dtype).reshape(logits.shape)
+    mixed = jnp.einsum("BKRS,BKSN->BKRN", weights, kept.value)
+    return mixed, (query, kept, mask, weights, mixed)
+
+
+def _attend_backward(
+    inputs: tuple[Array, KeyValue, Array, Array, Array], cotangent: Array
+) -> tuple[Array, KeyValue, None]:
+    query, kept, mask, weights, mixed = inputs
+    d_value = jnp.einsum("BKRS,BKRN->BKSN", weights, cotangent)
+    d_weights = jnp.einsum(
+        "BKRN,BKSN->BKRS", cotangent, kept.value, preferred_element_type=jnp.float32
+    )
+    # Σ_s weights · d_weights, from arrays that are smaller.
+    mean = jnp.sum(cotangent.astype(jnp.float32) * mixed, axis=-1, keepdims=True)
+    d_logits = weights * (d_weights - mean) / math.sqrt(query.shape[-1])
+    by_query = d_logits.reshape(*weights.shape[:2], -1, *mask.shape[1:])
+    by_query = jnp.where(mask[:, None, None], by_query, 0.0)
+    d_logits = by_query.reshape(weights.shape).astype(query.dtype)
+    d_query = jnp.einsum("BKRS,BKSN->BKRN", d_logits, kept.key)
+    d_key = jnp.einsum("BKRS,BKRN->BKSN", d_logits, query)
+    return d_query, KeyValue(d_key, d_value), None
+
+
+_attend_in_groups.defvjp(_attend_forward, _attend_backward)
