@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -131,6 +132,15 @@ def test_distributions_survive_an_evaluation_that_fails(
     main(["--output-dir", str(run), "--resume"])
     ours, theirs = (folder / "distributions.jsonl" for folder in (run, finished_run))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_the_page_of_metrics_has_them_all(finished_run: Path) -> None:
+    """And no others, but for the name that stands for any component."""
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    documented = set(re.findall(r"^\| `([\w/]+)` \|", text, re.MULTILINE))
+    lines = records(finished_run, "metrics.jsonl") + records(finished_run, "distributions.jsonl")
+    recorded = {name.replace("baseline/", "eval/") for line in lines for name in line}
+    assert documented == recorded | {"reward/NAME"}
 
 
 def test_samples_are_the_evaluations(finished_run: Path) -> None:
