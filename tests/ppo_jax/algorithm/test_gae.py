@@ -14,7 +14,7 @@ quick = settings(deadline=None, max_examples=60, derandomize=True)
 
 
 def reference_loop(rewards, values, dones, last_value, gamma, lam):
-    """The reference algorithm's backward loop over one row without holes, in float64."""
+    """The original listing's backward loop over one row without holes, in float64."""
     advantages = np.zeros(len(rewards))
     running = 0.0
     for t in reversed(range(len(rewards))):
