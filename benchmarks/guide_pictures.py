@@ -4,6 +4,10 @@
 
 Each run is a run of the pocket task by `python -m ppo_jax.train`, about a minute on two idle cores;
 those that are there already are not made again. `--commands` prints the commands and stops.
+
+    python benchmarks/guide_pictures.py --pocket runs/pocket
+
+draws the README's pictures of the pocket run, from what `make train` left.
 """
 
 import argparse
@@ -16,7 +20,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ppo_jax.curves import PANELS, Records, draw_grid, save_png
+from ppo_jax.curves import PANELS, Records, draw_grid, plot_curves, save_png
 from ppo_jax.panels import HeatPanel, LinePanel, PathPanel
 from ppo_jax.run_folder import read_records
 
@@ -84,8 +88,12 @@ PICTURES: dict[str, Picture] = {
     ),
 }
 
+OVERVIEW = ["Score", "Gold score, never trained on", "KL from the reference model"]
+"""Titles of the panels at the top of the README."""
+
 _SIZE = 3.9, 2.9  # inches, of a panel: small, so that its words are large where it is shown
 _RIGHT_COLOR, _WRONG_COLOR = "#009e73", "#d55e00"
+_BY_TITLE = {panel.title: panel for panel in PANELS}
 
 
 def main() -> None:
@@ -93,7 +101,11 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "guide")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     parser.add_argument("--commands", action="store_true")
+    parser.add_argument("--pocket", type=Path, metavar="RUN")
     arguments = parser.parse_args()
+    if arguments.pocket:
+        draw_pocket(read_records(arguments.pocket), arguments.docs)
+        return
     for name, flags in RUNS.items():
         folder = arguments.runs / name
         command = [sys.executable, "-m", "ppo_jax.train", *PRESET, *flags]
@@ -110,9 +122,16 @@ def main() -> None:
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
+def draw_pocket(run: Records, docs: Path) -> None:
+    """The pocket run in three panels, and in all that there are."""
+    cells = [(_BY_TITLE[title], run) for title in OVERVIEW]
+    overview = draw_grid(cells, columns=len(cells), size=_SIZE)
+    save_png(overview, docs / "pocket_overview.png")
+    plot_curves(run, docs / "pocket_curves.png")
+
+
 def draw(picture: Picture, runs: dict[str, Records]) -> Figure:
-    by_title = {panel.title: panel for panel in PANELS}
-    panels = [by_title[title] for title in picture.panels]
+    panels = [_BY_TITLE[title] for title in picture.panels]
     cells = [(panel, run) for run in runs.values() for panel in panels]
     figure = draw_grid(cells, columns=len(panels), size=_SIZE, left=1.05)
     rows = [figure.axes[i : i + len(panels)] for i in range(0, len(cells), len(panels))]
