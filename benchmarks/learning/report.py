@@ -175,7 +175,7 @@ def _changes(summary: Summary) -> Table | None:
     table = Table(
         title="Difference from the setting without the change, by seed: mean [95 % interval]; "
         "** stands after Holm's correction for the number of settings, * does not; "
-        "what has no mark is noise"
+        "what has no mark is unresolved"
     )
     table.add_column("setting")
     table.add_column("change")
