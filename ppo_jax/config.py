@@ -33,8 +33,8 @@ class TaskConfig:
     eval_prompts: str | None = str(pocket.HELDOUT_PROMPTS)
     """Held-out prompts (.jsonl); None sets the last tenth of the training prompts aside."""
     reward: str = f"flax:{pocket.REWARD_FOLDER}"
-    """Reward: "package.module:callable", "hf:MODEL", "flax:FOLDER" (a Qwen2 reward model that runs
-    on the device), or a weighted sum such as "1.0 * a.b:c + 0.5 * d.e:f"."""
+    """Reward: "package.module:callable", "hf:MODEL", "flax:FOLDER" (a Qwen2 reward model, run on
+    the device), "http://..." (a reward server), or a weighted sum: "1.0 * a.b:c + 0.5 * d.e:f"."""
     gold_reward: str | None = None
     """A second reward that is reported and never trained on."""
     max_prompt_length: int = pocket.MAX_PROMPT_LENGTH
