@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-# Huge pages for malloc: an eighth less time an iteration on a CPU, where glibc is the C library.
+# Huge pages for malloc: a seventh less time an iteration on a CPU, where glibc is the C library.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DELETE_ON_ERROR:
