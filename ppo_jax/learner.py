@@ -93,7 +93,7 @@ class Learner:
         return make_batch(
             rollout,
             score,
-            self.passes.outputs(params, rollout, lambda outputs: outputs),
+            self.passes.outputs(params, rollout),
             # The log-probabilities alone, so that no values are computed.
             self.passes.outputs(reference_params, rollout, lambda outputs: outputs.logprobs),
             controls,

@@ -9,11 +9,14 @@ Shapes: M sequences, S the width of a row.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
+
+Result = TypeVar("Result")
 
 
 class Places(NamedTuple):
@@ -31,13 +34,12 @@ class Layout(NamedTuple):
 
 
 def in_fewest_rows(
-    function: Callable[..., Any],
+    function: Callable[[Layout | None], Result],
     length: Int[Array, "M"],
     width: int,
     num_sizes: int,
-    *operands: Any,
-) -> Any:
-    """`function(layout, *operands)`, with as few of `num_sizes` numbers of rows as will do.
+) -> Result:
+    """`function(layout)`, with as few of `num_sizes` numbers of rows as will do.
 
     Args:
         function: its layout is None where each sequence has a row of its own. The results must
@@ -45,20 +47,14 @@ def in_fewest_rows(
         length: 1 to `width` each.
         width: of a row.
     """
-    count = length.shape[0]
     if num_sizes == 1:
-        return function(None, *operands)
+        return function(None)
+    count = length.shape[0]
     places, needed = first_fit(length, width)
-
-    def at_size(size: int) -> Callable[..., Any]:
-        def branch(places: Places, *operands: Any) -> Any:
-            return function(None if size == count else Layout(size, places), *operands)
-
-        return branch
-
     available = sizes(count, num_sizes)
+    layouts = [None if size == count else Layout(size, places) for size in available]
     smallest = jnp.searchsorted(jnp.asarray(available), needed)
-    return jax.lax.switch(smallest, list(map(at_size, available)), places, *operands)
+    return jax.lax.switch(smallest, [partial(function, layout) for layout in layouts])
 
 
 def sizes(count: int, num_sizes: int) -> tuple[int, ...]:

@@ -48,28 +48,31 @@ class Passes:
     mesh: Mesh | None  # that the rows of a batch are cut over
 
     def outputs(
-        self, params: Params, rollout: Rollout, choose: Callable[[ResponseOutputs], Any]
+        self,
+        params: Params,
+        rollout: Rollout,
+        select: Callable[[ResponseOutputs], Any] | None = None,
     ) -> Any:
-        """What `choose` takes of the outputs of a whole rollout, a micro-batch at a time."""
+        """What is said of a whole rollout, a micro-batch at a time: all, or what `select` takes."""
         state = rollout.state
         pieces = self.config.num_minibatches * self.config.num_microbatches
 
-        def outputs(params: Params, rows: Any) -> Any:
-            def at_layout(layout: Layout | None, params: Params, *rows: Any) -> Any:
-                return choose(self._response_outputs(params, *rows, layout=layout))
+        def of_own_rows(params: Params, rows: Any) -> Any:
+            def outputs(rows: Any) -> Any:
+                def at_layout(layout: Layout | None) -> Any:
+                    result = self._response_outputs(params, *rows, layout=layout)
+                    return result if select is None else select(result)
 
-            _, _, length, _ = rows
-            return self._in_fewest_rows(at_layout, length, params, *rows)
+                _, _, length, _ = rows
+                return self._in_fewest_rows(at_layout, length)
 
-        def outputs_of_rows(params: Params, rows: Any) -> Any:
             if pieces == 1:
-                return outputs(params, rows)
-            cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rows)
-            results = jax.lax.map(lambda rows: outputs(params, rows), cut)
+                return outputs(rows)
+            results = jax.lax.map(outputs, _cut(rows, pieces))
             return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
         rows = (state.tokens, state.prompt_length, state.length, rollout.support)
-        return on_own_rows(outputs_of_rows, self.mesh)(params, rows)
+        return on_own_rows(of_own_rows, self.mesh)(params, rows)
 
     def gradients(self, params: Params, minibatch: Batch) -> tuple[Params, Stats]:
         """Gradients and metrics of a minibatch, summed over its micro-batches and devices."""
@@ -91,10 +94,11 @@ class Passes:
         pieces = self.config.num_microbatches
 
         def differentiate(rows: tuple[Batch, Array]) -> tuple[Params, Stats]:
-            def at_layout(layout: Layout | None, params: Params, *rows: Any) -> Any:
+            # Inside of the branch: a gradient through `switch` keeps residuals of all branches.
+            def at_layout(layout: Layout | None) -> tuple[Params, Stats]:
                 return jax.grad(self._loss, has_aux=True)(params, *rows, layout)
 
-            return self._in_fewest_rows(at_layout, rows[0].length, params, *rows)
+            return self._in_fewest_rows(at_layout, rows[0].length)
 
         if pieces == 1:
             return differentiate(rows)
@@ -105,7 +109,7 @@ class Passes:
             worst = jnp.maximum(total[1].ratio_max_error, stats.ratio_max_error)
             return (added[0], added[1]._replace(ratio_max_error=worst)), None
 
-        cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rows)
+        cut = _cut(rows, pieces)
         shapes = jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], cut))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(add, zeros, cut)[0]
@@ -170,10 +174,9 @@ class Passes:
         )
 
     def _in_fewest_rows(
-        self, function: Callable[..., Any], length: Int[Array, "M"], *operands: Any
+        self, function: Callable[[Layout | None], Any], length: Int[Array, "M"]
     ) -> Any:
-        num_sizes = self.config.num_packed_sizes
-        return in_fewest_rows(function, length, self.rules.max_length, num_sizes, *operands)
+        return in_fewest_rows(function, length, self.rules.max_length, self.config.num_packed_sizes)
 
     def _response_outputs(
         self,
@@ -198,3 +201,8 @@ class Passes:
             remat=self.remat,
             layout=layout,
         )
+
+
+def _cut(rows: Any, pieces: int) -> Any:
+    """With a first axis more, of micro-batches."""
+    return jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rows)

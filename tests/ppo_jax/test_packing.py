@@ -61,13 +61,13 @@ def test_the_smallest_size_that_will_do(jitted: bool) -> None:
     """Sizes 3, 5, 8 and 10 of ten rows: n sequences that fill a row, the others in one row."""
 
     def in_fewest_rows(length: jax.Array, offset: jax.Array) -> jax.Array:
-        def taken(layout: packing.Layout | None, offset: jax.Array) -> jax.Array:
+        def taken(layout: packing.Layout | None) -> jax.Array:
             if layout is None:
                 return offset + 10
             fits = layout.places.row.max() < layout.num_rows
             return offset + jnp.where(fits, layout.num_rows, 0)
 
-        return packing.in_fewest_rows(taken, length, WIDTH, 4, offset)
+        return packing.in_fewest_rows(taken, length, WIDTH, 4)
 
     in_fewest_rows = jax.jit(in_fewest_rows) if jitted else in_fewest_rows
     for full in range(11):
@@ -79,4 +79,4 @@ def test_the_smallest_size_that_will_do(jitted: bool) -> None:
 
 def test_one_size_leaves_each_sequence_its_row() -> None:
     length = jnp.ones(4, jnp.int32)
-    assert packing.in_fewest_rows(lambda layout, x: (layout, x), length, WIDTH, 1, 7) == (None, 7)
+    assert packing.in_fewest_rows(lambda layout: (layout, 7), length, WIDTH, 1) == (None, 7)
