@@ -21,6 +21,7 @@ from ppo_jax.data_parallel import copied, make_mesh
 from ppo_jax.learner import Learner, TrainState
 from ppo_jax.models import PolicyValueNetwork, with_separate_critic
 from ppo_jax.models.qwen2 import Qwen2
+from ppo_jax.passes import Passes
 from ppo_jax.repetition import repetition
 from ppo_jax.rollout import choose_token
 from ppo_jax.sampling import Sampling
@@ -81,15 +82,8 @@ class PPOAgent:
         self.actor = Actor(
             network, task, config.ppo.sampling, shrinks=config.ppo.num_packed_sizes > 1, mesh=mesh
         )
-        self.learner = Learner(
-            graphdef=graphdef,
-            rules=task.rules,
-            config=config.ppo,
-            optimizer_config=config.optimizer,
-            num_iterations=num_iterations,
-            remat=config.run.remat,
-            mesh=mesh,
-        )
+        passes = Passes(graphdef, task.rules, config.ppo, remat=config.run.remat, mesh=mesh)
+        self.learner = Learner(passes, config.optimizer, num_iterations)
         params = copied(params, mesh)
         self.initial_backbone = params["backbone"]
         # Updates donate the state's buffers, so the policy must not share the reference's.
@@ -118,7 +112,7 @@ class PPOAgent:
     @property
     def network(self) -> PolicyValueNetwork:
         """The policy as it is now, on the state's own arrays: the next update consumes them."""
-        return nnx.merge(self.learner.graphdef, self.state.params)
+        return nnx.merge(self.learner.passes.graphdef, self.state.params)
 
     def choose_action(self, observation: dict[str, np.ndarray], *, greedy: bool = False) -> Choice:
         """Choose a token for an observation of `QwenText-v0`, or for a batch of them."""

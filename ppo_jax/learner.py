@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppo_jax import algorithm
 from ppo_jax.batch import Batch, Controls, Distributions, Metrics, Prepared, make_batch
-from ppo_jax.config import OptimizerConfig, PPOConfig
+from ppo_jax.config import OptimizerConfig
 from ppo_jax.data_parallel import copied
 from ppo_jax.optimizer import (
     Params,
@@ -32,7 +31,6 @@ from ppo_jax.optimizer import (
 )
 from ppo_jax.passes import Passes
 from ppo_jax.rollout import Rollout
-from qwen_env import mdp
 
 
 class TrainState(NamedTuple):
@@ -49,26 +47,19 @@ class TrainState(NamedTuple):
 
 @dataclass(frozen=True)
 class Learner:
-    """The constants of learning; hashable, so each method compiles once for each learner."""
+    """The constants of learning."""
 
-    graphdef: Any  # the network without its arrays
-    rules: mdp.Rules
-    config: PPOConfig
+    passes: Passes
     optimizer_config: OptimizerConfig
     num_iterations: int  # over which the learning rate is scheduled
-    remat: bool = False
-    mesh: Mesh | None = None  # that the rows of a batch are cut over
-
-    @property
-    def passes(self) -> Passes:
-        return Passes(self.graphdef, self.rules, self.config, self.remat, self.mesh)
 
     def init(self, params: Params, seed: int) -> TrainState:
-        moves = self.config.ref_ema_decay is not None
+        config = self.passes.config
+        moves = config.ref_ema_decay is not None
         return TrainState(
             params=params,
             opt_state=init_adam(params),
-            controls=Controls(jnp.float32(self.config.kl_coef), algorithm.no_moments()),
+            controls=Controls(jnp.float32(config.kl_coef), algorithm.no_moments()),
             reference=jax.tree.map(jnp.copy, params["backbone"]) if moves else None,
             root_key=jax.random.key_data(jax.random.key(seed)),
             iteration=jnp.zeros((), jnp.int32),
@@ -97,7 +88,7 @@ class Learner:
             # The log-probabilities alone, so that no values are computed.
             self.passes.outputs(reference_params, rollout, lambda outputs: outputs.logprobs),
             controls,
-            self.config,
+            self.passes.config,
         )
 
     def update(
@@ -109,8 +100,8 @@ class Learner:
         without a step; at the grain of epochs, an epoch whose mean does is the last. A minibatch
         whose loss or gradient is not finite is skipped.
         """
-        config = self.config
-        batch = copied(batch, self.mesh)  # before its rows change places
+        config = self.passes.config
+        batch = copied(batch, self.passes.mesh)  # before its rows change places
         batch_size = batch.tokens.shape[0]
         num_minibatches = config.num_minibatches
         num_steps = config.num_epochs * num_minibatches
@@ -217,7 +208,7 @@ class Learner:
             kl: of the minibatch.
             epoch_kl: summed over the epoch's minibatches up to this one, which is number `part`.
         """
-        config, never = self.config, jnp.zeros((), bool)
+        config, never = self.passes.config, jnp.zeros((), bool)
         if config.target_kl is None:
             return never, never
         if config.target_kl_grain == "minibatch":

@@ -44,8 +44,8 @@ class Passes:
     graphdef: Any  # the network without its arrays
     rules: mdp.Rules
     config: PPOConfig
-    remat: bool
-    mesh: Mesh | None  # that the rows of a batch are cut over
+    remat: bool = False
+    mesh: Mesh | None = None  # that the rows of a batch are cut over
 
     def outputs(
         self,

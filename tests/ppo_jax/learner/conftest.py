@@ -16,6 +16,7 @@ from ppo_jax.config import OptimizerConfig, PPOConfig
 from ppo_jax.data_parallel import copied, make_mesh
 from ppo_jax.learner import Learner, TrainState
 from ppo_jax.models import PolicyValueNetwork, with_separate_critic
+from ppo_jax.passes import Passes
 from ppo_jax.rollout import Rollout
 from qwen_env import mdp
 
@@ -64,14 +65,8 @@ class CompiledLearner:
             network = with_separate_critic(network)
         self.network = network
         mesh = make_mesh(num_devices)
-        self.learner = Learner(
-            graphdef=nnx.graphdef(network),
-            rules=rules,
-            config=self.ppo,
-            optimizer_config=self.optimizer,
-            num_iterations=10,
-            mesh=mesh,
-        )
+        passes = Passes(nnx.graphdef(network), rules, self.ppo, mesh=mesh)
+        self.learner = Learner(passes, self.optimizer, num_iterations=10)
         self.start: TrainState = copied(self.learner.init(nnx.state(network), seed=0), mesh)
         self.reference = copied(other_backbone(network), mesh)
         options = None if optimized else {"xla_backend_optimization_level": 0}

@@ -175,7 +175,7 @@ def test_updates_equal_a_pytorch_transcription(rules, compiled, batch, moved, ch
         metrics["policy/approx_kl"], np.mean(said["kl"]), rtol=1e-5, atol=1e-7
     )
     assert metrics["policy/grad_norm"] > learner.optimizer.max_grad_norm, "the clip must act"
-    save_pretrained(nnx.merge(learner.learner.graphdef, state.params), tmp_path / "after")
+    save_pretrained(nnx.merge(learner.learner.passes.graphdef, state.params), tmp_path / "after")
     after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "after")
     before = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "before")
     distance = 0.0
