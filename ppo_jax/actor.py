@@ -162,11 +162,3 @@ class Actor:
             episodes += done.episodes[: len(batch)]
             outcomes += done.outcomes[: len(batch)]
         return episodes, outcomes
-
-
-def component_means(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Means of the named components that the reward function reported; the plain score is none."""
-    rows = [outcome.info["reward_components"] for outcome in outcomes]
-    return {
-        name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != "score"
-    }

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ppo_jax.actor import Actor, Episodes, component_means
+from ppo_jax.actor import Actor, Episodes
 from ppo_jax.config import TrainConfig
 from ppo_jax.data_parallel import copied, make_mesh
+from ppo_jax.evaluation import component_means
 from ppo_jax.learner import Learner, TrainState
 from ppo_jax.models import PolicyValueNetwork, with_separate_critic
 from ppo_jax.models.qwen2 import Qwen2

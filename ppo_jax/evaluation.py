@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from ppo_jax.actor import component_means
 from qwen_env.task import Episode, Outcome
 
 
@@ -16,6 +15,14 @@ def evaluation_means(outcomes: Sequence[Outcome]) -> dict[str, float]:
         **component_means(outcomes),
         "length_mean": float(np.mean([o.info["completion_length"] for o in outcomes])),
         "eos_rate": float(np.mean([o.info["finish_reason"] == "eos" for o in outcomes])),
+    }
+
+
+def component_means(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Means of the named components that the reward function reported; the plain score is none."""
+    rows = [outcome.info["reward_components"] for outcome in outcomes]
+    return {
+        name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != "score"
     }
 
 
