@@ -1,7 +1,7 @@
 """The maths of PPO for language models: pure functions of arrays, one idea a file.
 
-All are float32, take a `mask` that is True where a token is real, and ignore what stands
-elsewhere. All can be jitted, differentiated and vmapped.
+They compute in float32. A `mask` is True where a token is real; what stands elsewhere is ignored.
+All can be jitted and vmapped and, but for counts, differentiated.
 """
 
 from ppo_jax.algorithm.gae import generalized_advantage_estimation

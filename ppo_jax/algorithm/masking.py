@@ -5,12 +5,14 @@ that is True where an entry is real. What stands elsewhere is unspecified, NaN a
 included, and `NaN * 0` is NaN: so it is replaced before any arithmetic, never multiplied away.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import chex
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
+
+from qwen_env.errors import UsageError
 
 Aggregation = Literal["token", "sequence"]
 
@@ -65,14 +67,23 @@ def token_weights(
 
     Returns:
         float32 [B, T]; 0 where `mask` is False.
+
+    Raises:
+        UsageError: `aggregation` has another name.
     """
     chex.assert_rank(mask, 2)
     mask = jnp.asarray(mask, bool)
-    if aggregation == "token":
-        share = jnp.sum(mask)[None, None]
-    else:
-        length = jnp.sum(mask, axis=1, keepdims=True)
-        share = length * jnp.sum(length > 0)
+    match aggregation:
+        case "token":
+            share = jnp.sum(mask)[None, None]
+        case "sequence":
+            length = jnp.sum(mask, axis=1, keepdims=True)
+            share = length * jnp.sum(length > 0)
+        case _:
+            raise UsageError(
+                f"There is no aggregation {aggregation!r}; choose one of "
+                f"{', '.join(get_args(Aggregation))}."
+            )
     return jnp.where(mask, 1 / jnp.maximum(share, 1).astype(jnp.float32), 0.0)
 
 
