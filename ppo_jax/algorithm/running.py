@@ -1,7 +1,9 @@
 """Mean and variance of a stream of numbers, a batch at a time."""
 
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
@@ -31,15 +33,19 @@ def no_moments() -> RunningMoments:
 
 
 def updated_moments(moments: RunningMoments, x: Float[Array, "N"]) -> RunningMoments:
-    """With the numbers of one more batch (Chan, Golub & LeVeque 1979, equation 2.1)."""
+    """With the numbers of one more batch (Chan, Golub & LeVeque 1979, equation 2.1).
+
+    A batch whose squares are not finite is left out: its infinity would stay for ever.
+    """
     x = jnp.asarray(x, jnp.float32)
     mean, new = jnp.mean(x), jnp.float32(x.size)
     number = moments.number + new
     distance = mean - moments.mean
-    return RunningMoments(
+    updated = RunningMoments(
         number=number,
         mean=moments.mean + distance * new / number,
         squares=moments.squares
         + jnp.sum(jnp.square(x - mean))
         + jnp.square(distance) * moments.number * new / number,
     )
+    return jax.tree.map(partial(jnp.where, jnp.isfinite(updated.squares)), updated, moments)

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import torch
 import transformers
@@ -213,9 +214,13 @@ def test_a_first_start_that_fails_does_not_block_the_next(
 def test_nonfinite_updates_are_skipped_counted_and_end_the_run(
     flags: list[str], rewards: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Scores of 3e38 are finite; their squares are not. Eight updates an iteration."""
+    """Scores of 3e38 are finite; their squares are not. Eight updates an iteration.
+
+    Nor is what they are scaled by, the deviation of all scores, if it counts them.
+    """
     run = tmp_path / "run"
-    rewards.on_call = dict.fromkeys((4, 7, 8), lambda batch: np.full(len(batch), 3e38, np.float32))
+    for call, scores in ((4, [3e38] * 4), (7, [1e20, -1e20] * 2), (8, [-3e38] * 4)):
+        rewards.on_call[call] = lambda batch, scores=scores: np.array(scores, np.float32)
     with pytest.raises(SystemExit) as exit:
         main([*flags, "--output-dir", str(run), "--max-nonfinite-updates", "20"])
     assert exit.value.code == 2
@@ -229,6 +234,10 @@ def test_nonfinite_updates_are_skipped_counted_and_end_the_run(
     rewards.on_call = {}
     main(["--output-dir", str(run), "--resume"])
     assert [line["update/nonfinite"] for line in records(run, "metrics.jsonl")[4:]] == [0, 0]
+    with ocp.StandardCheckpointer() as checkpointer:
+        arrays = checkpointer.restore(run / "checkpoints" / "6" / "arrays")
+    assert arrays[".controls.score_moments.number"] == 3 * 4
+    assert 0 < arrays[".controls.score_moments.squares"] < 10
 
 
 def test_prompts_are_set_aside_for_evaluation(tmp_path: Path, tokenizer: Tokenizer) -> None:

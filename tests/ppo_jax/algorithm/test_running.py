@@ -1,5 +1,6 @@
 """Moments of a stream, against NumPy on everything at once."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -55,6 +56,14 @@ def test_before_two_different_numbers_the_deviation_is_one():
 def test_the_rounding_of_a_mean_is_no_deviation(number, size):
     """Scores divided by it would be millions."""
     assert moments_of(np.full((20, size), number)).std == 1
+
+
+@pytest.mark.parametrize("number", [-1e20, 3e38, np.inf, np.nan])
+def test_numbers_whose_squares_are_not_finite_are_left_out(number):
+    """The first has a mean, of the second a few have none."""
+    plain, odd = [[3.0, 5.0], [4.0, 8.0]], [number, 1.0, number]
+    chex.assert_trees_all_equal(moments_of([odd]), no_moments())
+    chex.assert_trees_all_equal(moments_of([plain[0], odd, plain[1]]), moments_of(plain))
 
 
 def test_whole_numbers_become_float32():
