@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ppo_jax.algorithm import Aggregation, KlEstimator
-from ppo_jax.config_checks import check_contradictions, check_ranges
+from ppo_jax.config_checks import check_config
+from ppo_jax.ranges import Count, Decay, Factor, Limit, LimitAboveOne, Natural, Rate, Seed, Share
 from ppo_jax.sampling import Sampling
 from qwen_env import pocket
 from qwen_env.errors import UsageError
@@ -37,11 +38,11 @@ class TaskConfig:
     the device), "http://..." (a reward server), or a weighted sum: "1.0 * a.b:c + 0.5 * d.e:f"."""
     gold_reward: str | None = None
     """A second reward that is reported and never trained on."""
-    max_prompt_length: int = pocket.MAX_PROMPT_LENGTH
+    max_prompt_length: Count = pocket.MAX_PROMPT_LENGTH
     """P, the prompt limit, in tokens."""
-    max_new_tokens: int = pocket.MAX_NEW_TOKENS
+    max_new_tokens: Count = pocket.MAX_NEW_TOKENS
     """T, the response limit, in tokens."""
-    min_new_tokens: int = 0
+    min_new_tokens: Natural = 0
     """No end-of-sequence token before this many tokens."""
     prompt_overflow: Overflow = "error"
     """What to do with a prompt over the limit."""
@@ -49,7 +50,7 @@ class TaskConfig:
     """Wrap each prompt in the tokenizer's chat template, as a user's message."""
     system_prompt: str | None = None
     """System message of every chat that has none of its own."""
-    missing_eos_penalty: float = 0.0
+    missing_eos_penalty: Factor = 0.0
     """Taken off the score of a response that the limit cut off."""
 
 
@@ -57,9 +58,9 @@ class TaskConfig:
 class PPOConfig:
     """The algorithm."""
 
-    batch_size: int = 64
+    batch_size: Count = 64
     """B, episodes an iteration."""
-    completions_per_prompt: int = 1
+    completions_per_prompt: Count = 1
     """Episodes that start from one prompt; the iteration has that many fewer prompts."""
     temperature: float = 1.0
     """Of sampling, and so of every log-probability."""
@@ -68,58 +69,58 @@ class PPOConfig:
     top_p: float | None = None
     """Sample from the fewest most probable tokens that have this probability together."""
 
-    kl_coef: float = 0.05
+    kl_coef: Factor = 0.05
     """β: weight of the KL penalty against the reference model, a token; its first, if it adapts."""
     kl_penalty: Literal["k1", "k2", "k3"] = "k1"
     """Estimator of the KL penalty in the reward."""
-    kl_target: float | None = None
+    kl_target: Limit | None = None
     """Adapt kl_coef towards a KL from the reference of so many nats a response; None keeps it."""
-    kl_horizon: int = 10_000
+    kl_horizon: Count = 10_000
     """Episodes over which an adaptive kl_coef changes by about a fifth at most."""
-    ref_ema_decay: float | None = None
+    ref_ema_decay: Decay | None = None
     """Let the reference follow the policy: after each iteration it keeps this share of itself."""
     scale_scores: bool = False
     """Divide scores by the standard deviation of all scores so far."""
-    score_clip: float | None = None
+    score_clip: Limit | None = None
     """Clip scores, scaled ones if they are scaled, to ± this."""
     whiten_rewards: bool = False
     """Scale the rewards of a batch's tokens to variance 1; their mean stays."""
     length_limit: Literal["score", "bootstrap"] = "score"
     """What a response that the limit cuts off earns: its score, or the value of its last state."""
-    gamma: float = 1.0
+    gamma: Share = 1.0
     """γ, the discount a token."""
-    gae_lambda: float = 0.95
+    gae_lambda: Share = 0.95
     """λ of generalized advantage estimation."""
     advantage_whitening: Literal["batch", "minibatch", "none"] = "batch"
     """Scale the advantages of the whole batch, or of each minibatch, to mean 0, variance 1."""
 
-    num_epochs: int = 4
+    num_epochs: Count = 4
     """Passes over the batch an iteration, if the KL early stop does not end them."""
-    num_minibatches: int = 1
+    num_minibatches: Count = 1
     """Optimizer steps a pass."""
-    num_microbatches: int = 1
+    num_microbatches: Count = 1
     """Parts a minibatch is computed in, to save memory; the result does not depend on it."""
-    num_packed_sizes: int = 1
+    num_packed_sizes: Count = 1
     """Sizes that a micro-batch may shrink to when short sequences share rows: with 4, one that fits
     into half its rows costs half. With more than 1, generation as well goes on in fewer rows once
     most have ended. More sizes follow the lengths more closely, and compile longer."""
     loss_aggregation: Aggregation = "token"
     """What counts alike in the mean loss of a minibatch: every token, or every sequence."""
-    clip_range: float = 0.2
+    clip_range: Limit = 0.2
     """ε: the ratio is clipped to 1 ± ε."""
-    clip_range_high: float | None = None
+    clip_range_high: Limit | None = None
     """ε above 1, where it is another than below; None makes it clip_range."""
-    dual_clip: float | None = None
+    dual_clip: LimitAboveOne | None = None
     """Bound of the ratio's weight where the advantage is negative; None does not bound it."""
-    value_clip_range: float | None = None
+    value_clip_range: Limit | None = None
     """Clip of the value's change, in units of value; None does not clip."""
-    value_coef: float = 0.1
+    value_coef: Factor = 0.1
     """Weight of the value loss."""
-    entropy_coef: float = 0.0
+    entropy_coef: Factor = 0.0
     """Weight of the entropy bonus."""
     critic: Literal["shared", "stopped", "separate"] = "shared"
     """The value head's backbone: the policy's, the same without a gradient into it, or its own."""
-    target_kl: float | None = None
+    target_kl: Limit | None = None
     """Stop an iteration's updates once KL(old ‖ new) exceeds this many nats a token; None never."""
     target_kl_estimator: KlEstimator = "k3"
     """Estimator of that KL."""
@@ -140,31 +141,31 @@ class PPOConfig:
 class OptimizerConfig:
     """AdamW and its schedule."""
 
-    learning_rate: float = 1e-5
+    learning_rate: Rate = 1e-5
     """Peak learning rate."""
-    critic_learning_rate: float | None = None
+    critic_learning_rate: Rate | None = None
     """That of the value head, and of its backbone if separate; None makes it learning_rate."""
     schedule: Schedule = "linear"
     """How the learning rate falls to zero over the run."""
-    warmup_iterations: int = 0
+    warmup_iterations: Natural = 0
     """Iterations over which the learning rate rises from zero."""
-    adam_b1: float = 0.9
+    adam_b1: Decay = 0.9
     """Decay of the first moment."""
-    adam_b2: float = 0.999
+    adam_b2: Decay = 0.999
     """Decay of the second moment."""
-    adam_eps: float = 1e-5
+    adam_eps: Factor = 1e-5
     """Added to the root of the second moment."""
-    weight_decay: float = 0.0
+    weight_decay: Factor = 0.0
     """Decoupled weight decay of the matrices; norms and biases have none."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Limit = 1.0
     """Global norm that gradients are clipped to."""
-    critic_warmup_iterations: int = 0
+    critic_warmup_iterations: Natural = 0
     """First iterations in which the value function learns and the policy does not."""
     freeze_embeddings: bool = False
     """Do not train the token embeddings (nor the output projection, where the two are tied)."""
-    num_frozen_layers: int = 0
+    num_frozen_layers: Natural = 0
     """Do not train this many of the lowest layers."""
-    max_nonfinite_updates: int = 5
+    max_nonfinite_updates: Count = 5
     """Non-finite losses or gradients in a row (each is skipped) that stop the run."""
 
 
@@ -172,27 +173,27 @@ class OptimizerConfig:
 class RunConfig:
     """How long, how often, with what precision, on what."""
 
-    num_iterations: int | None = None
+    num_iterations: Count | None = None
     """Iterations in all; None makes num_prompt_epochs passes over the prompts."""
-    num_prompt_epochs: int = 3
+    num_prompt_epochs: Count = 3
     """Passes over the training prompts, where num_iterations is None."""
-    seed: int = 0
+    seed: Seed = 0
     """Root of every random choice."""
     dtype: ComputeType = "float32"
     """Compute type."""
     param_dtype: ComputeType = "float32"
     """Type of parameters and moments; bfloat16 halves their memory and rounds small steps away."""
-    num_devices: int = 1
+    num_devices: Count = 1
     """Devices, such as GPUs, that each batch is cut over; each has a copy of all parameters."""
     remat: bool = False
     """Recompute activations in the backward pass instead of keeping them: slower, smaller."""
-    eval_every: int = 10
+    eval_every: Count = 10
     """Iterations between evaluations on the held-out prompts."""
-    eval_size: int = 64
+    eval_size: Count = 64
     """Held-out prompts an evaluation uses."""
-    save_every: int = 25
+    save_every: Count = 25
     """Iterations between checkpoints."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """Checkpoints that are kept."""
 
 
@@ -209,8 +210,7 @@ class TrainConfig:
         """Raises:
         UsageError: a field is out of its range, or two contradict each other.
         """
-        check_ranges(self)
-        check_contradictions(self)
+        check_config(self)
 
 
 PRESETS: dict[str, TrainConfig] = {

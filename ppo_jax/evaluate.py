@@ -15,10 +15,10 @@ from ppo_jax import cli
 from ppo_jax.actor import Actor
 from ppo_jax.evaluation import evaluation_means
 from ppo_jax.models import load_pretrained
+from ppo_jax.ranges import Count, Seed, check_ranges
 from ppo_jax.rewards import load_training_reward
 from ppo_jax.sampling import Sampling
 from qwen_env import pocket
-from qwen_env.errors import UsageError
 from qwen_env.prompts import Overflow, load_prompts
 from qwen_env.task import make_task
 from qwen_env.tokenizer import load_tokenizer
@@ -38,9 +38,9 @@ class Arguments:
     """Reward: "package.module:callable", "hf:MODEL", "flax:FOLDER", or a weighted sum."""
     gold_reward: str | None = None
     """A second reward, reported beside the first."""
-    max_prompt_length: int | None = None
+    max_prompt_length: Count | None = None
     """P, the prompt limit, in tokens; None takes prompts of any length."""
-    max_new_tokens: int = pocket.MAX_NEW_TOKENS
+    max_new_tokens: Count = pocket.MAX_NEW_TOKENS
     """T, the response limit, in tokens."""
     prompt_overflow: Overflow = "error"
     """What to do with a prompt over the limit."""
@@ -54,9 +54,9 @@ class Arguments:
     """The sampled pass draws from the k most probable tokens alone."""
     top_p: float | None = None
     """It draws from the fewest most probable tokens that have this probability together."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Prompts decoded at one time."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the sampled pass."""
     json: bool = False
     """Print one JSON object instead of a table."""
@@ -82,8 +82,7 @@ def evaluate(arguments: Arguments) -> dict[str, dict[str, float]]:
     Raises:
         UsageError: an argument, the model, the prompts or the reward is wrong.
     """
-    if arguments.batch_size < 1:
-        raise UsageError(f"batch_size is {arguments.batch_size}; it must be at least 1.")
+    check_ranges(arguments)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     sampling.check()
     limit = arguments.max_prompt_length

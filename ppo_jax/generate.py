@@ -14,6 +14,7 @@ from flax import nnx
 from ppo_jax import cli
 from ppo_jax.actor import Actor
 from ppo_jax.models import load_pretrained
+from ppo_jax.ranges import Count, Seed, check_ranges
 from ppo_jax.sampling import Sampling
 from qwen_env import pocket
 from qwen_env.errors import UsageError
@@ -33,7 +34,7 @@ class Arguments:
     """What to complete; each one is answered."""
     model: str = str(pocket.POLICY_FOLDER)
     """A folder in Hugging Face layout, a .gguf file, or a hub id."""
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """Response limit, in tokens."""
     greedy: bool = False
     """Always take the most probable token."""
@@ -43,7 +44,7 @@ class Arguments:
     """Sample from the k most probable tokens alone."""
     top_p: float | None = None
     """Sample from the fewest most probable tokens that have this probability together."""
-    seed: int = 0
+    seed: Seed = 0
     """Of sampling."""
     chat: bool = False
     """Wrap each prompt in the model's chat template, as a user's message."""
@@ -70,6 +71,7 @@ def generate(arguments: Arguments) -> list[dict[str, str]]:
     Raises:
         UsageError: an argument or the model is wrong.
     """
+    check_ranges(arguments)
     sampling = _sampling(arguments)
     if not arguments.prompts:
         raise UsageError(f"There is no prompt; give one or more: {PROG} --model FOLDER 'The plot'.")

@@ -69,6 +69,7 @@ CASES: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
     "value of another type": ("--batch-size four", nothing, ("--batch-size", "four")),
     "value that is no choice": ("--schedule slow", nothing, ("--schedule", "'slow'", "linear")),
     "value out of range": ("--gamma 2", nothing, ("gamma is 2.0", "between 0 and 1")),
+    "number below its range": ("--seed -1", nothing, ("seed is -1", "at least 0")),
     "contradiction": ("--num-minibatches 3", nothing, ("batch_size (4)", "num_minibatches")),
     "contradiction of limits": ("--min-new-tokens 9", nothing, ("min_new_tokens", "(8)")),
     "more tokens than positions": ("--max-new-tokens 60", nothing, ("68", "64 positions")),

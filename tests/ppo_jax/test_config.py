@@ -1,6 +1,6 @@
 import dataclasses
 import json
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -15,6 +15,7 @@ from ppo_jax.config import (
     from_json,
     preset,
 )
+from ppo_jax.ranges import ranges
 from ppo_jax.sampling import Sampling
 from qwen_env.errors import UsageError
 
@@ -46,6 +47,14 @@ def test_no_two_fields_share_a_flag() -> None:
     assert len(names) == len(set(names))
 
 
+def test_every_number_has_a_range() -> None:
+    """Or it is one of those that `Sampling` checks itself."""
+    for group in (TaskConfig, PPOConfig, OptimizerConfig, RunConfig):
+        for name, kind in get_type_hints(group).items():
+            if {int, float} & {kind, *get_args(kind)} and name not in Sampling._fields:
+                assert name in ranges(group), name
+
+
 def changed(changes: dict[str, dict[str, Any]]) -> TrainConfig:
     """The default config with some fields of its groups changed."""
     config = TrainConfig()
@@ -73,15 +82,15 @@ def changed(changes: dict[str, dict[str, Any]]) -> TrainConfig:
         ({"ppo": {"top_p": 1.5}}, "top_p is 1.5"),
         ({"ppo": {"top_p": float("nan")}}, "top_p is nan"),
         ({"ppo": {"kl_coef": float("nan")}}, "kl_coef is nan"),
-        ({"ppo": {"kl_coef": float("inf")}}, "kl_coef is inf; it must be finite"),
-        ({"optimizer": {"learning_rate": float("inf")}}, "learning_rate is inf"),
+        ({"ppo": {"kl_coef": float("inf")}}, "kl_coef is inf; it must be at least 0 and finite"),
+        ({"optimizer": {"learning_rate": float("inf")}}, "learning_rate is inf; .* and finite"),
         ({"ppo": {"kl_coef": -0.1}}, "kl_coef is -0.1; it must be at least 0"),
         ({"ppo": {"kl_target": 0.0}}, "kl_target is 0.0; it must be above 0"),
         ({"ppo": {"kl_target": 6.0, "kl_horizon": 0}}, "kl_horizon is 0; it must be at least 1"),
         ({"ppo": {"ref_ema_decay": 1.0}}, "ref_ema_decay is 1.0; .* at least 0 and below 1"),
         ({"ppo": {"ref_ema_decay": -0.5}}, "ref_ema_decay is -0.5"),
         ({"ppo": {"score_clip": 0.0}}, "score_clip is 0.0; it must be above 0"),
-        ({"ppo": {"gamma": 1.01}}, "gamma is 1.01; it must lie between 0 and 1"),
+        ({"ppo": {"gamma": 1.01}}, "gamma is 1.01; it must be between 0 and 1"),
         ({"ppo": {"gae_lambda": -0.1}}, "gae_lambda"),
         ({"ppo": {"clip_range": 0.0}}, "clip_range"),
         ({"ppo": {"clip_range_high": -0.2}}, "clip_range_high is -0.2; it must be above 0"),
@@ -93,7 +102,7 @@ def changed(changes: dict[str, dict[str, Any]]) -> TrainConfig:
         ({"optimizer": {"learning_rate": float("nan")}}, "learning_rate"),
         ({"optimizer": {"learning_rate": 0.0}}, "learning_rate is 0.0; it must be above 0"),
         ({"optimizer": {"critic_learning_rate": 0.0}}, "critic_learning_rate is 0.0"),
-        ({"optimizer": {"critic_learning_rate": float("inf")}}, "it must be finite"),
+        ({"optimizer": {"critic_learning_rate": float("inf")}}, "above 0 and finite"),
         ({"optimizer": {"adam_b1": -0.1}}, "adam_b1 is -0.1"),
         ({"optimizer": {"adam_b2": 1.0}}, "adam_b2 is 1.0; it must be at least 0 and below 1"),
         ({"optimizer": {"adam_eps": -1e-8}}, "adam_eps"),
@@ -104,6 +113,12 @@ def changed(changes: dict[str, dict[str, Any]]) -> TrainConfig:
         ({"optimizer": {"num_frozen_layers": -1}}, "num_frozen_layers is -1"),
         ({"optimizer": {"max_nonfinite_updates": 0}}, "max_nonfinite_updates"),
         ({"task": {"missing_eos_penalty": -1.0}}, "missing_eos_penalty"),
+        ({"task": {"max_prompt_length": 0}}, "max_prompt_length is 0; it must be at least 1"),
+        ({"task": {"max_new_tokens": 0}}, "max_new_tokens is 0"),
+        ({"task": {"min_new_tokens": -1}}, "min_new_tokens is -1"),
+        ({"run": {"seed": -1}}, r"seed is -1; it must be at least 0 and below 2\*\*63"),
+        ({"run": {"seed": 2**63}}, "seed is 9223372036854775808; it must be"),
+        ({"run": {"num_devices": 0}}, "num_devices is 0"),
         ({"run": {"num_iterations": 0}}, "num_iterations"),
         ({"run": {"num_prompt_epochs": 0}}, "num_prompt_epochs"),
         ({"run": {"eval_every": 0}}, "eval_every"),
@@ -208,6 +223,7 @@ def test_contradictions_name_both_settings(changes: dict[str, dict[str, Any]], b
         {"ppo": {"top_k": 1, "top_p": 1.0}},
         {"optimizer": {"warmup_iterations": 4}, "run": {"num_iterations": 5}},
         {"optimizer": {"max_grad_norm": float("inf")}},  # no clipping
+        {"run": {"seed": 2**63 - 1}},
     ],
 )
 def test_what_makes_sense_is_allowed(changes: dict[str, dict[str, Any]]) -> None:

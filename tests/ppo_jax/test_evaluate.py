@@ -82,6 +82,7 @@ def test_a_table_for_people(argv: list[str], capfd: pytest.CaptureFixture[str]) 
         (["--prompts", "nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
         (["--reward", "nowhere:f"], ["nowhere:f"]),
         (["--batch-size", "0"], ["batch_size is 0"]),
+        (["--seed", str(2**63)], ["seed is 9223372036854775808", "below 2**63"]),
         (["--temperature", "0"], ["temperature is 0.0"]),
         (["--max-prompt-length", "1"], ["line 1 of", "over the limit of 1"]),
         (["--max-new-tokens", "64"], ["64 positions"]),
