@@ -148,7 +148,7 @@ class OptimizerConfig:
     schedule: Schedule = "linear"
     """How the learning rate falls to zero over the run."""
     warmup_iterations: Natural = 0
-    """Iterations over which the learning rate rises from zero."""
+    """Iterations over which the learning rate rises from zero, from when the policy learns."""
     adam_b1: Decay = 0.9
     """Decay of the first moment."""
     adam_b2: Decay = 0.999
@@ -160,7 +160,8 @@ class OptimizerConfig:
     max_grad_norm: Limit = 1.0
     """Global norm that gradients are clipped to."""
     critic_warmup_iterations: Natural = 0
-    """First iterations in which the value function learns and the policy does not."""
+    """First iterations, in which only the value function learns, at the peak learning rate; its
+    schedule begins behind them."""
     freeze_embeddings: bool = False
     """Do not train the token embeddings (nor the output projection, where the two are tied)."""
     num_frozen_layers: Natural = 0

@@ -86,20 +86,22 @@ def check_config(config: "TrainConfig") -> None:
 
 
 def check_warmups(optimizer: "OptimizerConfig", num_iterations: int) -> None:
-    """Refuse a warm-up that would last for the whole run.
+    """Refuse warm-ups that would last for the whole run.
 
     Raises:
         UsageError: names the warm-up.
     """
-    if optimizer.warmup_iterations >= num_iterations:
-        raise UsageError(
-            f"warmup_iterations ({optimizer.warmup_iterations}) must be below num_iterations "
-            f"({num_iterations}); otherwise the learning rate would never fall."
-        )
     if optimizer.critic_warmup_iterations >= num_iterations:
         raise UsageError(
             f"critic_warmup_iterations ({optimizer.critic_warmup_iterations}) must be below "
             f"num_iterations ({num_iterations}); otherwise the policy would never learn."
+        )
+    names = ("critic_warmup_iterations", "warmup_iterations")  # one behind the other
+    warmups = {name: getattr(optimizer, name) for name in names if getattr(optimizer, name)}
+    if sum(warmups.values()) >= num_iterations:
+        raise UsageError(
+            f"{' + '.join(warmups)} ({' + '.join(map(str, warmups.values()))}) must be below "
+            f"num_iterations ({num_iterations}); otherwise the learning rate would never fall."
         )
 
 

@@ -157,7 +157,8 @@ class Learner:
         opt_state = state.opt_state
         if warmup := self.optimizer_config.critic_warmup_iterations:
             # Adam's bias correction counts steps: without a fresh start, the policy's first ones
-            # after the critic's warm-up would be several times too long.
+            # after the critic's warm-up would be several times too long. There is one count, so the
+            # critic's moments start afresh as well.
             starts_anew = state.iteration == warmup
             opt_state = _select(starts_anew, init_adam(state.params), opt_state)
         start = _UpdateCarry(

@@ -84,19 +84,22 @@ def _sum_of_squares(x: Float[Array, "..."]) -> Float[Array, ""]:
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_iterations: int) -> optax.Schedule:
-    """The learning rate of each iteration: a linear warm-up, then the schedule down to zero."""
-    peak, warmup = config.learning_rate, config.warmup_iterations
-    rest = max(num_iterations - warmup, 1)
+    """The learning rate of each iteration: a linear warm-up, then the schedule down to zero.
+
+    Both begin when the policy does learn: during the critic's warm-up the rate is the peak.
+    """
+    peak, held = config.learning_rate, config.critic_warmup_iterations
+    warmup = config.warmup_iterations
+    rest = max(num_iterations - held - warmup, 1)
     falling = {
         "constant": optax.constant_schedule(peak),
         "linear": optax.linear_schedule(peak, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(peak, rest),
     }[config.schedule]
-    if not warmup:
-        return falling
     # The first iteration is the first step of the ramp, not a step of length zero.
-    rising = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
-    return optax.join_schedules([rising, falling], [warmup])
+    rising = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    level = optax.constant_schedule(peak)
+    return optax.join_schedules([level, rising, falling], [held, held + warmup])
 
 
 def learning_share(params: Params, config: OptimizerConfig, iteration: Int[Array, ""]) -> Any:

@@ -203,6 +203,14 @@ def test_values_that_cannot_be(changes: dict[str, dict[str, Any]], words: str) -
             {"optimizer": {"critic_warmup_iterations": 7}, "run": {"num_iterations": 5}},
             r"critic_warmup_iterations \(7\) must be below num_iterations \(5\)",
         ),
+        (
+            {
+                "optimizer": {"critic_warmup_iterations": 2, "warmup_iterations": 3},
+                "run": {"num_iterations": 5},
+            },
+            r"critic_warmup_iterations \+ warmup_iterations \(2 \+ 3\) must be below "
+            r"num_iterations \(5\)",
+        ),
     ],
 )
 def test_contradictions_name_both_settings(changes: dict[str, dict[str, Any]], both: str) -> None:
@@ -221,7 +229,10 @@ def test_contradictions_name_both_settings(changes: dict[str, dict[str, Any]], b
         {"ppo": {"kl_coef": 0.0, "value_coef": 0.0, "critic": "stopped"}},
         {"ppo": {"batch_size": 6, "completions_per_prompt": 6, "num_minibatches": 3}},
         {"ppo": {"top_k": 1, "top_p": 1.0}},
-        {"optimizer": {"warmup_iterations": 4}, "run": {"num_iterations": 5}},
+        {
+            "optimizer": {"critic_warmup_iterations": 2, "warmup_iterations": 2},
+            "run": {"num_iterations": 5},
+        },
         {"optimizer": {"max_grad_norm": float("inf")}},  # no clipping
         {"run": {"seed": 2**63 - 1}},
     ],

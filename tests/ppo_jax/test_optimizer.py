@@ -147,17 +147,26 @@ def test_norms_and_biases_do_not_decay(params):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "warmup", "expected"),
+    ("schedule", "held", "warmup", "expected"),
     [
-        ("constant", 0, {0: 1.0, 9: 1.0}),
-        ("linear", 0, {0: 1.0, 5: 0.5, 9: 0.1}),
-        ("cosine", 0, {0: 1.0, 5: 0.5}),
-        ("linear", 2, {0: 0.5, 1: 1.0, 2: 1.0, 6: 0.5, 9: 0.125}),
-        ("constant", 1, {0: 1.0, 1: 1.0}),
+        ("constant", 0, 0, {0: 1.0, 9: 1.0}),
+        ("linear", 0, 0, {0: 1.0, 5: 0.5, 9: 0.1}),
+        ("cosine", 0, 0, {0: 1.0, 5: 0.5}),
+        ("linear", 0, 2, {0: 0.5, 1: 1.0, 2: 1.0, 6: 0.5, 9: 0.125}),
+        ("constant", 0, 1, {0: 1.0, 1: 1.0}),
+        ("linear", 2, 0, {0: 1.0, 1: 1.0, 2: 1.0, 6: 0.5, 9: 0.125}),
+        ("cosine", 2, 0, {0: 1.0, 1: 1.0, 2: 1.0, 6: 0.5}),
+        ("linear", 3, 2, {0: 1.0, 2: 1.0, 3: 0.5, 4: 1.0, 5: 1.0, 7: 0.6, 9: 0.2}),
+        ("constant", 2, 4, {0: 1.0, 1: 1.0, 2: 0.25, 5: 1.0, 9: 1.0}),
     ],
 )
-def test_learning_rate_by_iteration(schedule, warmup, expected):
-    config = OptimizerConfig(learning_rate=1.0, schedule=schedule, warmup_iterations=warmup)
+def test_learning_rate_by_iteration(schedule, held, warmup, expected):
+    config = OptimizerConfig(
+        learning_rate=1.0,
+        schedule=schedule,
+        critic_warmup_iterations=held,
+        warmup_iterations=warmup,
+    )
     rate = learning_rate_schedule(config, num_iterations=10)
     for iteration, value in expected.items():
         np.testing.assert_allclose(rate(iteration), value, atol=1e-6)
