@@ -183,7 +183,8 @@ class RunConfig:
     dtype: ComputeType = "float32"
     """Compute type."""
     param_dtype: ComputeType = "float32"
-    """Type of parameters and moments; bfloat16 halves their memory and rounds small steps away."""
+    """Type of parameters and their first moments; bfloat16 halves their memory and rounds small
+    steps away."""
     num_devices: Count = 1
     """Devices, such as GPUs, that each batch is cut over; each has a copy of all parameters."""
     remat: bool = False

@@ -39,7 +39,7 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: optax.ScaleByAdamState
     controls: Controls
-    reference: Params | None  # the backbone of a moving reference model; None if it stands still
+    reference: Params | None  # a moving reference model's backbone, in float32
     root_key: Array  # uint32, jax.random.key_data of the root key; never changes
     iteration: Int[Array, ""]
     nonfinite_in_a_row: Int[Array, ""]
@@ -55,12 +55,14 @@ class Learner:
 
     def init(self, params: Params, seed: int) -> TrainState:
         config = self.passes.config
-        moves = config.ref_ema_decay is not None
+        reference = None
+        if config.ref_ema_decay is not None:
+            reference = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params["backbone"])
         return TrainState(
             params=params,
             opt_state=init_adam(params),
             controls=Controls(jnp.float32(config.kl_coef), algorithm.no_moments()),
-            reference=jax.tree.map(jnp.copy, params["backbone"]) if moves else None,
+            reference=reference,
             root_key=jax.random.key_data(jax.random.key(seed)),
             iteration=jnp.zeros((), jnp.int32),
             nonfinite_in_a_row=jnp.zeros((), jnp.int32),
@@ -189,7 +191,9 @@ class Learner:
         reference = state.reference
         if (decay := config.ref_ema_decay) is not None:
             reference = jax.tree.map(
-                lambda old, new: decay * old + (1 - decay) * new, reference, end.params["backbone"]
+                lambda old, new: decay * old + (1 - decay) * new.astype(old.dtype),
+                reference,
+                end.params["backbone"],
             )
         next_state = TrainState(
             params=end.params,

@@ -15,8 +15,13 @@ Params = nnx.State
 
 
 def init_adam(params: Params) -> optax.ScaleByAdamState:
-    """No steps taken, both moments 0."""
-    mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+    """No steps taken, both moments 0.
+
+    The second is float32 whatever the parameters are: a step's decay, a thousandth, is less than
+    bfloat16 can tell.
+    """
+    mu = jax.tree.map(jnp.zeros_like, params)
+    nu = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
     return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
 

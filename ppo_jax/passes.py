@@ -110,9 +110,11 @@ class Passes:
             return (added[0], added[1]._replace(ratio_max_error=worst)), None
 
         cut = _cut(rows, pieces)
-        shapes = jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], cut))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(add, zeros, cut)[0]
+        _, stats = jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], cut))
+        # Float32 gradients, whatever the parameters are: a sum in bfloat16 loses its small parts.
+        no_gradients = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
+        no_stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stats)
+        return jax.lax.scan(add, (no_gradients, no_stats), cut)[0]
 
     def _loss(
         self, params: Params, batch: Batch, weights: Float[Array, "M T"], layout: Layout | None

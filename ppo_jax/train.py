@@ -317,7 +317,7 @@ def fingerprint(params: Any) -> str:
     """A digest of all parameters: tells whether a resumed run has the model it began with."""
     digest = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).data)
+        digest.update(np.asarray(leaf).view(np.uint8).data)  # bfloat16 has no buffer of its own
     return digest.hexdigest()
 
 

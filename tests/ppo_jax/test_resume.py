@@ -47,12 +47,12 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     ]
 
 
-def assert_same_run(run: Path, other: Path) -> None:
+def assert_same_run(run: Path, other: Path, last: int = 6) -> None:
     assert metrics(run) == metrics(other)
     models = (f"{model}/{file}" for model in ("best", "final") for file in MODEL_FILES)
     for name in ("samples.jsonl", "distributions.jsonl", *models):
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
-    ours, theirs = state(run, 6), state(other, 6)
+    ours, theirs = state(run, last), state(other, last)
     assert len(ours) > 30, "parameters and both moments of each"
     for name in ("kl_coef", "score_moments", "reference", "root_key"):
         assert any(name in array for array in ours), name
@@ -124,6 +124,26 @@ def test_on_two_devices(
     assert "holds a run with num_devices = 2, not 1" in capfd.readouterr().err
     main(["--output-dir", str(other), "--resume"])
     assert_same_run(one, other)
+
+
+@pytest.mark.slow
+def test_parameters_in_bfloat16(flags: list[str], rewards: ModuleType, tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    short = [*flags, "--param-dtype", "bfloat16", "--num-iterations", "2"]
+    main([*short, "--output-dir", str(one)])
+    types: dict[str, set[str]] = {"params": set(), ".mu": set(), ".nu": set(), ".reference": set()}
+    for name, array in state(one, 2).items():
+        for kind in types:
+            if kind in name and "value_head" not in name:
+                types[kind].add(str(array.dtype))
+    float32, bfloat16 = {"float32"}, {"bfloat16"}
+    assert types == {"params": bfloat16, ".mu": bfloat16, ".nu": float32, ".reference": float32}
+    rewards.calls = 0
+    rewards.on_call[4] = raises(RuntimeError("no connection"))
+    with pytest.raises(SystemExit):
+        main([*short, "--output-dir", str(other)])
+    main(["--output-dir", str(other), "--resume"])
+    assert_same_run(one, other, last=2)
 
 
 @pytest.mark.parametrize(
