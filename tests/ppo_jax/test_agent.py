@@ -4,12 +4,14 @@ import dataclasses
 
 import gymnasium as gym
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import qwen_env  # noqa: F401  (registers QwenText-v0)
+from ppo_jax import agent as agent_module
 from ppo_jax.agent import PPOAgent, TooManyNonfiniteUpdates, prompt_indices
 from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TrainConfig
 from ppo_jax.models import with_separate_critic
@@ -70,6 +72,26 @@ def test_same_seed_same_run_other_seed_other_run(make_agent):
     assert not np.array_equal(one[1], one[2])
     other = dataclasses.replace(CONFIG, run=RunConfig(seed=4))
     assert not np.array_equal(one[0], make_agent(other).collect().rollout.state.tokens)
+
+
+def test_no_two_uses_nor_iterations_share_a_key(make_agent):
+    agent = make_agent()
+    uses = agent_module._ROLLOUT, agent_module._SHUFFLE, agent_module._EVALUATE, agent_module._ACT
+    keys = []
+    for iteration in (0, 1):
+        agent.state = agent.state._replace(iteration=jnp.int32(iteration))
+        keys += [jax.random.key_data(agent._key(use)) for use in uses]
+    assert len(np.unique(keys, axis=0)) == 8
+
+
+@pytest.mark.slow
+def test_a_reference_without_memory_is_the_policy_of_each_iteration(make_agent):
+    ppo = dataclasses.replace(CONFIG.ppo, ref_ema_decay=0.0)
+    agent = make_agent(dataclasses.replace(CONFIG, ppo=ppo), num_iterations=2)
+    _, (_, metrics) = agent.learn()
+    assert metrics["objective/kl"] == pytest.approx(0, abs=1e-5)
+    moved, initial = (x["norm"]["weight"][...] for x in (agent.reference, agent.initial_backbone))
+    assert np.abs(moved - initial).max() > 0.01
 
 
 def test_choose_action_agrees_with_the_network_and_drives_the_environments(make_agent):

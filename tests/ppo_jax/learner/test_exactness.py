@@ -126,6 +126,20 @@ def test_the_first_ratio_is_one(compiled, finished, changes):
     assert metrics["policy/first_ratio_max_error"] < 1e-5
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_microbatches": 2}, {"num_devices": 2}], ids=["whole", "cut", "devices"]
+)
+def test_one_odd_ratio_is_seen_whichever_part_holds_it(compiled, batch, changes):
+    learner = compiled(**changes)
+    largest_error = learner.compile(
+        lambda *inputs: learner.learner.passes.gradients(*inputs)[1].ratio_max_error
+    )
+    for row in (0, 3):
+        odd = batch._replace(logprobs=batch.logprobs.at[row, 0].add(np.log(1.5)))
+        error = largest_error(learner.start.params, odd)
+        assert error == pytest.approx(1 / 3, abs=1e-5)  # of a ratio of two thirds
+
+
 @pytest.mark.slow
 def test_the_first_ratio_is_one_where_sampling_is_truncated(compiled, network, rules):
     """Rollout, prepare and update over one support: drawn, scored and learnt from alike."""

@@ -12,7 +12,7 @@ import transformers
 from flax import nnx
 from safetensors.torch import load_file
 
-from ppo_jax.algorithm import RATIO_EDGES, masked_histogram
+from ppo_jax.algorithm import RATIO_EDGES, clipped_policy_loss, masked_histogram
 from ppo_jax.models import save_pretrained
 from ppo_jax.sampling import packed, unpacked
 
@@ -233,12 +233,31 @@ def test_a_nonfinite_update_is_skipped_and_counted(compiled, batch):
     assert metrics["update/epochs"] == 0.5
     assert all(np.isfinite(float(x)) for x in metrics.values())
     chex.assert_tree_all_finite(state.params)
+    # What is averaged is the other minibatch alone.
+    order = jax.random.permutation(jax.random.fold_in(jax.random.key(0), 0), B)
+    [good] = [rows for rows in np.split(np.asarray(order), 2) if 0 not in rows]
+    error = np.asarray(batch.values - batch.returns)[good][np.asarray(batch.mask)[good]]
+    assert metrics["value/loss"] == pytest.approx(np.square(error).mean(), rel=1e-4)
     all_poisoned = batch._replace(advantages=batch.advantages * jnp.nan)
     state, metrics, _ = learner.update(all_poisoned)
     assert metrics["update/nonfinite"] == state.nonfinite_in_a_row == 2
     chex.assert_trees_all_equal(state.params, learner.start.params)
     chex.assert_trees_all_equal(state.opt_state, learner.start.opt_state)
     assert state.iteration == 1
+
+
+def test_a_finite_loss_with_a_gradient_that_is_not_is_skipped_as_well(compiled, batch):
+    """Of an infinite ratio, of which the dual clip makes a finite loss: 0 times infinity is NaN."""
+    odd = batch._replace(
+        logprobs=batch.logprobs.at[0, 0].add(-99), advantages=batch.advantages.at[0, 0].set(-1)
+    )
+    of_policy = batch.logprobs, odd.logprobs, odd.advantages, odd.mask
+    assert np.isfinite(clipped_policy_loss(*of_policy, dual_clip=3.0).loss)
+    learner = compiled(num_epochs=1, dual_clip=3.0)
+    state, metrics, _ = learner.update(odd)
+    assert metrics["update/nonfinite"] == 1
+    chex.assert_trees_all_equal(state.params, learner.start.params)
+    chex.assert_trees_all_equal(state.opt_state, learner.start.opt_state)
 
 
 def test_minibatches_are_drawn_in_an_order_that_the_key_decides(compiled, batch):

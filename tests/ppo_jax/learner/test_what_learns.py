@@ -4,6 +4,7 @@ import itertools
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -74,6 +75,19 @@ def test_the_policys_first_step_is_a_proper_first_step_of_adam(compiled, states)
         largest = max(largest, np.abs(end[name] - start[name]).max())
     assert largest > 0.9 * rate
     assert states[WARMUP + 2].opt_state.count == 2  # and it begins only once
+
+
+def test_steps_get_shorter_from_iteration_to_iteration(compiled, batch):
+    """Adam's first step is as long as the rate, so here it always takes its first."""
+    learner = compiled(schedule="linear", weight_decay=0.0, num_epochs=1)
+    state = learner.start
+    for rate in (1e-3, 0.9e-3):  # there are ten iterations
+        before = state._replace(opt_state=learner.start.opt_state)
+        state, metrics, _ = learner.update(batch, state=before)
+        assert metrics["policy/learning_rate"] == pytest.approx(rate)
+        steps = jax.tree.map(lambda new, old: jnp.abs(new - old), state.params, before.params)
+        longest = max(float(x.max()) for x in jax.tree.leaves(steps))
+        assert longest == pytest.approx(rate, rel=0.01)
 
 
 def test_frozen_parts_never_move_and_the_others_do(states):
