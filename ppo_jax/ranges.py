@@ -13,7 +13,7 @@ class Range:
     """Annotates the type of a number."""
 
     words: str  # behind "it must be"
-    holds: Callable[[Any], bool]  # not of NaN
+    holds: Callable[[Any], bool]  # False of NaN
 
 
 Count = Annotated[int, Range("at least 1", lambda x: x >= 1)]
