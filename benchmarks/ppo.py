@@ -35,7 +35,7 @@ from ppo_jax.agent import PPOAgent  # noqa: E402
 from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TrainConfig  # noqa: E402
 from ppo_jax.models import PolicyValueNetwork, Qwen2Config, load_pretrained  # noqa: E402
 from qwen_env.prompts import Prompt  # noqa: E402
-from qwen_env.task import make_task  # noqa: E402
+from qwen_env.task import TextTask, make_task  # noqa: E402
 from qwen_env.tokenizer import Tokenizer  # noqa: E402
 
 SHAPES = {
@@ -149,10 +149,16 @@ def make_agent(work: Work) -> PPOAgent:
         network = jax.jit(lambda: PolicyValueNetwork(shape, rngs=nnx.Rngs(0), **types))()
     else:
         network = load_pretrained(work.model, **types)
-    vocab_size = network.config.vocab_size
+    # Not the iterations that are timed: the schedule is compiled in, so the cache would not serve.
+    return PPOAgent(
+        network, task_of(work, network.config.vocab_size), config_of(work), num_iterations=1000
+    )
+
+
+def task_of(work: Work, vocab_size: int) -> TextTask:
     endings = ends_of_sequence(work, vocab_size)
     rng = np.random.default_rng(1)
-    task = make_task(
+    return make_task(
         tokenizer=numbered_tokenizer(vocab_size),
         prompts=["1"],
         reward=lambda batch: rng.normal(size=len(batch)).astype(np.float32),
@@ -162,7 +168,10 @@ def make_agent(work: Work) -> PPOAgent:
         eos_token_ids=range(vocab_size - endings, vocab_size),
         vocab_size=vocab_size,
     )
-    config = TrainConfig(
+
+
+def config_of(work: Work) -> TrainConfig:
+    return TrainConfig(
         ppo=PPOConfig(
             batch_size=work.batch_size,
             num_epochs=work.epochs,
@@ -172,8 +181,6 @@ def make_agent(work: Work) -> PPOAgent:
         optimizer=OptimizerConfig(learning_rate=1e-6),
         run=RunConfig(remat=work.remat),
     )
-    # Not the iterations that are timed: the schedule is compiled in, so the cache would not serve.
-    return PPOAgent(network, task, config, num_iterations=1000)
 
 
 def ends_of_sequence(work: Work, vocab_size: int) -> int:

@@ -1,0 +1,110 @@
+"""Compile the GPU's works for an H100 that is not there, and say how much of its memory they take.
+
+    pip install -e '.[cuda12,test]'
+    JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python benchmarks/compile_for_gpu.py
+
+XLA needs a description of the GPU, not the GPU. What it cannot do without one is to time kernels
+and choose the fastest, so programs differ a little from those that a GPU would run.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+from ppo import SHAPES, Work, config_of, task_of
+from rich.console import Console
+from rich.table import Table
+from suite import Arguments, cases
+
+from ppo_jax.learner import Learner
+from ppo_jax.models import PolicyValueNetwork
+from ppo_jax.passes import Passes
+from ppo_jax.rollout import rollout
+
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  registers_per_block_limit: 65536  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472  l2_cache_size: 52428800
+  memory_bandwidth: 3352320000000  device_memory_size: 84929347584
+}
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 7 }
+runtime_version { major: 12 minor: 8 patch: 0 }
+"""
+"""As XLA describes it, a protocol buffer in text."""
+
+
+def main(dump: Path | None = None) -> None:
+    """Compile the works of `suite.py --machine gpu`.
+
+    Args:
+        dump: a folder for the compiled programs, as text.
+    """
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    mesh = topologies.make_mesh(topology, (1,), ("device",))
+    on_gpu = NamedSharding(mesh, PartitionSpec())
+    table = Table("work", "program", "arguments", "at work", title="GiB")
+    for case in cases(Arguments(machine="gpu")):
+        for name, compiled in programs(Work(**case.flags), on_gpu):
+            memory = compiled.memory_analysis()
+            sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+            table.add_row(case.name, name, *(f"{size / 2**30:.1f}" for size in sizes))
+            if dump is not None:
+                dump.mkdir(parents=True, exist_ok=True)
+                (dump / f"{case.name.split()[0]}_{name}.txt").write_text(compiled.as_text())
+    Console().print(table)
+
+
+def programs(work: Work, on_gpu: NamedSharding) -> Any:
+    """(name, compiled) of the three programs of an iteration, from shapes alone."""
+
+    def placed(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_gpu), tree)
+
+    shape = SHAPES[work.model]
+    network = nnx.eval_shape(
+        lambda: PolicyValueNetwork(
+            shape, rngs=nnx.Rngs(0), dtype=work.dtype, param_dtype=work.param_dtype
+        )
+    )
+    graphdef, params = nnx.split(network)
+    config, rules = config_of(work), task_of(work, shape.vocab_size).rules
+    learner = Learner(Passes(graphdef, rules, config.ppo), config.optimizer, num_iterations=1000)
+
+    def respond(params: nnx.State, ids: Any, length: Any, key: Any) -> Any:
+        shrinks = config.ppo.num_packed_sizes > 1
+        network = nnx.merge(graphdef, params)
+        return rollout(network, ids, length, key, rules=rules, shrinks=shrinks)
+
+    params = placed(params)
+    state = placed(jax.eval_shape(lambda params: learner.init(params, 0), params))
+    key = placed(jax.eval_shape(lambda: jax.random.key(0)))
+    ids, length, score = placed(
+        (
+            jax.ShapeDtypeStruct((work.batch_size, work.prompt_length), jnp.int32),
+            jax.ShapeDtypeStruct((work.batch_size,), jnp.int32),
+            jax.ShapeDtypeStruct((work.batch_size,), jnp.float32),
+        )
+    )
+    yield "rollout", jax.jit(respond).lower(params, ids, length, key).compile()
+    responses = placed(jax.eval_shape(respond, params, ids, length, key))
+    scored = (params, params["backbone"], state.controls, responses, score)
+    yield "prepare", jax.jit(learner.prepare).lower(*scored).compile()
+    batch = placed(jax.eval_shape(learner.prepare, *scored)).batch
+    update = jax.jit(learner.update, donate_argnums=0)
+    yield "update", update.lower(state, batch, key).compile()
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
