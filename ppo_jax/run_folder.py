@@ -18,7 +18,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,7 +39,7 @@ _PARTIAL = ".partial"
 
 
 class RunFolder:
-    """A run's folder. Nothing is written before `create`.
+    """A run's folder. Nothing is written before `locked` and `create`.
 
     Args:
         folder: for a new run, it must be empty or not there.
@@ -55,12 +56,41 @@ class RunFolder:
         self.checkpoints = folder / "checkpoints"
         self.best = folder / "best"
         self.final = folder / "final"
-        self._config = config
+        self._config, self._resume = config, resume
         self._files: dict[str, TextIO] = {}
         self._tensorboard: SummaryWriter | None = None
         if resume:
             _check_same(read_config(folder), config, folder)
         _check_usable(folder, resume=resume)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder, and keep other processes from it within the block.
+
+        Raises:
+            UsageError: another process has it, or has left a run in it meanwhile.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+            return
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"{self.path} is in use by another process; wait until it ends, or choose "
+                    "another --output-dir."
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            _check_usable(self.path, resume=self._resume)
+            yield
+        finally:
+            os.close(handle)
 
     def create(self) -> None:
         """Make the folder and write `config.json`."""
@@ -78,7 +108,8 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove the folder, so that a start that failed does not block the next."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        # With the slash, what a symbolic link names, and not the link.
+        shutil.rmtree(f"{self.path}/", ignore_errors=True)
 
     def open(self, iteration: int) -> None:
         """Begin to write behind `iteration`; what an interrupted run wrote beyond it goes.

@@ -92,13 +92,14 @@ def train(config: TrainConfig, output_dir: Path, *, resume: bool = False) -> Non
     )
     agent = PPOAgent(network, task, config, iterations)
     run = Run(agent, folder, eval_prompts[: config.run.eval_size])
-    try:
-        with closing(folder):
-            run.go(resume=resume)
-    except BaseException:
-        if not resume and folder.is_blank():
-            folder.discard()
-        raise
+    with folder.locked():
+        try:
+            with closing(folder):
+                run.go(resume=resume)
+        except BaseException:
+            if not resume and folder.is_blank():
+                folder.discard()
+            raise
 
 
 def load_all_prompts(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ppo_jax.run_folder import RunFolder, read_config
 from ppo_jax.train import main
 
 Damage = Callable[[Path], object]
@@ -226,6 +227,19 @@ def test_a_folder_that_holds_another_run(
     error = fails([*flags, "--output-dir", str(finished_run)], capfd)
     assert "holds another run; add --resume to continue it" in error
     assert (finished_run / "final" / "model.safetensors").exists()
+
+
+def test_a_run_that_another_process_writes(
+    finished_run: Path, rewards: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    (run / "checkpoints" / "7.partial").mkdir()
+    before = sorted(run.rglob("*"))
+    with RunFolder(run, read_config(run), resume=True).locked():
+        error = fails(["--output-dir", str(run), "--resume"], capfd)
+    assert f"{run} is in use by another process" in error
+    assert sorted(run.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

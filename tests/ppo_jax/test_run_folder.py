@@ -181,6 +181,37 @@ def test_a_blank_folder_is_one_in_which_nothing_was_learnt(run: Path, tmp_path: 
     assert not blank.path.exists()
 
 
+def test_one_process_at_a_time(run: Path) -> None:
+    folder = RunFolder(run, CONFIG, resume=True)
+    other = RunFolder(run, CONFIG, resume=True)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with folder.locked(), pytest.raises(UsageError, match=f"{run} is in use by another process; "):
+        other.locked().__enter__()
+    with other.locked():
+        pass
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_another_process_has_left_meanwhile(tmp_path: Path) -> None:
+    slow, quick = (RunFolder(tmp_path / "run", CONFIG, resume=False) for _ in range(2))
+    with quick.locked():
+        quick.create()
+    with pytest.raises(UsageError, match="holds another run"):
+        slow.locked().__enter__()
+    assert read_config(slow.path) == CONFIG
+
+
+def test_discarding_leaves_a_symbolic_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    folder = RunFolder(tmp_path / "link", CONFIG, resume=False)
+    with folder.locked():
+        folder.create()
+        folder.discard()
+    assert [path.name for path in tmp_path.iterdir() if path.is_symlink()] == ["link"]
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
 def test_a_start_that_was_killed_in_its_first_write_does_not_block(tmp_path: Path) -> None:
     (tmp_path / "config.json.partial").write_text("{")
     RunFolder(tmp_path, CONFIG, resume=False).create()
