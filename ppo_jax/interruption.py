@@ -9,41 +9,51 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 EXIT_STATUS = 130  # 128 + SIGINT, as shells have it
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+_ONE_SIGNAL = 1.0  # seconds: `timeout` and others signal a process and its group
 
 
 @contextmanager
 def stop_on_signal(
     on_first: Callable[[], None], on_second: Callable[[], None]
 ) -> Iterator[Callable[[], bool]]:
-    """Within the block, SIGINT and SIGTERM no longer interrupt. Main thread only.
+    """Within the block, SIGINT, SIGTERM and SIGHUP no longer interrupt. Main thread only.
 
     Yields a function that tells whether one has come. The first calls `on_first`; the second calls
-    `on_second` and ends the process.
+    `on_second` and ends the process, unless it comes within a second.
     """
     requested = threading.Event()
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
     def watch() -> None:
-        first = True
+        first: float | None = None
         while number := reader.recv(1):
             if number[0] not in _SIGNALS:
                 continue
-            if not first:
+            if first is None:
+                first = time.monotonic()
+                on_first()
+            elif time.monotonic() - first > _ONE_SIGNAL:
                 on_second()
                 os._exit(EXIT_STATUS)
-            first = False
-            on_first()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    handlers = {number: signal.signal(number, lambda *_: requested.set()) for number in _SIGNALS}
+    handlers = {
+        number: signal.signal(number, lambda *_: requested.set())
+        for number in _SIGNALS
+        # Under nohup the end of the terminal is to be ignored.
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN
+    }
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
         yield requested.is_set

@@ -4,10 +4,12 @@ On a terminal, two live lines; piped into a file, plain lines. All on stderr.
 """
 
 import datetime
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO, cast
 
 from rich import box
 from rich.console import Console, Group
@@ -26,6 +28,31 @@ _QUIET_SECONDS = 10.0  # between two plain lines
 _SAMPLE_CHARACTERS = 400  # of a prompt with its completion, in a table of samples
 
 
+class _Lasting:
+    """A stream that outlives its reader (as in `2>&1 | head`): what is written then is lost."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            # What is in the buffer must have a place to go, at the latest when Python exits.
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+def stderr_console() -> Console:
+    """A console on stderr that never ends a run."""
+    file = None if sys.stderr is None else cast(TextIO, _Lasting(sys.stderr))
+    return Console(file=file, stderr=True, highlight=False)
+
+
 class Progress:
     """Shows a run of `total` iterations; numbers and time begin with the first that is done."""
 
@@ -36,7 +63,7 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._console = console or Console(stderr=True, highlight=False)
+        self._console = console or stderr_console()
         self.done = 0
         self._total, self._clock = total, clock
         self._numbers = ""
@@ -116,6 +143,7 @@ class Progress:
 
     def leave(self) -> None:
         """Give the terminal back in order; the process ends in the middle of things."""
+        self.say("Left without saving.")
         if self._console.is_interactive:
             self._console.show_cursor(True)
             print(file=self._console.file, flush=True)

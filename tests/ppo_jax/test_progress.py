@@ -1,4 +1,6 @@
 import io
+import os
+import sys
 from typing import Any
 
 import pytest
@@ -97,6 +99,20 @@ def test_time_left_leaves_out_the_first_iteration_and_runs_down() -> None:
     assert progress._left() == "ETA 0:02:30"
     clock.seconds += 1000.0
     assert progress._left() == "ETA 0:00:00"
+
+
+def test_a_reader_that_goes_away_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `2>&1 | head`."""
+    reader, writer = os.pipe()
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        progress = Progress(100)
+        progress.say("first")
+        assert os.read(reader, 100) == b"first\n"
+        os.close(reader)
+        with progress:
+            progress.iterated(metrics(1))
+            progress.say("more")
 
 
 def test_evaluations() -> None:
