@@ -44,7 +44,7 @@ class Choice(NamedTuple):
 
 
 class TooManyNonfiniteUpdates(UsageError):
-    """Loss or gradient was not finite too many times in a row; the state is still the last good."""
+    """Loss or gradient was not finite too many times in a row, and nothing was learnt from them."""
 
 
 class PPOAgent:
@@ -205,7 +205,8 @@ class PPOAgent:
             if (in_a_row := int(self.state.nonfinite_in_a_row)) >= limit:
                 raise TooManyNonfiniteUpdates(
                     f"The loss or its gradient was not finite in {in_a_row} updates in a row, up "
-                    f"to iteration {self.iteration}; lower learning_rate, or look at the rewards."
+                    f"to iteration {self.iteration}; look at the rewards, or start another run "
+                    "with a lower learning_rate."
                 )
 
     def _key(self, use: int) -> jax.Array:

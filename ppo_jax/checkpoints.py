@@ -8,8 +8,10 @@ A checkpoint is written under another name and renamed once it is complete. Its 
 before it is read, so one that was damaged later is passed over for the one before it.
 """
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ppo_jax.learner import TrainState
+from ppo_jax.writing import writing
 from qwen_env.errors import UsageError
 
 Facts = dict[str, Any]
@@ -48,20 +51,33 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
 
     def save(self, state: TrainState, facts: Facts) -> None:
-        """Save under the state's iteration; nothing happens if that is saved already."""
+        """Save under the state's iteration; nothing happens if that is saved already.
+
+        Raises:
+            UsageError: it cannot be written; what was saved before is still there.
+        """
         complete = self.folder / str(int(state.iteration))
         if complete.exists():
             return
         arrays = _by_name(state)
         shapes = {name: list(array.shape) for name, array in arrays.items()}
         partial = complete.with_name(complete.name + _PARTIAL)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial / "arrays", arrays)
         content = {"format": _FORMAT, "facts": facts, "shapes": shapes}
-        _write_json(partial / "checkpoint.json", content)
-        _write_json(partial / "manifest.json", _digests(partial))
-        partial.rename(complete)
+        try:
+            with writing(complete):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                # Known before, for Orbax prints a dozen tracebacks when it fails.
+                size = sum(array.nbytes for array in arrays.values())
+                if shutil.disk_usage(self.folder).free < size:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                with ocp.StandardCheckpointer() as checkpointer:
+                    checkpointer.save(partial / "arrays", arrays)
+                _write_json(partial / "checkpoint.json", content)
+                _write_json(partial / "manifest.json", _digests(partial))
+                partial.rename(complete)
+        except UsageError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         for iteration in self.iterations()[: -self.keep]:
             shutil.rmtree(self.folder / str(iteration))
 

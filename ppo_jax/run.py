@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -54,16 +55,23 @@ class Run:
             self.folder.open(agent.iteration - (self.facts["unfinished"] is not None))
             try:
                 self._learn(should_stop)
-            except UsageError as error:
-                if agent.iteration == 0:
-                    raise
                 self._save()
-                raise UsageError(f"{error} {self._where_saved()}") from error
-            self._save()
-            if agent.iteration < agent.num_iterations:
+                if agent.iteration < agent.num_iterations:
+                    self.progress.say(self._where_saved())
+                    raise SystemExit(EXIT_STATUS)
+                self._finish()
+            except Exception as error:
+                with suppress(
+                    Exception
+                ):  # an update that fails leaves no state, a full disk no room
+                    if agent.iteration > 0:
+                        self._save()
+                if not self.checkpoints.iterations():
+                    raise
+                if isinstance(error, UsageError):
+                    raise UsageError(f"{error} {self._where_saved()}") from error
                 self.progress.say(self._where_saved())
-                raise SystemExit(EXIT_STATUS)
-            self._finish()
+                raise
 
     def _learn(self, should_stop: Callable[[], bool]) -> None:
         baseline: Record = {}
@@ -121,7 +129,7 @@ class Run:
         self.folder.write_samples(samples["greedy"] + samples["sampled"])
         self.progress.evaluated(iteration, means)
         best, score = self.facts["best_score"], means["sampled/score"]
-        if iteration and (best is None or score > best):
+        if iteration and self._is_sound() and (best is None or score > best):
             self.facts |= {"best_score": score, "best_iteration": iteration}
             save_pretrained(self.agent.network, self.folder.best, self.agent.task.tokenizer)
         return means, samples["sampled"]
@@ -138,6 +146,11 @@ class Run:
     def _restore(self) -> None:
         restored = self.checkpoints.restore(self.agent.state, self.progress.say)
         if restored is None:
+            if self.folder.final.exists():
+                raise UsageError(
+                    f"{self.folder.path} holds a finished run whose checkpoints are gone; its "
+                    f"model is in {self.folder.final}; choose another --output-dir."
+                )
             self.progress.say("Nothing was saved before the interruption: starting again.")
             return
         state, facts = restored
@@ -146,8 +159,13 @@ class Run:
                 f"{self.agent.config.task.model} is not the model that the run in "
                 f"{self.folder.path} was started with: its weights have changed."
             )
+        iteration, total = int(state.iteration), self.agent.num_iterations
+        if iteration > total:
+            raise UsageError(
+                f"num_iterations is {total}, but the run in {self.folder.path} has done "
+                f"{iteration}; raise it, or leave it out."
+            )
         self.agent.state, self.facts = state, facts
-        iteration, total = self.agent.iteration, self.agent.num_iterations
         self.progress.done = iteration
         self.progress.say(
             f"Continuing after iteration {iteration} of {total}."
@@ -155,12 +173,20 @@ class Run:
             else f"All {total} iterations were done already."
         )
 
+    def _is_sound(self) -> bool:
+        """Whether the last update was finite; where it was not, the policy may have diverged."""
+        return not self.agent.state.nonfinite_in_a_row
+
     def _save(self) -> None:
-        self.checkpoints.save(self.agent.state, self.facts)
+        if self._is_sound():  # or what is saved already is the better place to go on from
+            self.checkpoints.save(self.agent.state, self.facts)
 
     def _where_saved(self) -> str:
+        saved = self.checkpoints.iterations()
+        if not saved:
+            return "Nothing is saved: no update of the run was finite."
         return (
-            f"The run is saved as it was after iteration {self.agent.iteration}, in "
+            f"The run is saved as it was after iteration {saved[-1]}, in "
             f"{self.checkpoints.folder}; continue it with: {PROG} --output-dir "
             f"{self.folder.path} --resume"
         )

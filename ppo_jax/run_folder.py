@@ -19,7 +19,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,6 +29,7 @@ from tensorboardX import SummaryWriter
 from ppo_jax.algorithm import ADVANTAGE_EDGES, RATIO_EDGES
 from ppo_jax.config import TrainConfig, as_json, from_json
 from ppo_jax.curves import Records, plot_curves
+from ppo_jax.writing import writing
 from qwen_env.errors import UsageError
 
 Record = dict[str, Any]
@@ -70,7 +71,8 @@ class RunFolder:
         Raises:
             UsageError: another process has it, or has left a run in it meanwhile.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         try:
             import fcntl
         except ImportError:  # Windows
@@ -94,12 +96,8 @@ class RunFolder:
 
     def create(self) -> None:
         """Make the folder and write `config.json`."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(as_json(self._config), indent=2) + "\n"
-            _write(self.path / "config.json", text)
-        except OSError as error:
-            raise UsageError(f"{self.path} cannot be written: {error.strerror}.") from error
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write(self.path / "config.json", json.dumps(as_json(self._config), indent=2) + "\n")
 
     def is_blank(self) -> bool:
         """Nothing was learnt yet: there is neither an iteration on record nor a checkpoint."""
@@ -161,18 +159,21 @@ class RunFolder:
     def plot(self) -> Path:
         """Draw `curves.png` anew."""
         path = self.path / "curves.png"
-        plot_curves(read_records(self.path), path)
+        with writing(path):
+            plot_curves(read_records(self.path), path)
         return path
 
     def close(self) -> None:
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # a full disk, which was told of before
+                file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
     def _append(self, name: str, records: Sequence[Record]) -> None:
-        self._files[name].write("".join(map(_as_line, records)))
-        self._files[name].flush()
+        with writing(self.path / name):
+            self._files[name].write("".join(map(_as_line, records)))
+            self._files[name].flush()
 
 
 def read_config(folder: Path) -> TrainConfig:
@@ -296,5 +297,6 @@ def _read_jsonl(path: Path) -> list[Record]:
 def _write(path: Path, text: str) -> None:
     """Write a whole file or, if the process is killed meanwhile, nothing."""
     partial = path.with_name(path.name + _PARTIAL)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with writing(path):
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)

@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 from ppo_jax.models.config import Qwen2Config
 from ppo_jax.models.gguf import GGUFFile
 from ppo_jax.models.heads import PolicyValueNetwork, RewardModel
+from ppo_jax.writing import writing
 from qwen_env.errors import UsageError
 from qwen_env.hub import resolve
 from qwen_env.tokenizer import Tokenizer
@@ -112,7 +113,7 @@ def save_pretrained(
     An existing model folder is replaced, and only once the new one is complete.
 
     Raises:
-        UsageError: `folder` is a file, or holds something that is not a model.
+        UsageError: `folder` is a file, holds something that is not a model, or cannot be written.
     """
     with _replacing(Path(folder)) as partial:
         _save_model(network, "Qwen2ForCausalLM", partial, tokenizer)
@@ -286,8 +287,9 @@ def _replacing(folder: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     new, old = scratch / "new", scratch / "old"
     try:
-        new.mkdir()
-        yield new
+        with writing(folder):
+            new.mkdir()
+            yield new
         if folder.exists():
             folder.rename(old)
         new.rename(folder)

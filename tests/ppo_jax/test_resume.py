@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -204,6 +204,79 @@ def test_resuming_a_finished_run_changes_nothing(
     assert_same_run(run, finished_run)
 
 
+def test_a_disk_that_is_full(
+    finished_run: Path,
+    flags: list[str],
+    rewards: ModuleType,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+
+    def fill(batch: Any) -> Any:
+        patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+        return rewards.count_e(batch)
+
+    rewards.on_call[11] = fill  # in iteration 5
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit:
+        main([*flags, "--output-dir", str(run)])
+    assert exit.value.code == 2
+    said = capfd.readouterr().err
+    assert f"{run}/checkpoints/6 cannot be written: No space left on device" in said
+    assert f"saved as it was after iteration 3, in {run}/checkpoints" in said
+    assert "Traceback" not in said
+    main(["--output-dir", str(run), "--resume"])
+    assert_same_run(run, finished_run)
+
+
+def test_what_was_learnt_is_saved_before_a_bug_shows_its_traceback(
+    finished_run: Path,
+    flags: list[str],
+    rewards: ModuleType,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+
+    def arm(batch: Any) -> Any:
+        patch.setattr(RunFolder, "write_metrics", raises(ZeroDivisionError()))
+        return rewards.count_e(batch)
+
+    rewards.on_call[8] = arm  # in iteration 4
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        main([*flags, "--output-dir", str(run)])
+    assert f"after iteration 4, in {run}/checkpoints" in capfd.readouterr().err
+    main(["--output-dir", str(run), "--resume"])
+    assert_same_run(run, finished_run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--num-iterations", "5"], "num_iterations is 5, but the run in {run} has done 6"),
+        ([], "{run} holds a finished run whose checkpoints are gone; its model is in {run}/final"),
+    ],
+)
+def test_a_finished_run_is_not_started_again(
+    changes: list[str],
+    words: str,
+    finished_run: Path,
+    rewards: ModuleType,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    if not changes:
+        shutil.rmtree(run / "checkpoints")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as exit:
+        main(["--output-dir", str(run), "--resume", *changes])
+    assert exit.value.code == 2
+    assert words.format(run=run) in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 KILLED_IN = (
     (RunFolder, "write_samples"),
     (RunFolder, "write_metrics"),
@@ -311,10 +384,11 @@ def test_ctrl_c_once_and_twice(
     time.sleep(2.0)
     process.send_signal(signal.SIGINT)
     assert "Stopping after this iteration" in process.stderr.readline()
+    time.sleep(1.1)  # before that it is the first one, delivered twice
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=10)
     assert process.returncode == 130
-    assert said == ""
+    assert said == "Left without saving.\n"
 
     main([*arguments, "--resume"])
     assert_same_run(run, finished_run)
