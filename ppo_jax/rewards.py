@@ -11,6 +11,7 @@ from gymnasium.error import DependencyNotInstalled
 from ppo_jax.models import load_reward_model
 from qwen_env.errors import UsageError
 from qwen_env.rewards import RewardBatch, RewardFn, Scores, load_reward, score
+from qwen_env.rewards.base import place
 from qwen_env.tokenizer import Tokenizer, load_tokenizer
 
 _LENGTH_BUCKET = 64
@@ -33,9 +34,10 @@ def load_training_reward(spec: str, tokenizer: Tokenizer, gold: str | None = Non
             return load_reward(spec, {"flax": lambda folder: FlaxReward(folder, tokenizer)})
         except (UsageError, DependencyNotInstalled):
             raise
-        except Exception as error:  # whatever a module of the user's may raise
+        except (Exception, SystemExit) as error:  # whatever a module of the user's may raise
             raise UsageError(
-                f"The reward {spec} cannot be loaded: {type(error).__name__}: {error}."
+                f"The reward {spec} cannot be loaded: {type(error).__name__}: {error}"
+                f"{place(error)}."
             ) from error
 
     if not spec:

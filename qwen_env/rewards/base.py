@@ -10,8 +10,11 @@ length; they are reported, not trained on.
 """
 
 import reprlib
+import sysconfig
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Protocol, SupportsFloat
 
 import numpy as np
@@ -106,9 +109,9 @@ def score(reward: RewardFn, batch: RewardBatch) -> Scores:
         answer = reward(batch.copy())
     except (RewardError, DependencyNotInstalled):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(
-            f"The reward function {name} raised {type(error).__name__}: {error}, for "
+            f"The reward function {name} raised {type(error).__name__}: {error}{place(error)}, for "
             f"{_culprit(reward, batch, error)}."
         ) from error
     values, components = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, {})
@@ -137,6 +140,22 @@ def reward_name(reward: RewardFn) -> str:
     kind = type(reward)
     module = getattr(reward, "__module__", kind.__module__)
     return f"{module}.{getattr(reward, '__qualname__', kind.__qualname__)}"
+
+
+_NOT_THE_USERS = (
+    str(Path(__file__).parents[1]),
+    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+)
+
+
+def place(error: BaseException) -> str:
+    """Where the user's own code raised `error`, as it stands in a message; or nothing."""
+    behind_the_caller = error.__traceback__ and error.__traceback__.tb_next
+    for frame in reversed(traceback.extract_tb(behind_the_caller)):
+        is_file = Path(frame.filename).is_file()  # a notebook's cell is none
+        if is_file and not frame.filename.startswith(_NOT_THE_USERS):
+            return f" ({frame.filename}, line {frame.lineno})"
+    return ""
 
 
 def _checked(values: Any, batch: RewardBatch, who: str) -> np.ndarray:
@@ -186,7 +205,7 @@ def _culprit(reward: RewardFn, batch: RewardBatch, raised: Exception) -> str:
             reward(batch.row(row).copy())
         except type(raised):
             return _row(batch, row)
-        except Exception:
+        except (Exception, SystemExit):
             continue
     return f"a batch of {len(batch)}, none of whose rows does it alone"
 

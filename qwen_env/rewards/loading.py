@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from qwen_env.errors import UsageError
-from qwen_env.rewards.base import RewardFn, may_be_named
+from qwen_env.rewards.base import RewardFn, may_be_named, place
 from qwen_env.rewards.weighted_sum import WeightedSum, weight_and_reward
 
 FORMS = (
@@ -157,10 +157,10 @@ def _instance(reward: Any, name: Any) -> Any:
         return reward
     try:
         instance = reward()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(
-            f"reward {name}: making one without arguments raised {type(error).__name__}: {error}; "
-            "name an instance of it instead."
+            f"reward {name}: making one without arguments raised {type(error).__name__}: "
+            f"{error}{place(error)}; name an instance of it instead."
         ) from error
     if not callable(instance):
         raise UsageError(f"reward {name}: what this class makes cannot be called with a batch.")

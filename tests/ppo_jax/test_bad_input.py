@@ -207,9 +207,18 @@ def test_a_reward_function_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("source", ["raise RuntimeError('broken')", "import nowhere", "def f(:"])
+@pytest.mark.parametrize(
+    ("source", "place"),
+    [
+        ("x = 1\nraise RuntimeError('broken')", "({folder}/broken_reward.py, line 2)."),
+        ("import nowhere", "({folder}/broken_reward.py, line 1)."),
+        ("import sys\nsys.exit('usage')", "usage ({folder}/broken_reward.py, line 2)."),
+        ("def f(:", "(broken_reward.py, line 1)"),
+    ],
+)
 def test_a_reward_module_that_cannot_be_imported(
     source: str,
+    place: str,
     flags: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -218,7 +227,9 @@ def test_a_reward_module_that_cannot_be_imported(
     (tmp_path / "broken_reward.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
     argv = [*flags, "--output-dir", str(tmp_path / "run"), "--reward", "broken_reward:f"]
-    assert "broken_reward:f cannot be loaded: " in fails(argv, capfd)
+    error = fails(argv, capfd)
+    assert "broken_reward:f cannot be loaded: " in error
+    assert place.format(folder=tmp_path) in error
 
 
 def test_a_folder_that_holds_another_run(

@@ -1,3 +1,6 @@
+import json
+import operator
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ def batch(make_batch):
 
 def answering(answer):
     def reward_under_test(batch):
-        if isinstance(answer, Exception):
+        if isinstance(answer, BaseException):
             raise answer
         return answer
 
@@ -77,7 +80,8 @@ NUMBERS = [0.0, 1.0, 2.0]
         ((NUMBERS, {3: NUMBERS}), "names a component 3"),
         ((NUMBERS, {"_part": NUMBERS}), r"names a component '_part'; .* none of .*'_\.\.\.', whi"),
         ((NUMBERS, {"part": ["a", "b", "c"]}), "Component 'part' of .* returned 'a' for row 0"),
-        (KeyError("stars"), "raised KeyError: 'stars', for row 0"),
+        (KeyError("stars"), r"raised KeyError: 'stars' \(.*test_base.py, line \d+\), for row 0"),
+        (SystemExit(3), r"raised SystemExit: 3 \(.*test_base.py, line \d+\), for row 0"),
     ],
 )
 def test_nothing_is_trusted(batch, answer, message):
@@ -95,6 +99,17 @@ def test_the_row_that_makes_it_raise_is_named(make_batch):
         score(reward, make_batch(["a", "b", "", "d"]))
 
 
+def test_the_line_that_raises_is_the_users_own(batch):
+    def reward(batch):
+        return [json.loads(text) for text in batch.completions]
+
+    line = reward.__code__.co_firstlineno + 1
+    with pytest.raises(RewardError, match=rf"JSONDecodeError: .* \({__file__}, line {line}\), for"):
+        score(reward, batch)
+    with pytest.raises(RewardError, match=r"raised TypeError: [^(]*, for"):
+        score(operator.itemgetter(3), batch)  # no line of anybody's
+
+
 def test_no_row_is_blamed_for_what_the_batch_does(make_batch):
     def reward(batch):
         if len(batch) > 2:
@@ -108,10 +123,10 @@ def test_no_row_is_blamed_for_what_the_batch_does(make_batch):
 @pytest.mark.parametrize(
     ("error", "count", "message"),
     [
-        (TimeoutError("late"), 3, r"TimeoutError: late, for a batch of 3\.$"),
-        (MemoryError("too many"), 3, r"MemoryError: too many, for a batch of 3\.$"),
-        (KeyError("stars"), 1, r"KeyError: 'stars', for row 0 \(prompt 'The film'\)\.$"),
-        (TimeoutError("late"), 1, r"TimeoutError: late, for row 0"),
+        (TimeoutError("late"), 3, r"TimeoutError: late .*, for a batch of 3\.$"),
+        (MemoryError("too many"), 3, r"MemoryError: too many .*, for a batch of 3\.$"),
+        (KeyError("stars"), 1, r"KeyError: 'stars' .*, for row 0 \(prompt 'The film'\)\.$"),
+        (TimeoutError("late"), 1, r"TimeoutError: late .*, for row 0"),
     ],
 )
 def test_it_is_not_called_again_where_that_would_tell_nothing(make_batch, error, count, message):
