@@ -1,10 +1,13 @@
 """What the entry points share: flags, and errors as one sentence with exit status 2."""
 
 import contextlib
+import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import jax
@@ -15,6 +18,9 @@ from ppo_jax.interruption import EXIT_STATUS
 from qwen_env.errors import UsageError
 
 Arguments = TypeVar("Arguments")
+
+_SIGPIPE = 141  # 128 + its number, as shells have it
+_SUGGESTION = re.compile(r"^│ {5}(--\S+)", re.MULTILINE)
 
 
 def parse(
@@ -38,7 +44,10 @@ def parse(
     except SystemExit as exit:
         if exit.code in (0, None):
             raise
-        raise UsageError(f"{_first_paragraph(said.getvalue())} See {prog} --help.") from None
+        box = said.getvalue()
+        meant = _SUGGESTION.findall(box) if "Unrecognized options" in box else ()
+        hint = f" Perhaps you meant {' or '.join(meant)}." if meant else ""
+        raise UsageError(f"{_first_paragraph(box)}{hint} See {prog} --help.") from None
 
 
 @contextlib.contextmanager
@@ -46,15 +55,43 @@ def errors_as_sentences() -> Iterator[None]:
     """Print an error that the user can mend on stderr, in one line, and exit with status 2."""
     try:
         yield
+        sys.stdout.flush()
     except (UsageError, DependencyNotInstalled) as error:
         _fail(str(error))
+    except BrokenPipeError:  # of `| head`, which has seen enough
+        _drop_output()
+        raise SystemExit(_SIGPIPE) from None
+    except UnicodeEncodeError as error:
+        lacking = ascii(error.object[error.start])
+        _fail(f"The output's encoding ({error.encoding}) lacks {lacking}; set PYTHONUTF8=1.")
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        _fail(f"{error.filename}: {error.strerror}.")
+        if error.filename is None:
+            _drop_output()
+        _fail(f"{error.filename or 'The output cannot be written'}: {error.strerror}.")
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        size = re.search(r"([\d.]+) ?(bytes|[KMGT]iB)", str(error))
+        wanted = f" ({_readable(*size.groups())} wanted)" if size else ""
+        _fail(
+            f"Out of memory{wanted}: lower batch_size or max_new_tokens, raise num_microbatches, "
+            "or set --remat."
+        )
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(EXIT_STATUS) from None
+
+
+def _readable(number: str, unit: str) -> str:
+    return f"{int(number) / 2**30:.1f} GiB" if unit == "bytes" else f"{number} {unit}"
+
+
+def _drop_output() -> None:
+    """What is left in the buffer of stdout would fail again when Python exits."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _fail(message: str) -> NoReturn:
@@ -67,6 +104,40 @@ def keep_compiled_programs() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "ppo_jax", "xla"))
+
+
+def find_devices() -> None:
+    """Have JAX start, before something else fails for it.
+
+    Raises:
+        UsageError: it does not.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter for CUDA that is not installed
+        why = str(error) or "it is not installed"
+        raise UsageError(
+            f"JAX cannot use JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {why}; unset "
+            "the variable, or install JAX for that platform."
+        ) from error
+
+
+def check_seed(seed: int) -> None:
+    """Raises:
+    UsageError: JAX takes no such seed.
+    """
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed is {seed}; it must be at least 0 and below 2**63.")
+
+
+def refuse_run_folder(model: str) -> None:
+    """Raises:
+    UsageError: `model` is the folder of a run, which holds models and is none.
+    """
+    folder = Path(model).expanduser()
+    models = [str(folder / name) for name in ("final", "best") if (folder / name).is_dir()]
+    if models and (folder / "metrics.jsonl").exists():
+        raise UsageError(f"{model} is a run, not a model; name {' or '.join(models)}.")
 
 
 def _first_paragraph(box: str) -> str:

@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cli.errors_as_sentences():
         arguments = cli.parse(Arguments, sys.argv[1:] if argv is None else argv, prog=PROG)
         cli.keep_compiled_programs()
+        cli.find_devices()
         passes = evaluate(arguments)
         if arguments.json:
             print(json.dumps(passes))
@@ -85,6 +86,8 @@ def evaluate(arguments: Arguments) -> dict[str, dict[str, float]]:
     check_ranges(arguments)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     sampling.check()
+    cli.check_seed(arguments.seed)
+    cli.refuse_run_folder(arguments.model)
     limit = arguments.max_prompt_length
     tokenizer = load_tokenizer(arguments.model)
     prompts = load_prompts(

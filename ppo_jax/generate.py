@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cli.errors_as_sentences():
         arguments = cli.parse(Arguments, sys.argv[1:] if argv is None else argv, prog=PROG)
         cli.keep_compiled_programs()
+        cli.find_devices()
         for record in generate(arguments):
             if arguments.json:
                 print(json.dumps(record, ensure_ascii=False))
@@ -73,6 +74,8 @@ def generate(arguments: Arguments) -> list[dict[str, str]]:
     """
     check_ranges(arguments)
     sampling = _sampling(arguments)
+    cli.check_seed(arguments.seed)
+    cli.refuse_run_folder(arguments.model)
     if not arguments.prompts:
         raise UsageError(f"There is no prompt; give one or more: {PROG} --model FOLDER 'The plot'.")
     tokenizer = load_tokenizer(arguments.model)

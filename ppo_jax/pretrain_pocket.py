@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ppo_jax.cli import errors_as_sentences, parse
+from ppo_jax.cli import errors_as_sentences, find_devices, parse
 from ppo_jax.models import (
     PolicyValueNetwork,
     Qwen2Config,
@@ -365,7 +365,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     with errors_as_sentences():
         arguments = sys.argv[1:] if argv is None else argv
-        report = run(parse(Settings, arguments, prog="python -m ppo_jax.pretrain_pocket"))
+        settings = parse(Settings, arguments, prog="python -m ppo_jax.pretrain_pocket")
+        find_devices()
+        report = run(settings)
     for name, value in report.items():
         print(f"{name:28} {value:.4g}")
 

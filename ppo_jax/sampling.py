@@ -11,6 +11,7 @@ probabilities means something only if old, new and reference policy are changed 
 Shapes: N rows, V vocabulary.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -36,10 +37,10 @@ class Sampling(NamedTuple):
         """Raises:
         UsageError: a field is out of its range.
         """
-        if not self.temperature > 0:  # NaN is refused as well
+        if not 0 < self.temperature < math.inf:  # NaN is refused as well
             raise UsageError(
                 f"temperature is {self.temperature}; it must be above 0 (greedy decoding is its "
-                "limit)."
+                "limit) and finite."
             )
         if self.top_k is not None and self.top_k < 1:
             raise UsageError(f"top_k is {self.top_k}; it must be at least 1.")

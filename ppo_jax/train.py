@@ -5,12 +5,20 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ppo_jax import cli
 from ppo_jax.agent import PPOAgent
-from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TaskConfig, TrainConfig, preset
+from ppo_jax.config import (
+    PRESETS,
+    OptimizerConfig,
+    PPOConfig,
+    RunConfig,
+    TaskConfig,
+    TrainConfig,
+    preset,
+)
 from ppo_jax.config_checks import check_warmups
 from ppo_jax.models import load_pretrained
 from ppo_jax.rewards import load_training_reward
@@ -42,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cli.errors_as_sentences():
         arguments, config = parse_arguments(sys.argv[1:] if argv is None else argv)
         cli.keep_compiled_programs()
+        cli.find_devices()
         train(config, arguments.output_dir, resume=arguments.resume)
 
 
@@ -54,13 +63,21 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainConfig]:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", nargs="?")
     first.add_argument("--output-dir", "--output_dir", type=Path, nargs="?")
-    first.add_argument("--resume", action="store_true")
+    first.add_argument("--resume", nargs="?", const=True)
     known, _ = first.parse_known_args(argv)
     name = known.preset or "pocket"
+    base = preset(name)
     folder = known.output_dir or Path("runs", name)
-    base = read_config(folder) if known.resume else preset(name)
+    if known.resume:
+        if known.preset and known.output_dir:
+            raise UsageError(
+                f"{folder} is resumed with the settings it was started with, so --preset {name} "
+                "would do nothing; leave out --preset, or --resume."
+            )
+        base = read_config(folder.expanduser())
     default = Arguments(folder, base.task, base.ppo, base.optimizer, base.run, preset=name)
     arguments = cli.parse(Arguments, argv, prog=PROG, default=default)
+    arguments = replace(arguments, output_dir=arguments.output_dir.expanduser())
     return arguments, TrainConfig(arguments.task, arguments.ppo, arguments.optimizer, arguments.run)
 
 
@@ -72,6 +89,9 @@ def train(config: TrainConfig, output_dir: Path, *, resume: bool = False) -> Non
         SystemExit: a signal ended the run early; what was learnt is saved.
     """
     folder = RunFolder(output_dir, config, resume=resume)
+    cli.refuse_run_folder(config.task.model)
+    if config.task.model == PRESETS["smollm2"].task.model and not Path(config.task.model).exists():
+        raise UsageError(f"{config.task.model}: no such file; make train-smollm2 downloads it.")
     tokenizer = load_tokenizer(config.task.model)
     prompts, eval_prompts = load_all_prompts(config, tokenizer)
     iterations = num_iterations(config, len(prompts))

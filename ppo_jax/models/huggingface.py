@@ -81,7 +81,7 @@ def load_pretrained(
 
     Raises:
         UsageError: no such folder, hub unreachable, no safetensors, another architecture, or a
-            tensor missing or of another shape than `config.json` says.
+            tensor missing, not finite, or of another shape than `config.json` says.
         gymnasium.error.DependencyNotInstalled: a `.gguf` file without the `gguf` package.
     """
     source: TensorSource
@@ -204,6 +204,11 @@ def _read_parameter(
                     f"{source.config_where} it is {part.shape}; the two are of different models."
                 )
             part[...] = tensor
+            if not np.isfinite(part).all():
+                raise UsageError(
+                    f"{source.where}: tensor {name} holds numbers that are not finite; it is "
+                    "damaged, or of a model that has diverged: take another."
+                )
         elif _may_be_absent(name, source):
             part[...] = 0
         else:

@@ -40,11 +40,12 @@ def edit_config(**changes: Any) -> Damage:
     return edit
 
 
-def reshape_tensor(folder: Path) -> None:
-    path = folder / "model" / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.norm.weight"] = np.ones(7, np.float32)
-    save_file(tensors, path)
+def edit_norm(weight: np.ndarray) -> Damage:
+    def edit(folder: Path) -> None:
+        path = folder / "model" / "model.safetensors"
+        save_file(load_file(path) | {"model.norm.weight": weight}, path)
+
+    return edit
 
 
 def remove(name: str) -> Damage:
@@ -66,12 +67,25 @@ def nothing(folder: Path) -> None:
 # flags that are added, what is done to the inputs, and words of the sentence
 CASES: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
     "unknown preset": ("--preset tiny", nothing, ("'tiny'", "pocket")),
-    "unknown flag": ("--batchsize 4", nothing, ("--batchsize", "--help")),
+    "unknown flag": ("--batchsize 4", nothing, ("--batchsize", "meant --batch-size.", "--help")),
+    "preset of a run that is resumed": (
+        "--preset pocket --resume",
+        nothing,
+        ("--preset pocket would do nothing",),
+    ),
+    "unknown preset of a run that is resumed": ("--preset tiny --resume", nothing, ("'tiny'",)),
+    "resume with a value": ("--resume=True", nothing, ("no run to resume",)),
+    "model that is yet to be downloaded": (
+        "--model models/SmolLM2-135M-Instruct.Q4_1.gguf",
+        nothing,
+        ("no such file; make train-smollm2",),
+    ),
     "value of another type": ("--batch-size four", nothing, ("--batch-size", "four")),
     "value that is no choice": ("--schedule slow", nothing, ("--schedule", "'slow'", "linear")),
     "value out of range": ("--gamma 2", nothing, ("gamma is 2.0", "between 0 and 1")),
     "number below its range": ("--seed -1", nothing, ("seed is -1", "at least 0")),
     "contradiction": ("--num-minibatches 3", nothing, ("batch_size (4)", "num_minibatches")),
+    "limit below one": ("--max-new-tokens -5", nothing, ("max_new_tokens is -5", "at least 1")),
     "contradiction of limits": ("--min-new-tokens 9", nothing, ("min_new_tokens", "(8)")),
     "more tokens than positions": ("--max-new-tokens 60", nothing, ("68", "64 positions")),
     "missing prompts": ("", remove("prompts.jsonl"), ("prompts.jsonl", "no such file")),
@@ -118,8 +132,13 @@ CASES: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
     "model of another architecture": ("", edit_config(model_type="gpt2"), ("'gpt2'", "qwen2")),
     "shapes that do not match": (
         "",
-        reshape_tensor,
+        edit_norm(np.ones(7, np.float32)),
         ("model.norm.weight", "(7,)", "(16,)", "config.json"),
+    ),
+    "weights that are not finite": (
+        "",
+        edit_norm(np.full(16, np.nan, np.float32)),
+        ("model.norm.weight", "not finite", "diverged"),
     ),
     "truncated weights": (
         "",

@@ -1,5 +1,6 @@
 import errno
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +53,11 @@ def test_wrong_flags_are_one_sentence(argv: list[str], words: str) -> None:
     assert message.endswith("See python -m thing --help.")
 
 
+def test_what_was_meant_is_named() -> None:
+    with pytest.raises(UsageError, match=r"options: --sizes, 4\. Perhaps you meant --size\. See"):
+        parse("--sizes", "4")
+
+
 def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         parse("--help")
@@ -67,6 +73,24 @@ def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
         (
             OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl"),
             "error: runs/x/metrics.jsonl: No space left on device.\n",
+        ),
+        (
+            jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 5368709120 bytes.\nmore"
+            ),
+            "error: Out of memory (5.0 GiB wanted): lower batch_size or max_new_tokens, raise "
+            "num_microbatches, or set --remat.\n",
+        ),
+        (
+            jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.34GiB."
+            ),
+            "error: Out of memory (12.34 GiB wanted): lower batch_size or max_new_tokens, raise "
+            "num_microbatches, or set --remat.\n",
+        ),
+        (
+            UnicodeEncodeError("ascii", "a日", 1, 2, "ordinal not in range"),
+            "error: The output's encoding (ascii) lacks '\\u65e5'; set PYTHONUTF8=1.\n",
         ),
     ],
 )
@@ -86,9 +110,68 @@ def test_ctrl_c_outside_of_training(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "Interrupted.\n"
 
 
-def test_a_bug_keeps_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError), cli.errors_as_sentences():
-        raise ZeroDivisionError
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError(), OSError("odd"), jax.errors.JaxRuntimeError("INTERNAL: odd")]
+)
+def test_a_bug_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)), cli.errors_as_sentences():
+        raise error
+
+
+def test_a_reader_that_has_seen_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `| head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream, pytest.raises(SystemExit) as exit:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with cli.errors_as_sentences():
+            print("a completion")
+    assert exit.value.code == 141
+
+
+def test_output_to_a_full_disk(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as stream, pytest.raises(SystemExit) as exit:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with cli.errors_as_sentences():
+            print("a table")
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: The output cannot be written: No space left on device.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("raised", "why"), [(AssertionError(), "it is not installed"), (RuntimeError("odd"), "odd")]
+)
+def test_a_platform_that_is_not_there(
+    raised: Exception, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def devices() -> None:
+        raise raised
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(UsageError, match=f"JAX cannot use JAX_PLATFORMS=cuda: {why}; unset"):
+        cli.find_devices()
+
+
+def test_seeds() -> None:
+    for seed in (0, 2**63 - 1):
+        cli.check_seed(seed)
+        jax.random.key(seed)
+    for seed in (-1, 2**63):
+        with pytest.raises(UsageError, match=f"seed is {seed}; it must be"):
+            cli.check_seed(seed)
+
+
+def test_a_run_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "final").mkdir()
+    cli.refuse_run_folder(str(tmp_path))  # a model may lie beside others
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(UsageError, match=f"is a run, not a model; name {tmp_path}/final\\."):
+        cli.refuse_run_folder(str(tmp_path))
 
 
 @pytest.fixture
@@ -120,6 +203,19 @@ def test_the_preset_gives_defaults_and_flags_override_them() -> None:
     assert config.task.model == "Qwen/Qwen2.5-0.5B"
     assert config.ppo.gamma == 0.5
     assert config.ppo.gae_lambda == 0.95
+
+
+def test_the_preset_of_a_resumed_run_names_its_folder_alone(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished_run.parent)
+    monkeypatch.setenv("HOME", str(finished_run.parent))
+    for argv in (["--output-dir=~/finished"], ["--output-dir", "finished"]):
+        arguments, config = parse_arguments([*argv, "--resume"])
+        assert arguments.output_dir.resolve() == finished_run.resolve()
+        assert config.ppo.batch_size == 4
+    with pytest.raises(UsageError, match=r"runs/smollm2 holds no run to resume"):
+        parse_arguments(["--preset", "smollm2", "--resume"])
 
 
 def test_flags_may_be_written_with_underscores(tmp_path: Path) -> None:
