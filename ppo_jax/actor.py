@@ -1,7 +1,7 @@
 """From prompts to scored episodes: the compiled rollout, then the task's reward function."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,8 +149,12 @@ class Actor:
         *,
         batch_size: int,
         greedy: bool = False,
+        on_batch: Callable[[int], object] = lambda done: None,
     ) -> tuple[list[Episode], list[Outcome]]:
-        """Any number of prompts, about `batch_size` at a time; the last batch is filled up."""
+        """Any number of prompts, about `batch_size` at a time; the last batch is filled up.
+
+        After each one, `on_batch` is told how many prompts are done.
+        """
         at_once = min(batch_size, len(prompts))
         batch_size = -(-at_once // self._num_devices) * self._num_devices
         episodes: list[Episode] = []
@@ -161,4 +165,5 @@ class Actor:
             done = self.respond(params, filled, jax.random.fold_in(key, start), greedy=greedy)
             episodes += done.episodes[: len(batch)]
             outcomes += done.outcomes[: len(batch)]
+            on_batch(len(episodes))
         return episodes, outcomes

@@ -7,7 +7,7 @@ It touches no files: entry points save what it yields.
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -128,15 +128,23 @@ class PPOAgent:
         return Choice(*(np.asarray(x[0] if is_single else x) for x in chosen))
 
     def evaluate(
-        self, prompts: Sequence[Prompt], *, greedy: bool
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        greedy: bool,
+        on_batch: Callable[[int], object] = lambda done: None,
     ) -> tuple[list[Episode], list[Outcome]]:
-        """Respond to any number of prompts and score the responses; nothing is learnt."""
+        """Respond to any number of prompts and score the responses; nothing is learnt.
+
+        `on_batch` is told how many prompts are done, again and again.
+        """
         return self.actor.respond_to_all(
             self.state.params,
             prompts,
             self._key(_EVALUATE),
             batch_size=self.config.ppo.batch_size,
             greedy=greedy,
+            on_batch=on_batch,
         )
 
     def collect(self) -> Episodes:

@@ -63,7 +63,9 @@ def errors_as_sentences() -> Iterator[None]:
         raise SystemExit(_SIGPIPE) from None
     except UnicodeEncodeError as error:
         lacking = ascii(error.object[error.start])
-        _fail(f"The output's encoding ({error.encoding}) lacks {lacking}; set PYTHONUTF8=1.")
+        _fail(
+            f"The output's encoding ({error.encoding}) lacks {lacking}; set PYTHONIOENCODING=utf-8."
+        )
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 from rich import box
 from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from ppo_jax import cli
@@ -16,6 +17,7 @@ from ppo_jax.actor import Actor
 from ppo_jax.evaluation import evaluation_means
 from ppo_jax.models import load_pretrained
 from ppo_jax.ranges import Count, Seed, check_ranges
+from ppo_jax.progress import stderr_console
 from ppo_jax.rewards import load_training_reward
 from ppo_jax.sampling import Sampling
 from qwen_env import pocket
@@ -110,17 +112,24 @@ def evaluate(arguments: Arguments) -> dict[str, dict[str, float]]:
     )
     actor = Actor(network, task, sampling)
 
-    def means(*, greedy: bool) -> dict[str, float]:
+    def means(decoding: str) -> dict[str, float]:
+        bar = progress.add_task(decoding, total=len(prompts))
         _, outcomes = actor.respond_to_all(
             nnx.state(network),
             prompts,
             jax.random.key(arguments.seed),
             batch_size=arguments.batch_size,
-            greedy=greedy,
+            greedy=decoding == "greedy",
+            on_batch=lambda done: progress.update(bar, completed=done),
         )
         return evaluation_means(outcomes)
 
-    return {"greedy": means(greedy=True), "sampled": means(greedy=False)}
+    console = stderr_console()
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_interactive
+    ) as progress:
+        return {decoding: means(decoding) for decoding in ("greedy", "sampled")}
 
 
 if __name__ == "__main__":

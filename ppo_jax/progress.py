@@ -96,6 +96,17 @@ class Progress:
     def doing(self, what: str) -> None:
         """Show what is going on instead of the last numbers."""
         self._numbers = what
+        if not self._console.is_interactive:
+            self._last_line = self._clock()
+            self.say(what)
+
+    def evaluating(self, decoding: str, total: int, done: int) -> None:
+        """Show how far an evaluation is; it may take as long as many iterations."""
+        self._numbers = f"evaluating ({decoding}): {done}/{total}"
+        now = self._clock()
+        if not self._console.is_interactive and now - self._last_line >= _QUIET_SECONDS:
+            self._last_line = now
+            self.say(self._numbers)
 
     def iterated(self, metrics: Mapping[str, Any]) -> None:
         """Show the numbers of an iteration that is done."""

@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import jax
@@ -119,7 +120,11 @@ class Run:
         means: dict[str, float] = {}
         samples: dict[str, list[Record]] = {}
         for decoding in ("greedy", "sampled"):
-            episodes, outcomes = self.agent.evaluate(self.eval_prompts, greedy=decoding == "greedy")
+            episodes, outcomes = self.agent.evaluate(
+                self.eval_prompts,
+                greedy=decoding == "greedy",
+                on_batch=partial(self.progress.evaluating, decoding, len(self.eval_prompts)),
+            )
             scored = evaluation_means(outcomes)
             means |= {f"{decoding}/{name}": mean for name, mean in scored.items()}
             samples[decoding] = [

@@ -194,7 +194,7 @@ def _no_number(values: Any, batch: RewardBatch) -> str | None:
     return None
 
 
-def _culprit(reward: RewardFn, batch: RewardBatch, raised: Exception) -> str:
+def _culprit(reward: RewardFn, batch: RewardBatch, raised: BaseException) -> str:
     """Which row makes `reward` raise, if one does so alone."""
     if len(batch) == 1:
         return _row(batch, 0)

@@ -90,7 +90,7 @@ def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             UnicodeEncodeError("ascii", "a日", 1, 2, "ordinal not in range"),
-            "error: The output's encoding (ascii) lacks '\\u65e5'; set PYTHONUTF8=1.\n",
+            "error: The output's encoding (ascii) lacks '\\u65e5'; set PYTHONIOENCODING=utf-8.\n",
         ),
     ],
 )

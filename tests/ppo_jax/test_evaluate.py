@@ -1,11 +1,14 @@
+import io
 import json
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from ppo_jax import evaluate
 from ppo_jax.evaluate import main
 
 
@@ -65,6 +68,19 @@ def test_a_finished_run_scores_as_its_last_evaluation_says(
     passes = as_json([*argv, "--model", final, "--prompts", held_out], capfd)
     for name, mean in passes["greedy"].items():
         assert mean == pytest.approx(last[f"eval/greedy/{name}"])
+
+
+def test_progress_is_shown_on_a_terminal_alone(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The other tests see none of it, piped."""
+    shown = Console(file=io.StringIO(), force_terminal=True, force_interactive=True, width=100)
+    monkeypatch.setattr(evaluate, "stderr_console", lambda: shown)
+    passes = as_json(argv, capfd)
+    assert passes.keys() == {"greedy", "sampled"}
+    written = cast(io.StringIO, shown.file).getvalue()
+    for words in ("greedy", "sampled", "4/6", "6/6"):
+        assert words in written
 
 
 def test_a_table_for_people(argv: list[str], capfd: pytest.CaptureFixture[str]) -> None:

@@ -115,6 +115,19 @@ def test_a_reader_that_goes_away_ends_nothing(monkeypatch: pytest.MonkeyPatch) -
             progress.say("more")
 
 
+def test_what_takes_long_is_not_silent() -> None:
+    progress, file, clock = plain()
+    progress.doing("compiling ...")
+    for done in range(4, 33, 4):
+        clock.seconds += 3.0
+        progress.evaluating("greedy", 32, done)
+    assert file.getvalue().splitlines() == [
+        "compiling ...",
+        "evaluating (greedy): 16/32",
+        "evaluating (greedy): 32/32",
+    ]
+
+
 def test_evaluations() -> None:
     progress, file, _ = plain()
     means = {"sampled/score": 0.25, "greedy/score": -0.5, "sampled/length_mean": 3.0}
