@@ -16,6 +16,7 @@ from gymnasium.error import DependencyNotInstalled
 
 from ppo_jax.interruption import EXIT_STATUS
 from qwen_env.errors import UsageError
+from qwen_env.prompts import PromptDataset
 
 Arguments = TypeVar("Arguments")
 
@@ -130,6 +131,14 @@ def check_seed(seed: int) -> None:
     """
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed is {seed}; it must be at least 0 and below 2**63.")
+
+
+def say_dropped(prompts: PromptDataset, name: str, limit: int) -> None:
+    """Tell of prompts that `--prompt-overflow drop` left out, if there are any."""
+    if dropped := prompts.num_dropped:
+        total = dropped + len(prompts)
+        message = f"Dropped {dropped} of {total} prompts of {name}: more than {limit} tokens."
+        print(message, file=sys.stderr)
 
 
 def refuse_run_folder(model: str) -> None:

@@ -90,16 +90,17 @@ def evaluate(arguments: Arguments) -> dict[str, dict[str, float]]:
     sampling.check()
     cli.check_seed(arguments.seed)
     cli.refuse_run_folder(arguments.model)
-    limit = arguments.max_prompt_length
+    limit = sys.maxsize if arguments.max_prompt_length is None else arguments.max_prompt_length
     tokenizer = load_tokenizer(arguments.model)
     prompts = load_prompts(
         arguments.prompts,
         tokenizer,
-        max_prompt_length=sys.maxsize if limit is None else limit,
+        max_prompt_length=limit,
         overflow=arguments.prompt_overflow,
         chat_template=True if arguments.chat else None,
         system_prompt=arguments.system_prompt,
     )
+    cli.say_dropped(prompts, arguments.prompts, limit)
     reward = load_training_reward(arguments.reward, tokenizer, arguments.gold_reward)
     network = load_pretrained(arguments.model)
     task = make_task(

@@ -129,7 +129,7 @@ def load_all_prompts(
     settings = config.task
 
     def load(path: str) -> PromptDataset:
-        return load_prompts(
+        loaded = load_prompts(
             path,
             tokenizer,
             max_prompt_length=settings.max_prompt_length,
@@ -137,6 +137,8 @@ def load_all_prompts(
             chat_template=True if settings.chat else None,
             system_prompt=settings.system_prompt,
         )
+        cli.say_dropped(loaded, path, settings.max_prompt_length)
+        return loaded
 
     prompts = load(settings.prompts)
     if settings.eval_prompts is not None:

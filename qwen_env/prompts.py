@@ -156,10 +156,11 @@ def _check_variables(variables: Any, name: str) -> None:
 
 
 class PromptDataset(Sequence[Prompt]):
-    """Prompts that are ready to be sampled. Immutable."""
+    """Prompts that are ready to be sampled; `num_dropped` others were too long. Immutable."""
 
-    def __init__(self, prompts: Iterable[Prompt]) -> None:
+    def __init__(self, prompts: Iterable[Prompt], num_dropped: int = 0) -> None:
         self._prompts = tuple(prompts)
+        self.num_dropped = num_dropped
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -238,8 +239,9 @@ def encode_prompts(source: Any, encoder: PromptEncoder) -> PromptDataset:
             f"prompts is a {type(source).__name__}; give the path of a .jsonl file, a list of "
             "texts or rows, or a datasets.Dataset."
         )
-    encoded = (encoder.encode(row, index, place) for index, (place, row) in enumerate(rows))
-    dataset = PromptDataset(prompt for prompt in encoded if prompt is not None)
+    encoded = [encoder.encode(row, index, place) for index, (place, row) in enumerate(rows)]
+    kept = [prompt for prompt in encoded if prompt is not None]
+    dataset = PromptDataset(kept, num_dropped=len(encoded) - len(kept))
     if not dataset:
         limit = f" of at most {encoder.max_prompt_length} tokens"
         raise UsageError(f"{name} holds no prompts{limit if encoder.overflow == 'drop' else ''}.")
@@ -248,10 +250,12 @@ def encode_prompts(source: Any, encoder: PromptEncoder) -> PromptDataset:
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     """Each row and how messages call it. Blank lines are skipped."""
-    if not path.is_file():
+    if not path.exists():
         raise UsageError(
             f"{path}: no such file; a string names a .jsonl file of prompts, a list holds texts."
         )
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a .jsonl file of prompts.")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             place = f"line {number} of {path}"

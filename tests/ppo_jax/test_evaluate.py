@@ -70,6 +70,15 @@ def test_a_finished_run_scores_as_its_last_evaluation_says(
         assert mean == pytest.approx(last[f"eval/greedy/{name}"])
 
 
+def test_prompts_that_are_dropped_are_counted(
+    argv: list[str], inputs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    main([*argv, "--max-prompt-length", "2", "--prompt-overflow", "drop"])
+    assert capfd.readouterr().err == (
+        f"Dropped 3 of 6 prompts of {inputs}/prompts.jsonl: more than 2 tokens.\n"
+    )
+
+
 def test_progress_is_shown_on_a_terminal_alone(
     argv: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

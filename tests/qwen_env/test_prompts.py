@@ -1,3 +1,5 @@
+import os
+
 import datasets
 import numpy as np
 import pandas
@@ -123,7 +125,9 @@ def test_overflow(load):
     source = ["the film was good", "bad"]
     full = load(source)[0].ids
     limit = len(full) - 2
-    assert [p.index for p in load(source, max_prompt_length=limit, overflow="drop")] == [1]
+    kept = load(source, max_prompt_length=limit, overflow="drop")
+    assert ([p.index for p in kept], kept.num_dropped) == ([1], len(source) - 1)
+    assert load(source, max_prompt_length=30, overflow="drop").num_dropped == 0
     cut = load(source, max_prompt_length=limit, overflow="truncate_left")[0]
     assert cut.ids.tolist() == full[2:].tolist()
     assert load.tokenizer.encode(cut.text) == cut.ids.tolist()
@@ -182,7 +186,20 @@ def test_long_values_are_not_printed_whole(load):
         assert len(str(caught.value)) < 400
 
 
+def test_a_pipe_is_a_file(load):
+    """As in --prompts <(head -5 prompts.jsonl)."""
+    reader, writer = os.pipe()
+    os.write(writer, b'{"prompt": "the film"}\n{"prompt": "a"}\n')
+    os.close(writer)
+    try:
+        assert [p.text for p in load(f"/dev/fd/{reader}")] == ["the film", "a"]
+    finally:
+        os.close(reader)
+
+
 def test_wrong_sources(load, tmp_path):
+    with pytest.raises(UsageError, match=rf"{tmp_path} is a folder; name a .jsonl file"):
+        load(tmp_path)
     with pytest.raises(UsageError, match=r"none.jsonl: no such file"):
         load(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
