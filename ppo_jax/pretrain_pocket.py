@@ -11,6 +11,7 @@ the difference.
 Shapes: B batch, S sequence, V vocabulary, N texts.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from jaxtyping import Array, Float
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ppo_jax.cli import errors_as_sentences, find_devices, parse
+from ppo_jax.cli import check_seed, errors_as_sentences, find_devices, parse
 from ppo_jax.models import (
     PolicyValueNetwork,
     Qwen2Config,
@@ -38,6 +39,7 @@ from ppo_jax.models import (
 )
 from ppo_jax.rollout import rollout
 from qwen_env import mdp, pocket
+from qwen_env.errors import UsageError
 from qwen_env.pocket import corpus, grammar
 from qwen_env.tokenizer import Tokenizer
 
@@ -97,6 +99,17 @@ class Settings:
     """β: how surely the better of two samples wins."""
     report_samples: int = 2048
     """Held-out texts behind each number that is reported."""
+
+    def __post_init__(self) -> None:
+        """Raises:
+        UsageError: a field is out of its range.
+        """
+        check_seed(self.seed)
+        for name, value in vars(self).items():
+            if isinstance(value, int) and name != "seed" and value < 1:
+                raise UsageError(f"{name} is {value}; it must be at least 1.")
+            if isinstance(value, float) and not 0 < value < math.inf:
+                raise UsageError(f"{name} is {value}; it must be above 0 and finite.")
 
 
 class Texts(NamedTuple):

@@ -7,6 +7,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from qwen_env.errors import UsageError
 from qwen_env.pocket import MAX_PROMPT_LENGTH, grammar
 from qwen_env.tokenizer import Tokenizer
 
@@ -14,6 +15,7 @@ EOS = "<|endoftext|>"
 EOS_ID = 0  # special tokens come first; it is the padding as well
 VOCAB_SIZE = 768  # of the models; the tokenizer runs out of merges before, at about 710
 PROMPT_WORDS = (2, 7)
+_OPENING_TRIES = 100  # for each prompt
 
 
 def reviews(rng: np.random.Generator, count: int) -> list[str]:
@@ -38,9 +40,15 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def openings(rng: np.random.Generator, tokenizer: Tokenizer, count: int) -> list[str]:
-    """`count` different prompts: the first words of reviews, before any word of praise or blame."""
+    """`count` different prompts: the first words of reviews, before any word of praise or blame.
+
+    Raises:
+        UsageError: so many are not to be found.
+    """
     found: dict[str, None] = {}
-    while len(found) < count:
+    for _ in range(_OPENING_TRIES * count):
+        if len(found) == count:
+            break
         review = grammar.sample(rng)
         words = review[: grammar.meaning(review).start].split()
         fewest, most = PROMPT_WORDS
@@ -49,6 +57,11 @@ def openings(rng: np.random.Generator, tokenizer: Tokenizer, count: int) -> list
         prompt = " ".join(words[: rng.integers(fewest, min(len(words), most) + 1)])
         if len(tokenizer.encode(prompt)) <= MAX_PROMPT_LENGTH:
             found[prompt] = None
+    if len(found) < count:
+        raise UsageError(
+            f"{count} different prompts are not to be found, only {len(found)}; lower "
+            "num_train_prompts or num_heldout_prompts."
+        )
     return list(found)
 
 

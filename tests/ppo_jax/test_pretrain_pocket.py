@@ -13,6 +13,7 @@ from flax import nnx
 from ppo_jax import pretrain_pocket
 from ppo_jax.models import PolicyValueNetwork, load_pretrained
 from ppo_jax.models.huggingface import load_reward_model
+from qwen_env.errors import UsageError
 from qwen_env.pocket import corpus, grammar
 from qwen_env.tokenizer import Tokenizer, load_tokenizer
 
@@ -53,6 +54,20 @@ def test_a_tiny_run_learns_and_writes_folders_that_load(tmp_path: Path) -> None:
     assert logits.shape == (50, 36, 768)
     scores = load_reward_model(folder / "reward")(texts.ids, texts.mask)
     assert np.isfinite(scores).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("policy_steps", 0, "at least 1"),
+        ("seed", -1, "at least 0"),
+        ("preference_beta", float("nan"), "above 0 and finite"),
+        ("reward_learning_rate", 0.0, "above 0 and finite"),
+    ],
+)
+def test_settings_out_of_range(name: str, value: float, words: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} is {value}; it must be {words}"):
+        pretrain_pocket.Settings(**{name: value})
 
 
 def test_texts_are_padded_behind_their_end(tokenizer: Tokenizer) -> None:
