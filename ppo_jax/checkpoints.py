@@ -23,12 +23,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ppo_jax.learner import TrainState
-from ppo_jax.writing import writing
+from ppo_jax.writing import PARTIAL, writing
 from qwen_env.errors import UsageError
 
 Facts = dict[str, Any]
 
-_PARTIAL = ".partial"
 _FORMAT = 2  # goes up when a state holds other arrays than before
 
 
@@ -43,7 +42,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self.folder = folder.resolve()
         self.keep = keep
-        for partial in self.folder.glob(f"*{_PARTIAL}"):
+        for partial in self.folder.glob(f"*{PARTIAL}"):
             shutil.rmtree(partial)
 
     def iterations(self) -> list[int]:
@@ -61,7 +60,7 @@ class Checkpoints:
             return
         arrays = _by_name(state)
         shapes = {name: list(array.shape) for name, array in arrays.items()}
-        partial = complete.with_name(complete.name + _PARTIAL)
+        partial = complete.with_name(complete.name + PARTIAL)
         content = {"format": _FORMAT, "facts": facts, "shapes": shapes}
         try:
             with writing(complete):

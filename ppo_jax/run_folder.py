@@ -29,14 +29,13 @@ from tensorboardX import SummaryWriter
 from ppo_jax.algorithm import ADVANTAGE_EDGES, RATIO_EDGES
 from ppo_jax.config import TrainConfig, as_json, from_json
 from ppo_jax.curves import Records, plot_curves
-from ppo_jax.writing import writing
+from ppo_jax.writing import PARTIAL, write_whole, writing
 from qwen_env.errors import UsageError
 
 Record = dict[str, Any]
 
 _RECORDS = ("metrics.jsonl", "distributions.jsonl", "samples.jsonl")
 _DIGITS = 5  # significant ones, of what distributions.jsonl holds
-_PARTIAL = ".partial"
 
 
 class RunFolder:
@@ -97,7 +96,7 @@ class RunFolder:
     def create(self) -> None:
         """Make the folder and write `config.json`."""
         self.path.mkdir(parents=True, exist_ok=True)
-        _write(self.path / "config.json", json.dumps(as_json(self._config), indent=2) + "\n")
+        write_whole(self.path / "config.json", json.dumps(as_json(self._config), indent=2) + "\n")
 
     def is_blank(self) -> bool:
         """Nothing was learnt yet: there is neither an iteration on record nor a checkpoint."""
@@ -117,7 +116,7 @@ class RunFolder:
         for name in _RECORDS:
             path = self.path / name
             kept = [r for r in _read_jsonl(path) if iteration and r["iteration"] <= iteration]
-            _write(path, "".join(map(_as_line, kept)))
+            write_whole(path, "".join(map(_as_line, kept)))
             self._files[name] = path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=iteration + 1)
 
@@ -153,7 +152,7 @@ class RunFolder:
     def last_samples(self) -> list[Record]:
         """The sampled completions of the last evaluation."""
         samples = _read_jsonl(self.path / "samples.jsonl")
-        last = samples[-1]["iteration"]
+        last = max((s["iteration"] for s in samples), default=0)
         return [s for s in samples if s["iteration"] == last and s["decoding"] == "sampled"]
 
     def plot(self) -> Path:
@@ -260,7 +259,7 @@ def _check_usable(folder: Path, *, resume: bool) -> None:
     if not os.access(there, os.W_OK | os.X_OK):
         raise UsageError(f"{there} is not writable; choose another --output-dir.")
     # A start that was killed as it wrote its first file left that one, and no run.
-    if not resume and there == folder and any(p.suffix != _PARTIAL for p in folder.iterdir()):
+    if not resume and there == folder and any(p.suffix != PARTIAL for p in folder.iterdir()):
         what = (
             "holds another run; add --resume to continue it, or choose"
             if (folder / "config.json").exists()
@@ -286,17 +285,13 @@ def _read_jsonl(path: Path) -> list[Record]:
     if not path.exists():
         return records
     # Not splitlines: a model may well write other characters that end a line.
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or "iteration" not in record:
+            raise UsageError(f"line {number} of {path} has no iteration; mend or remove it.")
+        records.append(record)
     return records
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a whole file or, if the process is killed meanwhile, nothing."""
-    partial = path.with_name(path.name + _PARTIAL)
-    with writing(path):
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)

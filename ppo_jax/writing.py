@@ -1,4 +1,4 @@
-"""A disk that is full, in a sentence."""
+"""Files that are whole or not there, and a disk that is full in a sentence."""
 
 import os
 import re
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qwen_env.errors import UsageError
+
+PARTIAL = ".partial"
 
 # How libraries in other languages, whose errors are no OSErrors, name the system's.
 _CODE = re.compile(r"os[ _]error(?:_code)?[ =]'?(\d+)")
@@ -29,3 +31,11 @@ def writing(path: Path) -> Iterator[None]:
         raise UsageError(
             f"{path} cannot be written: {reason}; see to that, or choose another folder."
         ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a whole file or, if the process is killed meanwhile, nothing."""
+    partial = path.with_name(path.name + PARTIAL)
+    with writing(path):
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)

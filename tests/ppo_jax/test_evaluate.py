@@ -106,6 +106,7 @@ def test_a_table_for_people(argv: list[str], capfd: pytest.CaptureFixture[str]) 
     [
         (["--prompts", "nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
         (["--reward", "nowhere:f"], ["nowhere:f"]),
+        (["--seed", "-1"], ["seed is -1"]),
         (["--batch-size", "0"], ["batch_size is 0"]),
         (["--seed", str(2**63)], ["seed is 9223372036854775808", "below 2**63"]),
         (["--temperature", "0"], ["temperature is 0.0"]),

@@ -90,6 +90,7 @@ def test_chat_renders_the_template_and_prints_the_answer_alone(
         (["a", "--max-new-tokens", "0"], ["max_new_tokens is 0"]),
         (["a", "--seed", str(2**63)], ["seed is 9223372036854775808", "below 2**63"]),
         (["a " * 30, "--max-new-tokens", "60"], ["max_new_tokens (60)", "64 positions"]),
+        (["a", "--seed", str(2**63)], ["seed is 9223372036854775808"]),
         (["a", "--chat"], ["chat template"]),
         (["a", "--model", "./nothing"], ["./nothing", "no such folder"]),
         (["a", "--modle", "x"], ["--modle"]),

@@ -85,6 +85,19 @@ def test_a_last_line_that_was_cut_off_is_dropped(run: Path, cut: int) -> None:
     assert [m["iteration"] for m in records(run, "metrics.jsonl")] == [1, 2]
 
 
+def test_a_record_of_something_else_is_named_and_kept(run: Path) -> None:
+    path = run / "metrics.jsonl"
+    path.write_text(text := path.read_text() + '{"iter": 4}\n')
+    with pytest.raises(UsageError, match=f"line 4 of {path} has no iteration"):
+        RunFolder(run, CONFIG, resume=True).open(3)
+    assert path.read_text() == text
+
+
+def test_samples_that_are_gone(run: Path) -> None:
+    (run / "samples.jsonl").unlink()
+    assert RunFolder(run, CONFIG, resume=True).last_samples() == []
+
+
 def test_whatever_a_model_writes_stays_one_record(run: Path) -> None:
     wild = "a\u2028b\x85c\x1cd\ne\r\x00\x1b[31m \ufffd"
     folder = RunFolder(run, CONFIG, resume=True)
