@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ppo_jax.actor import Episodes
-from ppo_jax.agent import PPOAgent
+from ppo_jax.agent import PPOAgent, TooManyNonfiniteUpdates
 from ppo_jax.checkpoints import Checkpoints
 from ppo_jax.evaluation import evaluation_means, sample_record
 from ppo_jax.interruption import EXIT_STATUS, stop_on_signal
@@ -69,6 +69,8 @@ class Run:
                         self._save()
                 if not self.checkpoints.iterations():
                     raise
+                if isinstance(error, TooManyNonfiniteUpdates) and self.folder.best.exists():
+                    error = UsageError(f"{error} It can begin with --model {self.folder.best}.")
                 if isinstance(error, UsageError):
                     raise UsageError(f"{error} {self._where_saved()}") from error
                 self.progress.say(self._where_saved())

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -210,6 +211,7 @@ def test_a_first_start_that_fails_does_not_block_the_next(
         assert not run.exists()
 
 
+@pytest.mark.slow
 def test_nonfinite_updates_are_skipped_counted_and_end_the_run(
     flags: list[str], rewards: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,11 +220,17 @@ def test_nonfinite_updates_are_skipped_counted_and_end_the_run(
     Nor is what they are scaled by, the deviation of all scores, if it counts them.
     """
     run = tmp_path / "run"
-    for call, scores in ((4, [3e38] * 4), (7, [1e20, -1e20] * 2), (8, [-3e38] * 4)):
-        rewards.on_call[call] = lambda batch, scores=scores: np.array(scores, np.float32)
-    # The evaluation after the second iteration would be the best there is.
-    rewards.on_call |= dict.fromkeys((5, 6), lambda batch: np.full(len(batch), 9.0))
-    changes = ["--max-nonfinite-updates", "20", "--save-every", "1"]
+    best: list[int] = []
+
+    def huge(batch: Any, scores: list[float]) -> np.ndarray:
+        best.append((run / "best").stat().st_ino)
+        return np.array(scores, np.float32)
+
+    for call, scores in ((6, [3e38] * 4), (9, [1e20, -1e20] * 2), (12, [-3e38] * 4)):
+        rewards.on_call[call] = partial(huge, scores=scores)
+    # Evaluations come after each iteration; those after the second would be the best there are.
+    rewards.on_call |= dict.fromkeys((7, 8, 10, 11), lambda batch: np.full(len(batch), 9.0))
+    changes = ["--max-nonfinite-updates", "20", "--save-every", "1", "--eval-every", "1"]
     with pytest.raises(SystemExit) as exit:
         main([*flags, "--output-dir", str(run), *changes])
     assert exit.value.code == 2
@@ -230,7 +238,8 @@ def test_nonfinite_updates_are_skipped_counted_and_end_the_run(
     assert "not finite in 24 updates in a row, up to iteration 4" in error
     assert f"after iteration 1, in {run}/checkpoints" in error
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]
-    assert not (run / "best").exists()
+    assert f"lower learning_rate. It can begin with --model {run}/best." in error
+    assert {*best, (run / "best").stat().st_ino} == {best[0]}, "it is not replaced"
     lines = records(run, "metrics.jsonl")
     assert [line["update/nonfinite"] for line in lines] == [0, 8, 8, 8]
     assert [line["update/epochs"] for line in lines] == [4, 0, 0, 0]
