@@ -62,9 +62,8 @@ class Run:
                     raise SystemExit(EXIT_STATUS)
                 self._finish()
             except Exception as error:
-                with suppress(
-                    Exception
-                ):  # an update that fails leaves no state, a full disk no room
+                # An update that fails may leave no state to save, and a full disk no room for it.
+                with suppress(Exception):
                     if agent.iteration > 0:
                         self._save()
                 if not self.checkpoints.iterations():
@@ -191,7 +190,7 @@ class Run:
     def _where_saved(self) -> str:
         saved = self.checkpoints.iterations()
         if not saved:
-            return "Nothing is saved: no update of the run was finite."
+            return "Nothing is saved: the updates were not finite."
         return (
             f"The run is saved as it was after iteration {saved[-1]}, in "
             f"{self.checkpoints.folder}; continue it with: {PROG} --output-dir "

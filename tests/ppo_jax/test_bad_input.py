@@ -26,6 +26,7 @@ def fails(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     out, err = capfd.readouterr()
     assert exit.value.code == 2
     assert out == ""
+    err = err.removeprefix("compiling, and evaluating the untrained model ...\n")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert "Traceback" not in err

@@ -284,7 +284,8 @@ class TestSaving:
         monkeypatch.setattr(huggingface, "save_file", failing_save)
         if at == "the last rename":
             monkeypatch.setattr(Path, "rename", failing_rename)
-        with pytest.raises(type(error)):
+        # A full disk becomes a sentence where the files are written.
+        with pytest.raises((type(error), UsageError)):
             save_pretrained(network, model_folder)
         assert {path.name: path.read_bytes() for path in model_folder.iterdir()} == before
         assert [path.name for path in model_folder.parent.iterdir()] == ["model"]  # no leftovers
