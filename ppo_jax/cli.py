@@ -125,14 +125,6 @@ def find_devices() -> None:
         ) from error
 
 
-def check_seed(seed: int) -> None:
-    """Raises:
-    UsageError: JAX takes no such seed.
-    """
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"seed is {seed}; it must be at least 0 and below 2**63.")
-
-
 def say_dropped(prompts: PromptDataset, name: str, limit: int) -> None:
     """Tell of prompts that `--prompt-overflow drop` left out, if there are any."""
     if dropped := prompts.num_dropped:

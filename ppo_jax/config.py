@@ -153,7 +153,7 @@ class OptimizerConfig:
     """Decay of the first moment."""
     adam_b2: Decay = 0.999
     """Decay of the second moment."""
-    adam_eps: Factor = 1e-5
+    adam_eps: Rate = 1e-5
     """Added to the root of the second moment."""
     weight_decay: Factor = 0.0
     """Decoupled weight decay of the matrices; norms and biases have none."""

@@ -16,8 +16,8 @@ from ppo_jax import cli
 from ppo_jax.actor import Actor
 from ppo_jax.evaluation import evaluation_means
 from ppo_jax.models import load_pretrained
-from ppo_jax.ranges import Count, Seed, check_ranges
 from ppo_jax.progress import stderr_console
+from ppo_jax.ranges import Count, Seed, check_ranges
 from ppo_jax.rewards import load_training_reward
 from ppo_jax.sampling import Sampling
 from qwen_env import pocket
@@ -88,7 +88,6 @@ def evaluate(arguments: Arguments) -> dict[str, dict[str, float]]:
     check_ranges(arguments)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     sampling.check()
-    cli.check_seed(arguments.seed)
     cli.refuse_run_folder(arguments.model)
     limit = sys.maxsize if arguments.max_prompt_length is None else arguments.max_prompt_length
     tokenizer = load_tokenizer(arguments.model)

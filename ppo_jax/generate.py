@@ -74,7 +74,6 @@ def generate(arguments: Arguments) -> list[dict[str, str]]:
     """
     check_ranges(arguments)
     sampling = _sampling(arguments)
-    cli.check_seed(arguments.seed)
     cli.refuse_run_folder(arguments.model)
     if not arguments.prompts:
         raise UsageError(f"There is no prompt; give one or more: {PROG} --model FOLDER 'The plot'.")

@@ -11,7 +11,6 @@ the difference.
 Shapes: B batch, S sequence, V vocabulary, N texts.
 """
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ from jaxtyping import Array, Float
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ppo_jax.cli import check_seed, errors_as_sentences, find_devices, parse
+from ppo_jax.cli import errors_as_sentences, find_devices, parse
 from ppo_jax.models import (
     PolicyValueNetwork,
     Qwen2Config,
@@ -37,9 +36,9 @@ from ppo_jax.models import (
     save_pretrained,
     save_reward_model,
 )
+from ppo_jax.ranges import Count, Rate, Seed, check_ranges
 from ppo_jax.rollout import rollout
 from qwen_env import mdp, pocket
-from qwen_env.errors import UsageError
 from qwen_env.pocket import corpus, grammar
 from qwen_env.tokenizer import Tokenizer
 
@@ -73,43 +72,38 @@ class Settings:
 
     output_dir: Path = pocket.POLICY_FOLDER.parent
     """Folder that gets policy/, reward/, train_prompts.jsonl and heldout_prompts.jsonl."""
-    seed: int = 0
+    seed: Seed = 0
     """Root of every random choice."""
-    tokenizer_reviews: int = 20_000
+    tokenizer_reviews: Count = 20_000
     """Reviews that the tokenizer is trained on."""
-    num_train_prompts: int = 512
+    num_train_prompts: Count = 512
     """Prompts to train on."""
-    num_heldout_prompts: int = 128
+    num_heldout_prompts: Count = 128
     """Other prompts, for evaluation."""
-    policy_steps: int = 2500
+    policy_steps: Count = 2500
     """Optimizer steps of the policy."""
-    policy_batch: int = 32
+    policy_batch: Count = 32
     """Reviews a step."""
-    policy_learning_rate: float = 2e-3
+    policy_learning_rate: Rate = 2e-3
     """Its peak."""
-    reward_samples: int = 16_384
+    reward_samples: Count = 16_384
     """Samples of the policy that are compared."""
-    reward_steps: int = 1000
+    reward_steps: Count = 1000
     """Optimizer steps of the reward model."""
-    reward_batch: int = 32
+    reward_batch: Count = 32
     """Pairs a step."""
-    reward_learning_rate: float = 5e-4
+    reward_learning_rate: Rate = 5e-4
     """Its peak."""
-    preference_beta: float = 4.0
+    preference_beta: Rate = 4.0
     """β: how surely the better of two samples wins."""
-    report_samples: int = 2048
+    report_samples: Count = 2048
     """Held-out texts behind each number that is reported."""
 
     def __post_init__(self) -> None:
         """Raises:
         UsageError: a field is out of its range.
         """
-        check_seed(self.seed)
-        for name, value in vars(self).items():
-            if isinstance(value, int) and name != "seed" and value < 1:
-                raise UsageError(f"{name} is {value}; it must be at least 1.")
-            if isinstance(value, float) and not 0 < value < math.inf:
-                raise UsageError(f"{name} is {value}; it must be above 0 and finite.")
+        check_ranges(self)
 
 
 class Texts(NamedTuple):
