@@ -157,15 +157,6 @@ def test_a_platform_that_is_not_there(
         cli.find_devices()
 
 
-def test_seeds() -> None:
-    for seed in (0, 2**63 - 1):
-        cli.check_seed(seed)
-        jax.random.key(seed)
-    for seed in (-1, 2**63):
-        with pytest.raises(UsageError, match=f"seed is {seed}; it must be"):
-            cli.check_seed(seed)
-
-
 def test_a_run_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "final").mkdir()
     cli.refuse_run_folder(str(tmp_path))  # a model may lie beside others
