@@ -19,10 +19,10 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 .PHONY: train train-smollm2 test pocket clean
 
 train: $(VENV)/installed
-	$(BIN)/python -m ppo_jax.train $(call run,pocket)
+	$(BIN)/python -m ppo_jax.train --preset pocket $(call run,runs/pocket)
 
 train-smollm2: $(VENV)/installed-smollm2 $(SMOLLM2)
-	$(BIN)/python -m ppo_jax.train $(call run,smollm2)
+	$(BIN)/python -m ppo_jax.train --preset smollm2 $(call run,runs/smollm2)
 
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -38,8 +38,7 @@ clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # An interrupted run is continued; a finished one says that it is.
-run = --output-dir $(folder) $(if $(wildcard $(folder)/config.json),--resume,--preset $(1))
-folder = $(or $(RUN),runs/$(1))
+run = --output-dir $(or $(RUN),$(1)) $(if $(wildcard $(or $(RUN),$(1))/config.json),--resume)
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; try PYTHON=python3.12 make ..." if sys.version_info < (3, 11) else 0)'

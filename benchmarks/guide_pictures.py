@@ -112,9 +112,8 @@ def main() -> None:
         if arguments.commands:
             print(shlex.join(["python", *command[1:], "--output-dir", str(folder)]))
         elif not (folder / "final").exists():
-            if (folder / "config.json").exists():
-                command = [*command[:3], *flags, "--resume"]
-            command += ["--output-dir", str(folder.resolve())]
+            resume = ["--resume"] if (folder / "config.json").exists() else []
+            command += ["--output-dir", str(folder.resolve()), *resume]
             subprocess.run(command, check=True, cwd=ROOT)  # rewards are imported from there
     for name, picture in PICTURES.items() if not arguments.commands else ():
         figure = draw(picture, {run: read_records(arguments.runs / run) for run in picture.rows})

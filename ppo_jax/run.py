@@ -174,7 +174,7 @@ class Run:
         self.agent.state, self.facts = state, facts
         self.progress.done = iteration
         self.progress.say(
-            f"Continuing after iteration {iteration} of {total}."
+            f"Continuing after iteration {iteration} of {total}, with the settings of the start."
             if iteration < total
             else f"All {total} iterations were done already."
         )

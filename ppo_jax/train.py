@@ -43,7 +43,8 @@ class Arguments:
     preset: str = "pocket"
     """Where the defaults come from: pocket, smollm2, or qwen2.5-0.5b."""
     resume: bool = False
-    """Continue the run that output-dir holds, with the settings it was started with."""
+    """Continue the run that output-dir holds, with the settings it was started with; a preset then
+    names no more than the folder."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -69,11 +70,6 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainConfig]:
     base = preset(name)
     folder = known.output_dir or Path("runs", name)
     if known.resume:
-        if known.preset and known.output_dir:
-            raise UsageError(
-                f"{folder} is resumed with the settings it was started with, so --preset {name} "
-                "would do nothing; leave out --preset, or --resume."
-            )
         base = read_config(folder.expanduser())
     default = Arguments(folder, base.task, base.ppo, base.optimizer, base.run, preset=name)
     arguments = cli.parse(Arguments, argv, prog=PROG, default=default)

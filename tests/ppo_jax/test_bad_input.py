@@ -69,11 +69,6 @@ def nothing(folder: Path) -> None:
 CASES: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
     "unknown preset": ("--preset tiny", nothing, ("'tiny'", "pocket")),
     "unknown flag": ("--batchsize 4", nothing, ("--batchsize", "meant --batch-size.", "--help")),
-    "preset of a run that is resumed": (
-        "--preset pocket --resume",
-        nothing,
-        ("--preset pocket would do nothing",),
-    ),
     "unknown preset of a run that is resumed": ("--preset tiny --resume", nothing, ("'tiny'",)),
     "resume with a value": ("--resume=True", nothing, ("no run to resume",)),
     "model that is yet to be downloaded": (

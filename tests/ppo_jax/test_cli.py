@@ -196,12 +196,16 @@ def test_the_preset_gives_defaults_and_flags_override_them() -> None:
     assert config.ppo.gae_lambda == 0.95
 
 
-def test_the_preset_of_a_resumed_run_names_its_folder_alone(
+def test_a_resumed_run_has_the_settings_it_was_started_with(
     finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(finished_run.parent)
     monkeypatch.setenv("HOME", str(finished_run.parent))
-    for argv in (["--output-dir=~/finished"], ["--output-dir", "finished"]):
+    for argv in (
+        ["--output-dir=~/finished"],
+        ["--output-dir", "finished"],
+        ["--preset", "pocket", "--output-dir", "finished"],
+    ):
         arguments, config = parse_arguments([*argv, "--resume"])
         assert arguments.output_dir.resolve() == finished_run.resolve()
         assert config.ppo.batch_size == 4
