@@ -84,21 +84,21 @@ def _forward(
     drawn: Drawn,
 ) -> tuple[tuple[Array, Array], Any]:
     narrow = projection.astype(hidden.dtype)
+
+    def of_chunk(i: Array | int) -> tuple[Statistics, Array]:
+        of_drawn = _at(i, drawn)
+        logits = _logits(hidden[i], narrow, of_drawn, rules, temperature)
+        return _statistics(logits, of_drawn.token), logits
+
+    def body(i: Array, statistics: Statistics) -> Statistics:
+        return jax.tree.map(lambda all, x: all.at[i].set(x), statistics, of_chunk(i)[0])
+
     if hidden.shape[0] == 1:  # the only chunk's logits are kept for the gradient
-        of_chunk = _at(0, drawn)
-        logits = _logits(hidden[0], narrow, of_chunk, rules, temperature)
-        statistics = Statistics(*(x[None] for x in _statistics(logits, of_chunk.token)))
+        alone, logits = of_chunk(0)
+        statistics = Statistics(*(x[None] for x in alone))
     else:
-        logits = None
-
-        def body(i: Array, statistics: Statistics) -> Statistics:
-            of_chunk = _at(i, drawn)
-            logits = _logits(hidden[i], narrow, of_chunk, rules, temperature)
-            new = _statistics(logits, of_chunk.token)
-            return jax.tree.map(lambda all, x: all.at[i].set(x), statistics, new)
-
         nothing = Statistics(*(jnp.zeros(drawn.token.shape),) * 3)
-        statistics = jax.lax.fori_loop(0, num_needed, body, nothing)
+        statistics, logits = jax.lax.fori_loop(0, num_needed, body, nothing), None
     kept = projection, num_needed, hidden, drawn, statistics, logits
     return (statistics.logprob, statistics.entropy), kept
 
