@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from ppo_jax import algorithm
 from ppo_jax.config import PPOConfig
-from ppo_jax.models.response import ResponseOutputs
+from ppo_jax.models.teacher_forcing import ResponseOutputs
 from ppo_jax.rollout import Rollout
 from qwen_env import mdp
 

@@ -21,7 +21,7 @@ from ppo_jax import algorithm
 from ppo_jax.batch import Batch, Metrics
 from ppo_jax.config import PPOConfig
 from ppo_jax.data_parallel import greatest, on_own_rows, summed
-from ppo_jax.models.response import ResponseOutputs, response_outputs
+from ppo_jax.models.teacher_forcing import ResponseOutputs, response_outputs
 from ppo_jax.optimizer import Params
 from ppo_jax.packing import Layout, in_fewest_rows
 from ppo_jax.rollout import Rollout

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 from ppo_jax.models.attention import KeyValue
 from ppo_jax.models.heads import PolicyValueNetwork
 from ppo_jax.models.qwen2 import DecoderLayer, rotary_angles
-from ppo_jax.sampling import Sampling, packed, sampling_logits, truncation
+from ppo_jax.sampling import Sampling, pack_bits, sampling_logits, truncation
 from qwen_env import mdp
 
 
@@ -78,7 +78,7 @@ def rollout(
         logprob = jnp.where(has_ended, 0.0, logprob)
         supports = carry.support
         if supports is not None and support is not None:
-            support = jnp.where(has_ended[:, None], _EVERYTHING, packed(support))
+            support = jnp.where(has_ended[:, None], _EVERYTHING, pack_bits(support))
             supports = _written(supports, support, carry.step)
         return _Carry(
             step=carry.step + 1,

@@ -74,11 +74,11 @@ def truncation(logits: Float[Array, "N V"], sampling: Sampling) -> Bool[Array, "
     return (logits >= least) & (logits > -jnp.inf)
 
 
-def packed(support: Bool[Array, "N V"]) -> UInt8[Array, "N V/8"]:
+def pack_bits(support: Bool[Array, "N V"]) -> UInt8[Array, "N V/8"]:
     """Eight ids a byte."""
     return jnp.packbits(support, axis=-1)
 
 
-def unpacked(support: UInt8[Array, "N V/8"], vocab_size: int) -> Bool[Array, "N V"]:
-    """The inverse of `packed`."""
+def unpack_bits(support: UInt8[Array, "N V/8"], vocab_size: int) -> Bool[Array, "N V"]:
+    """The inverse of `pack_bits`."""
     return jnp.unpackbits(support, axis=-1, count=vocab_size).astype(bool)

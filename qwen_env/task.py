@@ -16,10 +16,10 @@ from gymnasium import spaces
 from qwen_env import mdp, pocket
 from qwen_env.arguments import finite, integer, one_of, token_ids
 from qwen_env.errors import UsageError
+from qwen_env.prompt_sampling import PromptSampler, PromptSampling
 from qwen_env.prompts import Overflow, Prompt, PromptDataset, PromptEncoder, encode_prompts
 from qwen_env.rewards import RewardBatch, RewardFn, load_reward, score
 from qwen_env.rewards.sentiment import pocket_sentiment
-from qwen_env.sampling import PromptSampler, Sampling
 from qwen_env.tokenizer import Tokenizer, load_tokenizer
 
 _RESET_OPTIONS = ("prompt", "messages", "prompt_index")
@@ -49,7 +49,7 @@ class TextTask:
     tokenizer: Tokenizer
     prompts: PromptDataset
     prompt_encoder: PromptEncoder
-    sampling: Sampling
+    sampling: PromptSampling
     rules: mdp.Rules
     reward: RewardFn
     missing_eos_penalty: float
@@ -225,7 +225,7 @@ def make_task(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     system_prompt: str | None = None,
     prompt_overflow: Overflow = "error",
-    sampling: Sampling = "uniform",
+    sampling: PromptSampling = "uniform",
     min_new_tokens: int = 0,
     forbidden_token_ids: Sequence[int] = (),
     missing_eos_penalty: float = 0.0,
@@ -235,7 +235,7 @@ def make_task(
     Raises:
         UsageError: an argument is wrong.
     """
-    one_of("sampling", sampling, get_args(Sampling))
+    one_of("sampling", sampling, get_args(PromptSampling))
     missing_eos_penalty = finite("missing_eos_penalty", missing_eos_penalty)
     if missing_eos_penalty < 0:
         raise UsageError(

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from ppo_jax.models.config import Qwen2Config
 from ppo_jax.models.qwen2 import Qwen2
+from ppo_jax.models.vocabulary import project
 
 
 class ScalarHead(nnx.Module):
@@ -60,7 +61,7 @@ class PolicyValueNetwork(nnx.Module):
     ) -> tuple[Float[Array, "B S V"], Float[Array, "B S"]]:
         """Logits and values of every position, in float32: for looking at small inputs.
 
-        Training never takes this path, see `ppo_jax.models.response`.
+        Training never takes this path, see `ppo_jax.models.teacher_forcing`.
         """
         hidden, _ = self.backbone(input_ids, attention_mask)
         value_hidden = self.critic(input_ids, attention_mask)[0] if self.critic else hidden
@@ -68,8 +69,7 @@ class PolicyValueNetwork(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """float32 logits of the tokens that follow."""
-        weight = self.backbone.unembedding.astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+        return project(hidden, self.backbone.unembedding)
 
 
 def with_separate_critic(network: PolicyValueNetwork) -> PolicyValueNetwork:

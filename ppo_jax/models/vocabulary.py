@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from ppo_jax.sampling import sampling_logits, unpacked
+from ppo_jax.sampling import sampling_logits, unpack_bits
 from qwen_env import mdp
 
 LOGITS_AT_ONCE = 2**25
@@ -32,6 +32,14 @@ class Drawn(NamedTuple):
     token: Int[Array, "N"]
     step: Int[Array, "N"]  # its number in the response: the rules allow some ids later than others
     support: UInt8[Array, "N V/8"] | None  # what top-k and top-p left, if they are in use
+
+
+def project(
+    hidden: Float[Array, "*batch D"], projection: Float[Array, "V D"]
+) -> Float[Array, "*batch V"]:
+    """float32 logits of the tokens that follow, multiplied in the type of the hidden states."""
+    projection = projection.astype(hidden.dtype)
+    return jnp.einsum("...d,vd->...v", hidden, projection, preferred_element_type=jnp.float32)
 
 
 def logprobs_and_entropy(
@@ -188,9 +196,8 @@ def _logits(
     """Of the sampling distribution: tempered, those of forbidden ids at -inf."""
     allowed = mdp.action_mask(drawn.step, rules, jnp)
     if drawn.support is not None:
-        allowed &= unpacked(drawn.support, rules.vocab_size)
-    logits = jnp.einsum("nd,vd->nv", hidden, projection, preferred_element_type=jnp.float32)
-    return sampling_logits(logits, allowed, temperature)
+        allowed &= unpack_bits(drawn.support, rules.vocab_size)
+    return sampling_logits(project(hidden, projection), allowed, temperature)
 
 
 def _at(i: Array | int, tree: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 from ppo_jax.algorithm import ADVANTAGE_EDGES, no_moments
 from ppo_jax.batch import Controls, make_batch
 from ppo_jax.config import PPOConfig
-from ppo_jax.models.response import ResponseOutputs
+from ppo_jax.models.teacher_forcing import ResponseOutputs
 from ppo_jax.rollout import Rollout
 from qwen_env import mdp
 

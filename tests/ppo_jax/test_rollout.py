@@ -14,7 +14,7 @@ from scipy import stats
 import ppo_jax.rollout as rollout_module
 import qwen_env  # noqa: F401  (registers QwenText-v0)
 from ppo_jax.models import load_pretrained, save_pretrained
-from ppo_jax.models.response import response_outputs
+from ppo_jax.models.teacher_forcing import response_outputs
 from ppo_jax.rollout import Rollout, argmax, choose_token, rollout
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp

@@ -11,9 +11,9 @@ from scipy import stats
 
 import ppo_jax.rollout as rollout_module
 from ppo_jax.agent import prompt_indices
-from ppo_jax.models.response import response_outputs
+from ppo_jax.models.teacher_forcing import response_outputs
 from ppo_jax.rollout import rollout
-from ppo_jax.sampling import Sampling, unpacked
+from ppo_jax.sampling import Sampling, unpack_bits
 from qwen_env import mdp
 
 TRUNCATED = Sampling(temperature=0.8, top_k=60, top_p=0.9)
@@ -93,7 +93,7 @@ def test_draws_and_logprobs_belong_to_the_recorded_support(network, task, trunca
     for seed in range(4):
         result = truncated(seed)
         mask = written(result, task)
-        support = np.asarray(unpacked(result.support, task.rules.vocab_size))
+        support = np.asarray(unpack_bits(result.support, task.rules.vocab_size))
         drawn = np.take_along_axis(support, response(result, task)[..., None], axis=-1)[..., 0]
         assert drawn[mask].all()
         assert support[~mask].all(), "nothing is left out where nothing is drawn"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from ppo_jax.sampling import Sampling, packed, sampling_logits, truncation, unpacked
+from ppo_jax.sampling import Sampling, pack_bits, sampling_logits, truncation, unpack_bits
 from qwen_env.errors import UsageError
 
 ROWS, VOCAB = 6, 37
@@ -114,10 +114,10 @@ def test_temperature_divides_and_what_is_not_allowed_is_gone():
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 37])
 def test_a_packed_support_unpacks_to_itself(size):
     support = np.random.default_rng(size).random((3, 5, size)) < 0.5
-    bits = packed(support)
+    bits = pack_bits(support)
     assert bits.dtype == np.uint8
     assert bits.shape == (3, 5, -(-size // 8))
-    np.testing.assert_array_equal(unpacked(bits, size), support)
+    np.testing.assert_array_equal(unpack_bits(bits, size), support)
 
 
 def test_it_is_truncated_only_where_ids_are_left_out():

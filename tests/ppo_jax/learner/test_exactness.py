@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ppo_jax.models.response import response_outputs
+from ppo_jax.models.teacher_forcing import response_outputs
 from ppo_jax.rollout import Rollout, rollout
-from ppo_jax.sampling import Sampling, unpacked
+from ppo_jax.sampling import Sampling, unpack_bits
 from qwen_env import mdp
 
 P, T = 5, 6
@@ -171,7 +171,7 @@ def test_the_first_ratio_is_one_where_sampling_is_truncated(compiled, network, r
     assert metrics["update/nonfinite"] == 0
     assert all(np.isfinite(float(x)) for x in metrics.values())
     chex.assert_tree_all_finite(state.params)
-    kept = np.asarray(unpacked(batch.support, rules.vocab_size)).sum(-1)[batch.mask]
+    kept = np.asarray(unpack_bits(batch.support, rules.vocab_size)).sum(-1)[batch.mask]
     assert kept.max() <= 40 and len(set(kept)) > 5, "both limits must act"
 
 

@@ -19,7 +19,7 @@ from scipy import stats
 
 from ppo_jax.batch import make_batch
 from ppo_jax.models import PolicyValueNetwork, Qwen2Config
-from ppo_jax.models.response import ResponseOutputs
+from ppo_jax.models.teacher_forcing import ResponseOutputs
 from ppo_jax.rollout import Rollout, rollout
 from qwen_env import mdp
 

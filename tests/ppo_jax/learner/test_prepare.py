@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ppo_jax.sampling import packed
+from ppo_jax.sampling import pack_bits
 
 B, P, T = 4, 5, 6
 RESPONSE_LENGTHS = np.array([6, 1, 4, 3])
@@ -103,7 +103,7 @@ def test_old_and_reference_are_normalised_over_what_was_drawn_from(
     tokens = np.take_along_axis(np.asarray(state.tokens), index, axis=1)
     np.put_along_axis(support, tokens[..., None], True, axis=-1)
     batch, _, metrics, distributions = learner.prepare(
-        finished._replace(support=packed(jnp.asarray(support)))
+        finished._replace(support=pack_bits(jnp.asarray(support)))
     )
     logits, values = full_logits(state)
     logprobs, log_p = response_logprobs(logits, state, support, 0.7)

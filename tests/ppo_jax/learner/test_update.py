@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ppo_jax.algorithm import RATIO_EDGES, clipped_policy_loss, masked_histogram
 from ppo_jax.models import save_pretrained
-from ppo_jax.sampling import packed, unpacked
+from ppo_jax.sampling import pack_bits, unpack_bits
 
 B, P, T = 4, 5, 6
 
@@ -50,7 +50,7 @@ def moved(batch, rules):
         logprobs=jnp.where(batch.mask, batch.logprobs + 1 + noise, 0),
         values=batch.values + more,
         advantages=3 * batch.advantages + 1,
-        support=packed(jnp.asarray(support)),
+        support=pack_bits(jnp.asarray(support)),
     )
 
 
@@ -88,7 +88,7 @@ class TorchLearner:
         """One step a minibatch, whose rows `orders` lists; what each said."""
         t = {k: torch.tensor(np.asarray(x)) for k, x in batch._asdict().items() if x is not None}
         if batch.support is not None:
-            t["support"] = torch.tensor(np.asarray(unpacked(batch.support, vocab_size)))
+            t["support"] = torch.tensor(np.asarray(unpack_bits(batch.support, vocab_size)))
         said = {"policy": [], "clipped": [], "value": [], "norm": [], "kl": []}
         for rows in orders:
             self._step({name: x[torch.tensor(rows)] for name, x in t.items()}, said)

@@ -9,7 +9,7 @@ import pytest
 
 from ppo_jax.models import vocabulary
 from ppo_jax.models.vocabulary import Drawn, logprobs_and_entropy
-from ppo_jax.sampling import packed
+from ppo_jax.sampling import pack_bits
 from qwen_env import mdp
 
 N, D, V = 90, 16, 61
@@ -36,7 +36,7 @@ def inputs(*, truncated):
         support = (rng.random((N, V)) < 0.3) & allowed
         support[:, 10] = True
         allowed &= support
-        support = packed(jnp.asarray(support))
+        support = pack_bits(jnp.asarray(support))
     token = np.array([rng.choice(np.flatnonzero(row)) for row in allowed])
     return hidden, projection, allowed, Drawn(jnp.asarray(token), jnp.asarray(STEP), support)
 
@@ -111,7 +111,7 @@ def test_a_forbidden_token_beyond_a_response_does_no_harm(chunks_of, rows):
 def test_an_id_alone_is_certain():
     hidden, projection, _, drawn = inputs(truncated=False)
     alone = np.arange(V) == drawn.token[:, None]
-    drawn = drawn._replace(support=packed(jnp.asarray(alone)))
+    drawn = drawn._replace(support=pack_bits(jnp.asarray(alone)))
     (_, (logprob, entropy)), gradient = jax.value_and_grad(loss, argnums=1, has_aux=True)(
         ours, hidden, projection, drawn
     )

@@ -4,7 +4,7 @@ from typing import Literal
 
 import numpy as np
 
-Sampling = Literal["uniform", "shuffle", "sequential"]
+PromptSampling = Literal["uniform", "shuffle", "sequential"]
 
 
 class PromptSampler:
@@ -15,7 +15,7 @@ class PromptSampler:
     nothing but the generator.
     """
 
-    def __init__(self, count: int, sampling: Sampling) -> None:
+    def __init__(self, count: int, sampling: PromptSampling) -> None:
         self._count = count
         self._sampling = sampling
         self.restart()

@@ -1,6 +1,6 @@
 import numpy as np
 
-from qwen_env.sampling import PromptSampler
+from qwen_env.prompt_sampling import PromptSampler
 
 
 def draw(sampling, count, times, seed=0):

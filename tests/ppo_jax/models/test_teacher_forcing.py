@@ -17,10 +17,10 @@ from ppo_jax.models import (
     vocabulary,
     with_separate_critic,
 )
-from ppo_jax.models.response import ResponseOutputs, response_outputs
+from ppo_jax.models.teacher_forcing import ResponseOutputs, response_outputs
 from ppo_jax.packing import Layout, first_fit
 from ppo_jax.rollout import rollout
-from ppo_jax.sampling import Sampling, packed
+from ppo_jax.sampling import Sampling, pack_bits
 from qwen_env import mdp
 
 RULES = mdp.Rules(
@@ -104,7 +104,7 @@ def chunked(network, tokens, support=None, rules=RULES, temperature=TEMPERATURE,
         tokens,
         jnp.asarray(PROMPT_LENGTH),
         jnp.asarray(LENGTH),
-        None if support is None else packed(support),
+        None if support is None else pack_bits(support),
         rules=rules,
         sampling=Sampling(temperature),
         num_steps=T,
