@@ -20,9 +20,9 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ppo_jax.curves import PANELS, Records, draw_grid, plot_curves, save_png
-from ppo_jax.panels import HeatPanel, LinePanel, PathPanel
-from ppo_jax.run_folder import read_records
+from ppo_jax.runs.curves import PANELS, draw_grid, plot_curves, save_png
+from ppo_jax.runs.folder import read_records
+from ppo_jax.runs.panels import HeatPanel, LinePanel, PathPanel, Records
 
 ROOT = Path(__file__).parents[1]
 

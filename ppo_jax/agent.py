@@ -18,16 +18,16 @@ from flax import nnx
 from ppo_jax.actor import Actor, Episodes
 from ppo_jax.config import TrainConfig
 from ppo_jax.data_parallel import copied, make_mesh
-from ppo_jax.evaluation import component_means
+from ppo_jax.episode_metrics import component_means, repetition
 from ppo_jax.learner import Learner, TrainState
 from ppo_jax.models import PolicyValueNetwork, with_separate_critic
-from ppo_jax.models.qwen2 import Qwen2
+from ppo_jax.models.qwen2 import last_hidden
 from ppo_jax.passes import Passes
-from ppo_jax.repetition import repetition
 from ppo_jax.rollout import choose_token
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
 from qwen_env.errors import UsageError
+from qwen_env.prompt_sampling import prompt_indices
 from qwen_env.prompts import Prompt
 from qwen_env.task import Episode, Outcome, TextTask
 
@@ -222,17 +222,6 @@ class PPOAgent:
         return jax.random.fold_in(jax.random.fold_in(root, self.state.iteration), use)
 
 
-def prompt_indices(seed: int, iteration: int, num_prompts: int, count: int) -> list[int]:
-    """The prompts of an iteration, of `count`: slices of one shuffled pass after another.
-
-    A pure function of its arguments, so a resumed run neither repeats nor skips a prompt.
-    """
-    places = range(iteration * num_prompts, (iteration + 1) * num_prompts)
-    passes = {place // count for place in places}
-    orders = {p: np.random.default_rng([seed, p]).permutation(count) for p in passes}
-    return [int(orders[place // count][place % count]) for place in places]
-
-
 def _act(
     graphdef: nnx.GraphDef[PolicyValueNetwork],
     params: nnx.State,
@@ -249,11 +238,7 @@ def _act(
     network = nnx.merge(graphdef, params)
     mask = jnp.arange(tokens.shape[1]) < length[:, None]
 
-    def last_hidden(backbone: Qwen2) -> jax.Array:
-        hidden, _ = backbone(tokens, mask)
-        return jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
-
-    hidden = last_hidden(network.backbone)
+    hidden = last_hidden(network.backbone(tokens, mask)[0], length)
     action, logprob, _ = choose_token(
         network,
         hidden,
@@ -263,5 +248,7 @@ def _act(
         sampling=sampling,
         greedy=greedy,
     )
-    value_hidden = hidden if network.critic is None else last_hidden(network.critic)
+    value_hidden = (
+        hidden if network.critic is None else last_hidden(network.critic(tokens, mask)[0], length)
+    )
     return action, logprob, network.value_head(value_hidden)

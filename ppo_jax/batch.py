@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from ppo_jax import algorithm
 from ppo_jax.config import PPOConfig
-from ppo_jax.models.teacher_forcing import ResponseOutputs
 from ppo_jax.rollout import Rollout
+from ppo_jax.teacher_forcing import ResponseOutputs
 from qwen_env import mdp
 
 Metrics = dict[str, Array]  # scalars

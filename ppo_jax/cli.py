@@ -14,7 +14,7 @@ import jax
 import tyro
 from gymnasium.error import DependencyNotInstalled
 
-from ppo_jax.interruption import EXIT_STATUS
+from ppo_jax.runs.interruption import EXIT_STATUS
 from qwen_env.errors import UsageError
 from qwen_env.prompts import PromptDataset
 

@@ -33,6 +33,14 @@ class Layout(NamedTuple):
     places: Places
 
 
+class Packed(NamedTuple):
+    """Sequences as the backbone reads them."""
+
+    tokens: Int[Array, "rows S"]
+    mask: Int[Array, "rows S"]
+    start: Int[Array, "M"]  # of each sequence, in the flattened rows
+
+
 def in_fewest_rows(
     function: Callable[[Layout | None], Result],
     length: Int[Array, "M"],
@@ -82,3 +90,26 @@ def first_fit(length: Int[Array, "M"], width: int) -> tuple[Places, Int[Array, "
     room, of_longest_first = jax.lax.scan(put, jnp.full_like(length, width), length[order])
     row, start = (jnp.zeros_like(length).at[order].set(x) for x in of_longest_first)
     return Places(row, start), (room < width).sum()
+
+
+def pack(tokens: Int[Array, "M S"], length: Int[Array, "M"], layout: Layout | None) -> Packed:
+    """The first `length` tokens of each sequence, in the rows that `layout` says.
+
+    Args:
+        layout: None leaves each sequence in a row of its own.
+    """
+    count, width = tokens.shape
+    step = jnp.arange(width)
+    is_real = step < length[:, None]
+    if layout is None:
+        return Packed(tokens, is_real.astype(jnp.int32), width * jnp.arange(count))
+    num_rows, places = layout
+    start = width * places.row + places.start
+    size = num_rows * width
+    place = jnp.where(is_real, start[:, None] + step, size)  # of padding, behind the end: dropped
+    number = jnp.broadcast_to(1 + jnp.arange(count)[:, None], place.shape)
+
+    def laid_out(x: Int[Array, "M S"]) -> Int[Array, "rows S"]:
+        return jnp.zeros(size, x.dtype).at[place].set(x, mode="drop").reshape(num_rows, width)
+
+    return Packed(laid_out(tokens), laid_out(number), start)

@@ -21,10 +21,10 @@ from ppo_jax import algorithm
 from ppo_jax.batch import Batch, Metrics
 from ppo_jax.config import PPOConfig
 from ppo_jax.data_parallel import greatest, on_own_rows, summed
-from ppo_jax.models.teacher_forcing import ResponseOutputs, response_outputs
 from ppo_jax.optimizer import Params
 from ppo_jax.packing import Layout, in_fewest_rows
 from ppo_jax.rollout import Rollout
+from ppo_jax.teacher_forcing import ResponseOutputs, response_outputs
 from qwen_env import mdp
 
 
@@ -198,7 +198,6 @@ class Passes:
             support,
             rules=self.rules,
             sampling=self.config.sampling,
-            num_steps=self.rules.max_new_tokens,
             stop_value_gradient=self.config.critic == "stopped",
             remat=self.remat,
             layout=layout,

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from ppo_jax.models.attention import KeyValue
 from ppo_jax.models.heads import PolicyValueNetwork
-from ppo_jax.models.qwen2 import DecoderLayer, rotary_angles
+from ppo_jax.models.qwen2 import DecoderLayer, last_hidden, rotary_angles
 from ppo_jax.sampling import Sampling, pack_bits, sampling_logits, truncation
 from qwen_env import mdp
 
@@ -197,13 +197,12 @@ def _prefill(
     prompts = state.tokens[:, : rules.max_prompt_length]
     mask = mdp.attention_mask(state, jnp)[:, : rules.max_prompt_length]
     hidden, stacked = network.backbone(prompts, mask)
-    last = (state.prompt_length - 1)[:, None, None]
     room = [(0, 0), (0, 0), (0, rules.max_new_tokens), (0, 0)]
     cache = tuple(
         KeyValue(jnp.pad(stacked.key[i], room), jnp.pad(stacked.value[i], room))
         for i in range(network.config.num_hidden_layers)
     )
-    return jnp.take_along_axis(hidden, last, axis=1)[:, 0], cache
+    return last_hidden(hidden, state.prompt_length), cache
 
 
 def _decode(

@@ -22,8 +22,8 @@ from ppo_jax.config import (
 from ppo_jax.config_checks import check_warmups
 from ppo_jax.models import load_pretrained
 from ppo_jax.rewards import load_training_reward
-from ppo_jax.run import PROG, Run
-from ppo_jax.run_folder import RunFolder, read_config
+from ppo_jax.runs.folder import RunFolder, read_config
+from ppo_jax.runs.run import PROG, Run
 from qwen_env.errors import UsageError
 from qwen_env.prompts import PromptDataset, load_prompts
 from qwen_env.task import make_task
@@ -78,7 +78,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainConfig]:
 
 
 def train(config: TrainConfig, output_dir: Path, *, resume: bool = False) -> None:
-    """Run or resume a training run in `output_dir`; see `ppo_jax.run_folder` for what it leaves.
+    """Run or resume a training run in `output_dir`; see `ppo_jax.runs.folder` for what it leaves.
 
     Raises:
         UsageError: a setting, a file or the reward function is wrong. What was learnt is saved.

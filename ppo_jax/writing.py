@@ -1,10 +1,12 @@
 """Files that are whole or not there, and a disk that is full in a sentence."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from qwen_env.errors import UsageError
 
@@ -33,9 +35,14 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a whole file or, if the process is killed meanwhile, nothing."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when the block ends without an error."""
     partial = path.with_name(path.name + PARTIAL)
     with writing(path):
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -33,3 +33,14 @@ class PromptSampler:
         if place == 0:
             self._order = rng.permutation(self._count)
         return int(self._order[place])
+
+
+def prompt_indices(seed: int, iteration: int, num_prompts: int, count: int) -> list[int]:
+    """The prompts of an iteration, of `count`: slices of one shuffled pass after another.
+
+    A pure function of its arguments, so a resumed run neither repeats nor skips a prompt.
+    """
+    places = range(iteration * num_prompts, (iteration + 1) * num_prompts)
+    rounds = {place // count for place in places}
+    orders = {p: np.random.default_rng([seed, p]).permutation(count) for p in rounds}
+    return [int(orders[place // count][place % count]) for place in places]

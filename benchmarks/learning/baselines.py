@@ -14,7 +14,7 @@ from learning.settings import SETTINGS
 from learning.statistics import best_of_n_kl, best_of_n_weights
 from ppo_jax.agent import PPOAgent
 from ppo_jax.algorithm import masked_mean
-from ppo_jax.models.teacher_forcing import response_outputs
+from ppo_jax.teacher_forcing import response_outputs
 
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 SFT_EPOCHS = 16
@@ -90,7 +90,6 @@ def sft(bench: Bench, n: int, seed: int) -> Record:
             *batch,
             rules=bench.task.rules,
             sampling=agent.config.ppo.sampling,
-            num_steps=bench.task.rules.max_new_tokens,
         )
         written = (batch.length - batch.prompt_length)[:, None]
         mask = jnp.arange(bench.task.rules.max_new_tokens) < written

@@ -9,8 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from ppo_jax.models.config import Qwen2Config
-from ppo_jax.models.qwen2 import Qwen2
-from ppo_jax.models.vocabulary import project
+from ppo_jax.models.qwen2 import Qwen2, last_hidden, project
 
 
 class ScalarHead(nnx.Module):
@@ -61,7 +60,7 @@ class PolicyValueNetwork(nnx.Module):
     ) -> tuple[Float[Array, "B S V"], Float[Array, "B S"]]:
         """Logits and values of every position, in float32: for looking at small inputs.
 
-        Training never takes this path, see `ppo_jax.models.teacher_forcing`.
+        Training never takes this path, see `ppo_jax.teacher_forcing`.
         """
         hidden, _ = self.backbone(input_ids, attention_mask)
         value_hidden = self.critic(input_ids, attention_mask)[0] if self.critic else hidden
@@ -114,8 +113,7 @@ class RewardModel(nnx.Module):
     ) -> Float[Array, "B"]:
         """float32 scores of right-padded sequences."""
         hidden, _ = self.backbone(input_ids, attention_mask)
-        last = jnp.sum(attention_mask, axis=-1) - 1
-        return self.score(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+        return self.score(last_hidden(hidden, jnp.sum(attention_mask, axis=-1)))
 
 
 def _without_projection(config: Qwen2Config) -> Qwen2Config:

@@ -7,7 +7,6 @@ separate critic, `critic.safetensors`.
 """
 
 import functools
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
@@ -20,23 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import DTypeLike
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ppo_jax.models.config import Qwen2Config
 from ppo_jax.models.gguf import GGUFFile
 from ppo_jax.models.heads import PolicyValueNetwork, RewardModel
-from ppo_jax.writing import writing
+from ppo_jax.models.safetensors_folder import OWN_FILES, WEIGHTS, SafetensorsFolder
+from ppo_jax.writing import write_json, writing
 from qwen_env.errors import UsageError
 from qwen_env.hub import resolve
 from qwen_env.tokenizer import Tokenizer
 
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-VALUE_HEAD = "value_head.safetensors"
-CRITIC = "critic.safetensors"
-OWN_FILES = {"value_head.": VALUE_HEAD, "critic.": CRITIC}
-"""Where tensors are that no Hugging Face class knows, by what their names here begin with."""
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 
 Network = TypeVar("Network", PolicyValueNetwork, RewardModel)
@@ -130,50 +123,6 @@ def save_reward_model(
         _save_model(model, "Qwen2ForSequenceClassification", partial, tokenizer)
 
 
-class SafetensorsFolder:
-    """The weights of a folder, one file or many with an index; each tensor is read when asked.
-
-    Those of `value_head.safetensors` and `critic.safetensors` have that name before their own.
-    """
-
-    def __init__(self, folder: Path):
-        self.where = str(folder)
-        self.config_where = str(folder / "config.json")
-        self.config = _read_json(folder / "config.json")
-        self._places: dict[str, tuple[Path, str]] = {}
-        if (folder / WEIGHTS).exists():
-            self._add(folder / WEIGHTS)
-        elif (folder / WEIGHTS_INDEX).exists():
-            weight_map = _read_json(folder / WEIGHTS_INDEX).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise UsageError(f"{folder / WEIGHTS_INDEX} has no weight_map; download it again.")
-            for file in sorted(set(weight_map.values())):
-                self._add(folder / file)
-        else:
-            pickled = sorted(path.name for path in folder.glob("*.bin"))
-            raise UsageError(
-                f"{folder} has no {WEIGHTS}"
-                + (f", only {pickled[0]}, and pickled weights are never loaded" if pickled else "")
-                + "; save the model with transformers' save_pretrained to make one."
-            )
-        for prefix, file in OWN_FILES.items():
-            if (folder / file).exists():
-                self._add(folder / file, prefix)
-
-    @property
-    def names(self) -> Collection[str]:
-        return self._places.keys()
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        path, stored_name = self._places[name]
-        with _opened(path) as file:
-            return file.get_tensor(stored_name)
-
-    def _add(self, path: Path, prefix: str = "") -> None:
-        with _opened(path) as file:
-            self._places |= {prefix + name: (path, name) for name in file.keys()}  # noqa: SIM118
-
-
 def _load(
     make: Callable[..., Network], source: TensorSource, dtype: DTypeLike, param_dtype: DTypeLike
 ) -> Network:
@@ -256,7 +205,7 @@ def _save_model(
             special["eos_token_id"] = list(tokenizer.eos_token_ids)
             config["eos_token_id"] = tokenizer.eos_token_ids[0]
         config["pad_token_id"] = tokenizer.pad_token_id
-        _write_json(folder / "generation_config.json", special)
+        write_json(folder / "generation_config.json", special)
         tokenizer.save(folder)
     tensors: dict[str, dict[str, np.ndarray]] = {}  # by file
     for path, variable in nnx.to_flat_state(nnx.state(network, nnx.Param)):
@@ -267,7 +216,7 @@ def _save_model(
             own = tensors.setdefault(OWN_FILES.get(prefix, WEIGHTS), {})
             own[name.removeprefix(prefix)] = np.ascontiguousarray(part)
     config["dtype"] = str(tensors[WEIGHTS]["model.norm.weight"].dtype)
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     for file, content in tensors.items():
         _save(content, folder / file)
 
@@ -304,31 +253,3 @@ def _replacing(folder: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, "np") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is not a readable safetensors file: {error}.") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(
-            f"{path.parent} has no {path.name}; a model is a folder in Hugging Face layout "
-            "(config.json and model.safetensors)."
-        ) from None
-    except ValueError as error:
-        raise UsageError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} holds a {type(content).__name__}; it must hold an object.")
-    return content
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

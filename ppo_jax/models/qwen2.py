@@ -276,3 +276,16 @@ class Qwen2(nnx.Module):
         """The output projection: the embedding table itself where the two are tied."""
         table = self.embed_tokens if self.lm_head is None else self.lm_head
         return table[...]
+
+
+def project(
+    hidden: Float[Array, "*batch D"], projection: Float[Array, "V D"]
+) -> Float[Array, "*batch V"]:
+    """float32 logits of the tokens that follow, multiplied in the type of the hidden states."""
+    projection = projection.astype(hidden.dtype)
+    return jnp.einsum("...d,vd->...v", hidden, projection, preferred_element_type=jnp.float32)
+
+
+def last_hidden(hidden: Float[Array, "B S D"], length: Int[Array, "B"]) -> Float[Array, "B D"]:
+    """The hidden state of each sequence's last token, in rows padded on the right."""
+    return jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]

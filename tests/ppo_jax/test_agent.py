@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 import qwen_env  # noqa: F401  (registers QwenText-v0)
 from ppo_jax import agent as agent_module
-from ppo_jax.agent import PPOAgent, TooManyNonfiniteUpdates, prompt_indices
+from ppo_jax.agent import PPOAgent, TooManyNonfiniteUpdates
 from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TrainConfig
 from ppo_jax.models import with_separate_critic
 from qwen_env.errors import UsageError
+from qwen_env.prompt_sampling import prompt_indices
 
 CONFIG = TrainConfig(
     ppo=PPOConfig(batch_size=16, num_epochs=2, num_minibatches=2, kl_coef=0.01),

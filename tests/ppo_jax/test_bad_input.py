@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ppo_jax.run_folder import RunFolder, read_config
+from ppo_jax.runs.folder import RunFolder, read_config
 from ppo_jax.train import main
 
 Damage = Callable[[Path], object]

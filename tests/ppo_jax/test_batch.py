@@ -10,8 +10,8 @@ import pytest
 from ppo_jax.algorithm import ADVANTAGE_EDGES, no_moments
 from ppo_jax.batch import Controls, make_batch
 from ppo_jax.config import PPOConfig
-from ppo_jax.models.teacher_forcing import ResponseOutputs
 from ppo_jax.rollout import Rollout
+from ppo_jax.teacher_forcing import ResponseOutputs
 from qwen_env import mdp
 
 P, T = 3, 8

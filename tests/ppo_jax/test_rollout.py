@@ -14,9 +14,9 @@ from scipy import stats
 import ppo_jax.rollout as rollout_module
 import qwen_env  # noqa: F401  (registers QwenText-v0)
 from ppo_jax.models import load_pretrained, save_pretrained
-from ppo_jax.models.teacher_forcing import response_outputs
 from ppo_jax.rollout import Rollout, argmax, choose_token, rollout
 from ppo_jax.sampling import Sampling
+from ppo_jax.teacher_forcing import response_outputs
 from qwen_env import mdp
 
 
@@ -86,7 +86,6 @@ def test_decoding_through_the_cache_equals_the_full_forward_pass(
             state.length,
             rules=task.rules,
             sampling=Sampling(temperature),
-            num_steps=task.rules.max_new_tokens,
         )
 
     lengths = set()

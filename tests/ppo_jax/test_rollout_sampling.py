@@ -10,11 +10,11 @@ from flax import nnx
 from scipy import stats
 
 import ppo_jax.rollout as rollout_module
-from ppo_jax.agent import prompt_indices
-from ppo_jax.models.teacher_forcing import response_outputs
 from ppo_jax.rollout import rollout
 from ppo_jax.sampling import Sampling, unpack_bits
+from ppo_jax.teacher_forcing import response_outputs
 from qwen_env import mdp
+from qwen_env.prompt_sampling import prompt_indices
 
 TRUNCATED = Sampling(temperature=0.8, top_k=60, top_p=0.9)
 # Without LLVM's optimizer, as these are many programs for few runs.
@@ -54,7 +54,6 @@ def compile_teacher_forcing(network, task, sampling):
             support,
             rules=task.rules,
             sampling=sampling,
-            num_steps=task.rules.max_new_tokens,
         )
 
     return lambda result: jax.device_get(compiled(params, result.state, result.support))

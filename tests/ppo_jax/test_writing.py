@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ppo_jax.writing import write_whole, writing
+from ppo_jax.writing import whole, writing
 from qwen_env.errors import UsageError
 
 NO_ROOM = "runs/x cannot be written: No space left on device; "
@@ -31,8 +31,10 @@ def test_other_errors_are_left_alone() -> None:
 
 def test_a_file_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "config.json"
-    write_whole(path, "old")
+    with whole(path) as partial:
+        partial.write_text("old")
     monkeypatch.setattr(Path, "replace", lambda *_: os.rmdir("/dev/null"))
-    with pytest.raises(UsageError, match=r"config.json cannot be written: Not a directory"):
-        write_whole(path, "new")
+    message = r"config.json cannot be written: Not a directory"
+    with pytest.raises(UsageError, match=message), whole(path) as partial:
+        partial.write_text("new")
     assert path.read_text() == "old"

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ppo_jax.models.teacher_forcing import response_outputs
 from ppo_jax.rollout import Rollout, rollout
 from ppo_jax.sampling import Sampling, unpack_bits
+from ppo_jax.teacher_forcing import response_outputs
 from qwen_env import mdp
 
 P, T = 5, 6
@@ -189,7 +189,7 @@ def test_decoding_and_training_are_apart_by_rounding(make_network, rules):
 
     def teacher_forced(dtype, state):
         arguments = state.tokens, state.prompt_length, state.length
-        settings = {"rules": rules, "sampling": Sampling(), "num_steps": T}
+        settings = {"rules": rules, "sampling": Sampling()}
         return response_outputs(of(dtype), *arguments, **settings).logprobs
 
     @jax.jit

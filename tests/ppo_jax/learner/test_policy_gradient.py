@@ -19,8 +19,8 @@ from scipy import stats
 
 from ppo_jax.batch import make_batch
 from ppo_jax.models import PolicyValueNetwork, Qwen2Config
-from ppo_jax.models.teacher_forcing import ResponseOutputs
 from ppo_jax.rollout import Rollout, rollout
+from ppo_jax.teacher_forcing import ResponseOutputs
 from qwen_env import mdp
 
 EOS, PROMPT = 0, (2, 1)

@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ppo_jax import logprobs
 from ppo_jax.models import (
     PolicyValueNetwork,
     Qwen2Config,
-    load_pretrained,
-    vocabulary,
     with_separate_critic,
 )
-from ppo_jax.models.teacher_forcing import ResponseOutputs, response_outputs
 from ppo_jax.packing import Layout, first_fit
 from ppo_jax.rollout import rollout
 from ppo_jax.sampling import Sampling, pack_bits
+from ppo_jax.teacher_forcing import ResponseOutputs, response_outputs
 from qwen_env import mdp
 
 RULES = mdp.Rules(
@@ -30,6 +29,15 @@ RULES = mdp.Rules(
     eos_token_ids=(3, 5),
     forbidden_token_ids=(0, 7, 95),
     min_new_tokens=4,
+)
+CONFIG = Qwen2Config(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
 )
 TEMPERATURE = 0.7
 PROMPT_LENGTH = np.array([6, 2, 4, 1, 6])
@@ -47,7 +55,7 @@ def chunks_of(monkeypatch):
     """Set the rows a chunk has at most, but for the network's D; CHUNK before any test."""
 
     def set_rows(rows, vocab_size=RULES.vocab_size):
-        monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", rows * vocab_size + vocab_size // 2)
+        monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", rows * vocab_size + vocab_size // 2)
         differentiated.clear_cache()  # the number is compiled in
 
     set_rows(CHUNK)
@@ -55,14 +63,13 @@ def chunks_of(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def split(torch_model, tmp_path_factory):
-    """A network as (graphdef, state), with a value head that is not zero."""
-    folder = tmp_path_factory.mktemp("model")
-    torch_model().save_pretrained(folder)
-    network = load_pretrained(folder)
+def split():
+    """A network as (graphdef, state): no norm is 1, no bias and no value 0, attention not even."""
+    network = PolicyValueNetwork(CONFIG, rngs=nnx.Rngs(0))
     network.value_head.weight[...] = jnp.linspace(-1, 1, 32)[None]
-    network.value_head.bias[...] = jnp.array([0.5])
-    return nnx.split(network)
+    graphdef, state = nnx.split(network)
+    rng = np.random.default_rng(0)
+    return graphdef, jax.tree.map(lambda x: x + 0.15 * rng.normal(size=x.shape).astype("f4"), state)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +114,6 @@ def chunked(network, tokens, support=None, rules=RULES, temperature=TEMPERATURE,
         None if support is None else pack_bits(support),
         rules=rules,
         sampling=Sampling(temperature),
-        num_steps=T,
         layout=Layout(num_rows, first_fit(jnp.asarray(LENGTH), S)[0]) if num_rows else None,
     )
 
@@ -272,7 +278,6 @@ def test_a_policy_recomputes_its_own_sampling_logprobs(split):
             end.length,
             rules=RULES,
             sampling=Sampling(TEMPERATURE),
-            num_steps=T,
         )
         return episodes, again.logprobs
 
@@ -321,7 +326,6 @@ class TestMemory:
                 prompt_length + self.T,
                 rules=self.RULES,
                 sampling=Sampling(),
-                num_steps=self.T,
                 remat=True,
             )
             return jnp.mean(out.logprobs) + jnp.mean(out.entropy) + jnp.mean(out.values)

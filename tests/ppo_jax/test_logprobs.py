@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.models import vocabulary
-from ppo_jax.models.vocabulary import Drawn, logprobs_and_entropy
+from ppo_jax import logprobs
+from ppo_jax.logprobs import Drawn, logprobs_and_entropy
 from ppo_jax.sampling import pack_bits
 from qwen_env import mdp
 
@@ -64,7 +64,7 @@ def loss(function, *operands):
 @pytest.fixture
 def chunks_of(monkeypatch):
     """Set the rows that a chunk has at most, but for D."""
-    return lambda rows: monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", rows * V)
+    return lambda rows: monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", rows * V)
 
 
 @pytest.mark.parametrize("truncated", [False, True])

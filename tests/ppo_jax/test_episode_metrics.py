@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppo_jax.repetition import repetition
+from ppo_jax.episode_metrics import repetition
 
 
 def ids(*rows: list[int]) -> list[np.ndarray]:

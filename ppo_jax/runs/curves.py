@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ppo_jax.algorithm import ADVANTAGE_EDGES, RATIO_EDGES
-from ppo_jax.panels import (
+from ppo_jax.runs.panels import (
     BLUE,
     GREEN,
     ORANGE,
@@ -21,8 +21,7 @@ from ppo_jax.panels import (
     PathPanel,
     Records,
 )
-
-__all__ = ["PANELS", "Records", "draw_grid", "plot_curves", "save_png"]
+from ppo_jax.writing import whole
 
 
 def _scores(training: str, held_out: str) -> Sequence[Line]:
@@ -182,7 +181,6 @@ def draw_grid(
 
 def save_png(figure: Figure, path: Path) -> None:
     """Write the whole file or, if the process is killed meanwhile, nothing."""
-    partial = path.with_name(path.name + ".partial")
     FigureCanvasAgg(figure)
-    figure.savefig(partial, dpi=110, format="png")
-    partial.replace(path)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")

@@ -10,14 +10,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from ppo_jax.actor import Episodes
 from ppo_jax.agent import PPOAgent, TooManyNonfiniteUpdates
-from ppo_jax.checkpoints import Checkpoints
-from ppo_jax.evaluation import evaluation_means, sample_record
-from ppo_jax.interruption import EXIT_STATUS, stop_on_signal
+from ppo_jax.episode_metrics import (
+    evaluation_means,
+    gold_spread,
+    length_counts,
+    sample_record,
+)
 from ppo_jax.models import save_pretrained
-from ppo_jax.progress import Progress
-from ppo_jax.run_folder import Record, RunFolder, distributions_record
+from ppo_jax.runs.checkpoints import Checkpoints
+from ppo_jax.runs.folder import Record, RunFolder, distributions_record
+from ppo_jax.runs.interruption import EXIT_STATUS, stop_on_signal
+from ppo_jax.runs.progress import Progress
 from qwen_env.errors import UsageError
 from qwen_env.prompts import PromptDataset
 
@@ -196,20 +200,6 @@ class Run:
             f"{self.checkpoints.folder}; continue it with: {PROG} --output-dir "
             f"{self.folder.path} --resume"
         )
-
-
-def length_counts(episodes: Episodes, limit: int) -> np.ndarray:
-    """int [T]: how many responses have 1, 2, ..., T = `limit` tokens."""
-    lengths = [len(episode.completion_ids) for episode in episodes.episodes]
-    return np.bincount(lengths, minlength=limit + 1)[1:]
-
-
-def gold_spread(episodes: Episodes) -> dict[str, float]:
-    """The standard deviation of the gold score in a batch, where there is a gold score."""
-    components = [outcome.info["reward_components"] for outcome in episodes.outcomes]
-    if "gold" not in components[0]:
-        return {}
-    return {"reward/gold_std": float(np.std([row["gold"] for row in components]))}
 
 
 def fingerprint(params: Any) -> str:

@@ -10,7 +10,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import HistogramProto
 
 from ppo_jax.config import preset
-from ppo_jax.run_folder import RunFolder, distributions_record, read_config, read_records
+from ppo_jax.runs.folder import RunFolder, distributions_record, read_config, read_records
 from qwen_env.errors import UsageError
 
 CONFIG = preset("pocket")

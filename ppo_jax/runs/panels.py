@@ -1,4 +1,4 @@
-"""The kinds of panels of `curves.png`: lines, heat maps, paths. Which there are: `ppo_jax.curves`.
+"""The kinds of panels of `curves.png`: lines, heat maps, paths. `curves.py` says which.
 
 Colours are told apart by colour-blind readers too: Okabe and Ito's for lines, and maps whose
 lightness changes one way.

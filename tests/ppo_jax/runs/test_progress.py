@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ppo_jax.progress import Progress
+from ppo_jax.runs.progress import Progress
 
 
 def metrics(iteration: int, **changes: float) -> dict[str, Any]:

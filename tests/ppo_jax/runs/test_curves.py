@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from ppo_jax import curves, panels
-from ppo_jax.curves import PANELS, Records
-from ppo_jax.panels import HeatPanel, Line, PathPanel
+from ppo_jax.runs import curves, panels
+from ppo_jax.runs.curves import PANELS
+from ppo_jax.runs.panels import HeatPanel, Line, PathPanel, Records
 
 LIMIT = 12  # tokens of a response
 

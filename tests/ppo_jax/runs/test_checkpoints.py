@@ -8,8 +8,8 @@ import pytest
 
 from ppo_jax.algorithm import no_moments
 from ppo_jax.batch import Controls
-from ppo_jax.checkpoints import Checkpoints
 from ppo_jax.learner import TrainState
+from ppo_jax.runs.checkpoints import Checkpoints
 from qwen_env.errors import UsageError
 
 FACTS = {"best_score": 0.1, "best_iteration": None}
@@ -120,7 +120,7 @@ def test_all_damaged(saved: Checkpoints) -> None:
 
 
 def test_another_format_is_refused(saved: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ppo_jax.checkpoints._FORMAT", 3)
+    monkeypatch.setattr("ppo_jax.runs.checkpoints._FORMAT", 3)
     with pytest.raises(UsageError, match=r"has format 2, but .* reads format 3"):
         saved.restore(state(0))
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ppo_jax import interruption
-from ppo_jax.interruption import stop_on_signal
+from ppo_jax.runs import interruption
+from ppo_jax.runs.interruption import stop_on_signal
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 

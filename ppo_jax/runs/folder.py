@@ -28,8 +28,9 @@ from tensorboardX import SummaryWriter
 
 from ppo_jax.algorithm import ADVANTAGE_EDGES, RATIO_EDGES
 from ppo_jax.config import TrainConfig, as_json, from_json
-from ppo_jax.curves import Records, plot_curves
-from ppo_jax.writing import PARTIAL, write_whole, writing
+from ppo_jax.runs.curves import plot_curves
+from ppo_jax.runs.panels import Records
+from ppo_jax.writing import PARTIAL, whole, write_json, writing
 from qwen_env.errors import UsageError
 
 Record = dict[str, Any]
@@ -96,7 +97,8 @@ class RunFolder:
     def create(self) -> None:
         """Make the folder and write `config.json`."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path / "config.json", json.dumps(as_json(self._config), indent=2) + "\n")
+        with whole(self.path / "config.json") as partial:
+            write_json(partial, as_json(self._config))
 
     def is_blank(self) -> bool:
         """Nothing was learnt yet: there is neither an iteration on record nor a checkpoint."""
@@ -116,7 +118,8 @@ class RunFolder:
         for name in _RECORDS:
             path = self.path / name
             kept = [r for r in _read_jsonl(path) if iteration and r["iteration"] <= iteration]
-            write_whole(path, "".join(map(_as_line, kept)))
+            with whole(path) as partial:
+                partial.write_text("".join(map(_as_line, kept)), encoding="utf-8")
             self._files[name] = path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=iteration + 1)
 

@@ -17,8 +17,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 import ppo_jax
-from ppo_jax import checkpoints
-from ppo_jax.run_folder import RunFolder
+from ppo_jax.runs import checkpoints
+from ppo_jax.runs.folder import RunFolder
 from ppo_jax.train import main
 
 

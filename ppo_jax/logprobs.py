@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from ppo_jax.models.qwen2 import project
 from ppo_jax.sampling import sampling_logits, unpack_bits
 from qwen_env import mdp
 
@@ -32,14 +33,6 @@ class Drawn(NamedTuple):
     token: Int[Array, "N"]
     step: Int[Array, "N"]  # its number in the response: the rules allow some ids later than others
     support: UInt8[Array, "N V/8"] | None  # what top-k and top-p left, if they are in use
-
-
-def project(
-    hidden: Float[Array, "*batch D"], projection: Float[Array, "V D"]
-) -> Float[Array, "*batch V"]:
-    """float32 logits of the tokens that follow, multiplied in the type of the hidden states."""
-    projection = projection.astype(hidden.dtype)
-    return jnp.einsum("...d,vd->...v", hidden, projection, preferred_element_type=jnp.float32)
 
 
 def logprobs_and_entropy(

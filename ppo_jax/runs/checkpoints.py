@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ppo_jax.learner import TrainState
-from ppo_jax.writing import PARTIAL, writing
+from ppo_jax.writing import PARTIAL, write_json, writing
 from qwen_env.errors import UsageError
 
 Facts = dict[str, Any]
@@ -71,8 +71,8 @@ class Checkpoints:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 with ocp.StandardCheckpointer() as checkpointer:
                     checkpointer.save(partial / "arrays", arrays)
-                _write_json(partial / "checkpoint.json", content)
-                _write_json(partial / "manifest.json", _digests(partial))
+                write_json(partial / "checkpoint.json", content)
+                write_json(partial / "manifest.json", _digests(partial))
                 partial.rename(complete)
         except UsageError:
             shutil.rmtree(partial, ignore_errors=True)
@@ -171,7 +171,3 @@ def _damage(folder: Path) -> str | None:
         if found[name] != digest:
             return f"{name} was changed or cut off after it was written"
     return None
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

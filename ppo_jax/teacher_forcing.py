@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from ppo_jax.logprobs import Drawn, logprobs_and_entropy
 from ppo_jax.models.heads import PolicyValueNetwork
 from ppo_jax.models.qwen2 import Qwen2
-from ppo_jax.models.vocabulary import Drawn, logprobs_and_entropy
-from ppo_jax.packing import Layout
+from ppo_jax.packing import Layout, pack
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
 
@@ -36,7 +36,6 @@ def response_outputs(
     *,
     rules: mdp.Rules,
     sampling: Sampling,
-    num_steps: int,
     stop_value_gradient: bool = False,
     remat: bool = False,
     layout: Layout | None = None,
@@ -47,12 +46,11 @@ def response_outputs(
 
     Args:
         support: the ids that each token was drawn from, as `rollout` recorded them.
-        num_steps: T, at least the longest response.
         stop_value_gradient: keep the gradient of the values out of the backbone.
         layout: rows that the sequences share; None leaves each in its own. See `ppo_jax.packing`.
     """
-    batch, width = tokens.shape
-    packed = _packed(tokens, length, layout)
+    (batch, width), num_steps = tokens.shape, rules.max_new_tokens
+    packed = pack(tokens, length, layout)
     step = jnp.arange(num_steps)
     # Clipped, because a row that ends early may have fewer than T places behind its prompt.
     index = jnp.minimum(prompt_length[:, None] + step, width - 1)
@@ -91,29 +89,3 @@ def response_outputs(
         network.value_head(value_hidden),
         network.value_head(last),
     )
-
-
-class _Packed(NamedTuple):
-    """Sequences as the backbone reads them."""
-
-    tokens: Int[Array, "rows S"]
-    mask: Int[Array, "rows S"]
-    start: Int[Array, "B"]  # of each sequence, in the flattened rows
-
-
-def _packed(tokens: Int[Array, "B S"], length: Int[Array, "B"], layout: Layout | None) -> _Packed:
-    count, width = tokens.shape
-    step = jnp.arange(width)
-    is_real = step < length[:, None]
-    if layout is None:
-        return _Packed(tokens, is_real.astype(jnp.int32), width * jnp.arange(count))
-    num_rows, places = layout
-    start = width * places.row + places.start
-    size = num_rows * width
-    place = jnp.where(is_real, start[:, None] + step, size)  # of padding, behind the end: dropped
-    number = jnp.broadcast_to(1 + jnp.arange(count)[:, None], place.shape)
-
-    def laid_out(x: Int[Array, "B S"]) -> Int[Array, "rows S"]:
-        return jnp.zeros(size, x.dtype).at[place].set(x, mode="drop").reshape(num_rows, width)
-
-    return _Packed(laid_out(tokens), laid_out(number), start)
