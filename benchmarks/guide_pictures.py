@@ -46,7 +46,7 @@ RUNS: dict[str, list[str]] = {
     "stopped_critic": ["--reward", f"100 * {SENTIMENT}", "--kl-coef", "5", "--critic", "stopped"],
     "scaled_scores": ["--reward", f"100 * {SENTIMENT}", "--scale-scores"],
 }
-"""The flags of each run, behind `python -m ppo_jax.train --preset pocket --value-coef 1`."""
+"""The flags of each run, after `python -m ppo_jax.train --preset pocket --value-coef 1`."""
 
 
 class Picture(NamedTuple):

@@ -153,9 +153,12 @@ class Actor:
     ) -> tuple[list[Episode], list[Outcome]]:
         """Any number of prompts, about `batch_size` at a time; the last batch is filled up.
 
-        After each one, `on_batch` is told how many prompts are done.
+        After each batch, `on_batch` is told how many prompts are done.
+
+        Raises:
+            RewardError: as in `respond`.
         """
-        at_once = min(batch_size, len(prompts))
+        at_once = min(batch_size, max(len(prompts), 1))
         batch_size = -(-at_once // self._num_devices) * self._num_devices
         episodes: list[Episode] = []
         outcomes: list[Outcome] = []

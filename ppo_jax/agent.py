@@ -57,7 +57,8 @@ class PPOAgent:
         num_iterations: iterations of the whole run, over which the learning rate is scheduled.
 
     Raises:
-        UsageError: the network does not fit the task or the settings, or these not the machine.
+        UsageError: the network does not fit the task or the settings, or the settings do not fit
+            this machine.
     """
 
     def __init__(

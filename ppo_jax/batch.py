@@ -58,7 +58,8 @@ def make_batch(
 ) -> Prepared:
     """Score every token, and say what to watch.
 
-        score -> scaled, clipped -> paid at the last token, less the KL penalty of every token
+        score -> scaled by the deviation of all scores so far, clipped to ± score_clip
+              -> given at the last token, less the KL penalty of every token
               -> whitened -> GAE -> advantages whitened over the batch
 
     Args:
@@ -75,21 +76,21 @@ def make_batch(
         jnp.where(mask, x, 0.0) for x in (old.logprobs, ref_logprobs, old.values)
     )
     moments = algorithm.updated_moments(controls.score_moments, score)
-    payment = score / moments.std if config.scale_scores else score
+    terminal_reward = score / moments.std if config.scale_scores else score
     if config.score_clip is not None:
-        payment = jnp.clip(payment, -config.score_clip, config.score_clip)
+        terminal_reward = jnp.clip(terminal_reward, -config.score_clip, config.score_clip)
     bootstraps = config.length_limit == "bootstrap"
     if bootstraps:  # the value of the state in which it was cut off stands for its score
-        payment = jnp.where(state.truncated, 0.0, payment)
+        terminal_reward = jnp.where(state.truncated, 0.0, terminal_reward)
     rewards = algorithm.token_rewards(
-        payment,
+        terminal_reward,
         logprobs,
         ref_logprobs,
         mask,
         kl_coef=controls.kl_coef,
         estimator=config.kl_penalty,
     )
-    paid = rewards.sum(-1).mean()
+    reward_sum = rewards.sum(-1).mean()
     if config.whiten_rewards:
         rewards = algorithm.masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = algorithm.generalized_advantage_estimation(
@@ -109,7 +110,7 @@ def make_batch(
         "objective/score_std": score.std(),
         "objective/kl": kl.sum(-1).mean(),
         "objective/kl_coef": controls.kl_coef,
-        "objective/reward": paid,
+        "objective/reward": reward_sum,
         "policy/entropy": algorithm.masked_mean(old.entropy, mask),
         "value/mean": algorithm.masked_mean(values, mask),
         "value/explained_variance": 1

@@ -59,9 +59,9 @@ class PPOConfig:
     """The algorithm."""
 
     batch_size: Count = 64
-    """B, episodes an iteration."""
+    """B, episodes per iteration."""
     completions_per_prompt: Count = 1
-    """Episodes that start from one prompt; the iteration has that many fewer prompts."""
+    """Episodes that start from one prompt; an iteration has batch_size / this many prompts."""
     temperature: float = 1.0
     """Of sampling, and so of every log-probability."""
     top_k: int | None = None
@@ -70,13 +70,13 @@ class PPOConfig:
     """Sample from the fewest most probable tokens that have this probability together."""
 
     kl_coef: Factor = 0.05
-    """β: weight of the KL penalty against the reference model, a token; its first, if it adapts."""
+    """β: weight of the per-token KL penalty against the reference model; at first, if it adapts."""
     kl_penalty: Literal["k1", "k2", "k3"] = "k1"
     """Estimator of the KL penalty in the reward."""
     kl_target: Limit | None = None
-    """Adapt kl_coef towards a KL from the reference of so many nats a response; None keeps it."""
+    """Adapt kl_coef towards this KL from the reference, in nats per response; None keeps it."""
     kl_horizon: Count = 10_000
-    """Episodes over which an adaptive kl_coef changes by about a fifth at most."""
+    """Episodes, at least batch_size, over which an adaptive kl_coef changes by about a fifth."""
     ref_ema_decay: Decay | None = None
     """Let the reference follow the policy: after each iteration it keeps this share of itself."""
     scale_scores: bool = False
@@ -88,16 +88,16 @@ class PPOConfig:
     length_limit: Literal["score", "bootstrap"] = "score"
     """What a response that the limit cuts off earns: its score, or the value of its last state."""
     gamma: Share = 1.0
-    """γ, the discount a token."""
+    """γ, the discount per token."""
     gae_lambda: Share = 0.95
     """λ of generalized advantage estimation."""
     advantage_whitening: Literal["batch", "minibatch", "none"] = "batch"
     """Scale the advantages of the whole batch, or of each minibatch, to mean 0, variance 1."""
 
     num_epochs: Count = 4
-    """Passes over the batch an iteration, if the KL early stop does not end them."""
+    """Passes over the batch per iteration, unless the KL early stop ends them."""
     num_minibatches: Count = 1
-    """Optimizer steps a pass."""
+    """Optimizer steps per pass."""
     num_microbatches: Count = 1
     """Parts a minibatch is computed in, to save memory; the result does not depend on it."""
     num_packed_sizes: Count = 1
@@ -109,7 +109,7 @@ class PPOConfig:
     clip_range: Limit = 0.2
     """ε: the ratio is clipped to 1 ± ε."""
     clip_range_high: Limit | None = None
-    """ε above 1, where it is another than below; None makes it clip_range."""
+    """ε above 1, where it differs from that below; None makes it clip_range."""
     dual_clip: LimitAboveOne | None = None
     """Bound of the ratio's weight where the advantage is negative; None does not bound it."""
     value_clip_range: Limit | None = None
@@ -121,7 +121,7 @@ class PPOConfig:
     critic: Literal["shared", "stopped", "separate"] = "shared"
     """The value head's backbone: the policy's, the same without a gradient into it, or its own."""
     target_kl: Limit | None = None
-    """Stop an iteration's updates once KL(old ‖ new) exceeds this many nats a token; None never."""
+    """End the updates of an iteration once KL(old ‖ new) exceeds this many nats per token."""
     target_kl_estimator: KlEstimator = "k3"
     """Estimator of that KL."""
     target_kl_grain: Literal["minibatch", "epoch"] = "minibatch"
@@ -133,7 +133,7 @@ class PPOConfig:
 
     @property
     def prompts_per_batch(self) -> int:
-        """Different prompts an iteration."""
+        """Different prompts per iteration."""
         return self.batch_size // self.completions_per_prompt
 
 
@@ -146,7 +146,7 @@ class OptimizerConfig:
     critic_learning_rate: Rate | None = None
     """That of the value head, and of its backbone if separate; None makes it learning_rate."""
     schedule: Schedule = "linear"
-    """How the learning rate falls to zero over the run."""
+    """The learning rate over the run: it stays, or falls to zero in a line or along a cosine."""
     warmup_iterations: Natural = 0
     """Iterations over which the learning rate rises from zero, from when the policy learns."""
     adam_b1: Decay = 0.9
@@ -161,7 +161,7 @@ class OptimizerConfig:
     """Global norm that gradients are clipped to."""
     critic_warmup_iterations: Natural = 0
     """First iterations, in which only the value function learns, at the peak learning rate; its
-    schedule begins behind them."""
+    schedule begins after them."""
     freeze_embeddings: bool = False
     """Do not train the token embeddings (nor the output projection, where the two are tied)."""
     num_frozen_layers: Natural = 0
@@ -186,13 +186,13 @@ class RunConfig:
     """Type of parameters and their first moments; bfloat16 halves their memory and rounds small
     steps away."""
     num_devices: Count = 1
-    """Devices, such as GPUs, that each batch is cut over; each has a copy of all parameters."""
+    """Devices, such as GPUs, that each batch is split over; each has a copy of all parameters."""
     remat: bool = False
     """Recompute activations in the backward pass instead of keeping them: slower, smaller."""
     eval_every: Count = 10
     """Iterations between evaluations on the held-out prompts."""
     eval_size: Count = 64
-    """Held-out prompts an evaluation uses."""
+    """Held-out prompts per evaluation."""
     save_every: Count = 25
     """Iterations between checkpoints."""
     keep_checkpoints: Count = 2

@@ -69,6 +69,11 @@ def check_config(config: "TrainConfig") -> None:
             f"kl_horizon is {ppo.kl_horizon}, but without kl_target kl_coef does not adapt; set "
             "kl_target, or leave kl_horizon out."
         )
+    if ppo.kl_target is not None and ppo.kl_horizon < ppo.batch_size:
+        raise UsageError(
+            f"kl_horizon ({ppo.kl_horizon}) is below batch_size ({ppo.batch_size}), so kl_coef "
+            "would change by more than a fifth in one iteration; raise kl_horizon."
+        )
     if ppo.value_coef == 0:
         for name, given in (
             ("critic_warmup_iterations", optimizer.critic_warmup_iterations > 0),
@@ -96,7 +101,7 @@ def check_warmups(optimizer: "OptimizerConfig", num_iterations: int) -> None:
             f"critic_warmup_iterations ({optimizer.critic_warmup_iterations}) must be below "
             f"num_iterations ({num_iterations}); otherwise the policy would never learn."
         )
-    names = ("critic_warmup_iterations", "warmup_iterations")  # one behind the other
+    names = ("critic_warmup_iterations", "warmup_iterations")  # one after the other
     warmups = {name: getattr(optimizer, name) for name in names if getattr(optimizer, name)}
     if sum(warmups.values()) >= num_iterations:
         raise UsageError(

@@ -24,7 +24,7 @@ Tree = TypeVar("Tree")
 
 
 def make_mesh(num_devices: int) -> Mesh | None:
-    """The first `num_devices` of this process.
+    """A mesh over the first `num_devices` devices of this process; None for one.
 
     Raises:
         UsageError: there are not so many.
@@ -42,7 +42,7 @@ def make_mesh(num_devices: int) -> Mesh | None:
 
 
 def copied(tree: Tree, mesh: Mesh | None) -> Tree:
-    """With a copy of every array on every device."""
+    """With a copy of every array on every device; outside of compiled functions."""
     return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
@@ -72,15 +72,15 @@ def on_own_rows(
 
 
 def summed(tree: Tree, mesh: Mesh | None) -> Tree:
-    """Over the devices."""
+    """The sum over the devices."""
     return tree if mesh is None else jax.lax.psum(tree, ROWS)
 
 
 def greatest(tree: Tree, mesh: Mesh | None) -> Tree:
-    """Over the devices."""
+    """The maximum over the devices."""
     return tree if mesh is None else jax.lax.pmax(tree, ROWS)
 
 
 def own_key(key: PRNGKeyArray, mesh: Mesh | None) -> PRNGKeyArray:
-    """Another one on each device, so that no two rows draw alike."""
+    """A different key on each device, so that no two rows draw alike."""
     return key if mesh is None else jax.random.fold_in(key, jax.lax.axis_index(ROWS))

@@ -20,11 +20,14 @@ def evaluation_means(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 
 def component_means(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Means of the named components that the reward function reported; the plain score is none."""
+    """Means of the components that the reward function named, each over the episodes that have it.
+
+    One call of the reward function gives every episode the same components, another call may give
+    others. The score itself is left out.
+    """
     rows = [outcome.info["reward_components"] for outcome in outcomes]
-    return {
-        name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != "score"
-    }
+    names = dict.fromkeys(name for row in rows for name in row if name != "score")
+    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
 
 
 def length_counts(episodes: Episodes, limit: int) -> np.ndarray:

@@ -20,7 +20,6 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ppo_jax import algorithm
 from ppo_jax.batch import Batch, Controls, Distributions, Metrics, Prepared, make_batch
 from ppo_jax.config import OptimizerConfig
-from ppo_jax.data_parallel import copied
 from ppo_jax.optimizer import (
     Params,
     adamw_step,
@@ -54,6 +53,7 @@ class Learner:
     num_iterations: int  # over which the learning rate is scheduled
 
     def init(self, params: Params, seed: int) -> TrainState:
+        """The state before the first iteration; `params` become its own, to be donated."""
         config = self.passes.config
         reference = None
         if config.ref_ema_decay is not None:
@@ -103,7 +103,6 @@ class Learner:
         whose loss or gradient is not finite is skipped.
         """
         config = self.passes.config
-        batch = copied(batch, self.passes.mesh)  # before its rows change places
         batch_size = batch.tokens.shape[0]
         num_minibatches = config.num_minibatches
         num_steps = config.num_epochs * num_minibatches
@@ -126,9 +125,10 @@ class Learner:
             gradients = jax.tree.map(jnp.multiply, gradients, share)
             norm = global_norm(gradients)
             metrics = stats.metrics | {"policy/grad_norm": norm}
-            epoch_kl = jnp.where(part == 0, 0.0, carry.epoch_kl) + stats.stop_kl
-            stopped, is_refused = self._stops(stats.stop_kl, epoch_kl, part)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+            epoch_kl = jnp.where(part == 0, 0.0, carry.epoch_kl)
+            epoch_kl += jnp.where(finite, stats.stop_kl, 0.0)
+            stopped, is_refused = self._stops(stats.stop_kl, epoch_kl, part)
             applied = finite & ~is_refused
             params, opt_state = adamw_step(
                 carry.params,
@@ -179,7 +179,7 @@ class Learner:
         end = jax.lax.while_loop(is_running, one_minibatch, start)
         count = jnp.maximum(end.num_seen - end.num_nonfinite, 1)
         stopped_early = end.stopped
-        if config.target_kl_grain == "epoch":  # behind the last epoch nothing was left to stop
+        if config.target_kl_grain == "epoch":  # after the last one there was nothing to stop
             stopped_early &= end.num_seen < num_steps
         metrics = {name: total / count for name, total in end.sums.items()} | {
             "policy/first_ratio_max_error": end.first_ratio_max_error,

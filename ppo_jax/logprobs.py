@@ -5,7 +5,7 @@ chunk of positions at a time, and made again for the gradient, which is written 
 itself, JAX goes over arrays of logits about three times as often, and multiplies by float32
 gradients of them where hidden states are in bfloat16.
 
-Shapes: C chunks, N positions in all or in a chunk, V vocabulary, D hidden.
+Shapes: N positions, in all or (C of them) in a chunk, V vocabulary, D hidden.
 """
 
 from functools import partial
@@ -44,7 +44,7 @@ def logprobs_and_entropy(
     rules: mdp.Rules,
     temperature: float,
 ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
-    """log p(token) and H(p) of the sampling distribution p behind each hidden state, in float32.
+    """log p(token) and H(p) of the sampling distribution p at each hidden state, in float32.
 
     Args:
         is_response: where there is a token; chunks without any are left out, and give 0.
@@ -53,7 +53,7 @@ def logprobs_and_entropy(
     num_chunks = -(-count // max(LOGITS_AT_ONCE // rules.vocab_size, hidden.shape[1]))
     chunk = -(-count // num_chunks)
     order = jnp.argsort(~is_response)  # stable: those with a token first
-    # Behind the end, edge values: a row of zeros would be a token that was drawn from no ids.
+    # Beyond the end, edge values: a row of zeros would be a token that was drawn from no ids.
     taken = order[jnp.minimum(jnp.arange(num_chunks * chunk), count - 1)]
     chunks = jax.tree.map(
         lambda x: x[taken].reshape(num_chunks, chunk, *x.shape[1:]), (hidden, drawn)

@@ -36,7 +36,7 @@ def adamw_step(
     share: Any,
     applied: Bool[Array, ""],
 ) -> tuple[Params, optax.ScaleByAdamState]:
-    """A step of AdamW (arXiv:1711.05101) behind a gradient-norm clip; none if not `applied`.
+    """A step of AdamW (arXiv:1711.05101) on clipped gradients; none if not `applied`.
 
     Written out, because memory bounds it: every array is read and written once, in its place. A
     chain of optax's transformations whose result is then taken or left copies all of them.
@@ -89,7 +89,7 @@ def _sum_of_squares(x: Float[Array, "..."]) -> Float[Array, ""]:
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_iterations: int) -> optax.Schedule:
-    """The learning rate of each iteration: a linear warm-up, then the schedule down to zero.
+    """The learning rate of each iteration: a linear warm-up, then the schedule.
 
     Both begin when the policy does learn: during the critic's warm-up the rate is the peak.
     """

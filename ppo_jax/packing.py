@@ -1,7 +1,7 @@
 """Packing: short sequences share a row, so that little padding is computed.
 
-A compiled program has one shape, that of M sequences of the greatest length there may be. With K
-sizes it holds K versions of the costly part, for 1/K, 2/K, ..., all of the M rows, and takes the
+A compiled program has one shape, that of M sequences of the greatest length there may be. With n
+sizes it holds n versions of the costly part, for 1/n, 2/n, ..., all of the M rows, and takes the
 smallest that the sequences fit into. Nothing is compiled anew as lengths change, and results stay
 as they are: what is left out is padding, and sequences in one row do not see each other.
 
@@ -106,7 +106,7 @@ def pack(tokens: Int[Array, "M S"], length: Int[Array, "M"], layout: Layout | No
     num_rows, places = layout
     start = width * places.row + places.start
     size = num_rows * width
-    place = jnp.where(is_real, start[:, None] + step, size)  # of padding, behind the end: dropped
+    place = jnp.where(is_real, start[:, None] + step, size)  # of padding, beyond the end: dropped
     number = jnp.broadcast_to(1 + jnp.arange(count)[:, None], place.shape)
 
     def laid_out(x: Int[Array, "M S"]) -> Int[Array, "rows S"]:

@@ -29,7 +29,11 @@ from qwen_env import mdp
 
 
 class Stats(NamedTuple):
-    """What a minibatch says of itself; all but `ratio_max_error` are sums over its tokens."""
+    """What a minibatch, or its share in a part of it, comes to.
+
+    All but `ratio_max_error`, a maximum, are sums over tokens (weighted, but for `ratios`), so
+    those of the parts add up to those of the minibatch.
+    """
 
     metrics: Metrics
     stop_kl: Float[Array, ""]
@@ -80,6 +84,8 @@ class Passes:
 
         def of_own_rows(params: Params, rows: tuple[Batch, Array]) -> tuple[Params, Stats]:
             gradients, stats = self._gradients_of_rows(params, rows)
+            if self.mesh is not None:
+                gradients = _widened(gradients)
             worst = greatest(stats.ratio_max_error, self.mesh)
             gradients, stats = summed((gradients, stats), self.mesh)
             return gradients, stats._replace(ratio_max_error=worst)
@@ -111,8 +117,7 @@ class Passes:
 
         cut = _cut(rows, pieces)
         _, stats = jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], cut))
-        # Float32 gradients, whatever the parameters are: a sum in bfloat16 loses its small parts.
-        no_gradients = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
+        no_gradients = _widened(jax.tree.map(jnp.zeros_like, params))
         no_stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stats)
         return jax.lax.scan(add, (no_gradients, no_stats), cut)[0]
 
@@ -204,6 +209,11 @@ class Passes:
         )
 
 
+def _widened(gradients: Params) -> Params:
+    """To float32, whatever the parameters are: a sum in bfloat16 loses its small parts."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), gradients)
+
+
 def _cut(rows: Any, pieces: int) -> Any:
-    """With a first axis more, of micro-batches."""
+    """With a new first axis, of micro-batches."""
     return jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rows)

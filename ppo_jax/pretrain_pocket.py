@@ -83,7 +83,7 @@ class Settings:
     policy_steps: Count = 2500
     """Optimizer steps of the policy."""
     policy_batch: Count = 32
-    """Reviews a step."""
+    """Reviews per step."""
     policy_learning_rate: Rate = 2e-3
     """Its peak."""
     reward_samples: Count = 16_384
@@ -91,13 +91,13 @@ class Settings:
     reward_steps: Count = 1000
     """Optimizer steps of the reward model."""
     reward_batch: Count = 32
-    """Pairs a step."""
+    """Pairs per step."""
     reward_learning_rate: Rate = 5e-4
     """Its peak."""
     preference_beta: Rate = 4.0
     """β: how surely the better of two samples wins."""
     report_samples: Count = 2048
-    """Held-out texts behind each number that is reported."""
+    """Held-out texts that each reported number is measured on."""
 
     def __post_init__(self) -> None:
         """Raises:
@@ -152,7 +152,7 @@ def write_texts(
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], ends: bool | list[bool]) -> Texts:
-    """Token ids of `texts`, with the end-of-sequence id behind those that `ends` says."""
+    """Token ids of `texts`, with the end-of-sequence id after those that `ends` says."""
     ends = [ends] * len(texts) if isinstance(ends, bool) else ends
     rows = [
         (tokenizer.encode(text) + [corpus.EOS_ID] * end)[: RULES.max_length]
@@ -175,7 +175,7 @@ def trim(texts: Texts) -> Texts:
 def draw_samples(
     policy: PolicyValueNetwork, tokenizer: Tokenizer, prompts: list[str], count: int, key: Array
 ) -> list[str]:
-    """`count` reviews that the policy writes behind `prompts`, taken in turn."""
+    """`count` reviews that the policy writes from `prompts`, taken in turn."""
     graphdef, params = nnx.split(policy)
     limit = RULES.max_prompt_length
     encoded = encode(tokenizer, prompts, ends=False)

@@ -12,13 +12,13 @@ from qwen_env.errors import UsageError
 class Range:
     """Annotates the type of a number."""
 
-    words: str  # behind "it must be"
+    words: str  # that follow "it must be"
     holds: Callable[[Any], bool]  # False of NaN
 
 
 Count = Annotated[int, Range("at least 1", lambda x: x >= 1)]
 Natural = Annotated[int, Range("at least 0", lambda x: x >= 0)]
-Seed = Annotated[int, Range("at least 0 and below 2**63", lambda x: 0 <= x < 2**63)]
+Seed = Annotated[int, Range("at least 0 and below 2**32", lambda x: 0 <= x < 2**32)]
 Share = Annotated[float, Range("between 0 and 1", lambda x: 0 <= x <= 1)]
 Decay = Annotated[float, Range("at least 0 and below 1", lambda x: 0 <= x < 1)]
 # An infinite limit, such as max_grad_norm, limits nothing; an infinite factor ends in NaN.

@@ -50,7 +50,7 @@ def rollout(
     greedy: bool = False,
     shrinks: bool = False,
 ) -> Rollout:
-    """Write `completions_per_prompt` responses behind every prompt, in rows that follow each other.
+    """Write `completions_per_prompt` responses to every prompt, in rows that follow each other.
 
     Tokens are drawn from the sampling distribution over the allowed ids, or are the most probable
     ones if `greedy`; `logprobs` are under that same distribution either way. The prompts of B rows
@@ -151,7 +151,7 @@ def choose_token(
     sampling: Sampling,
     greedy: bool,
 ) -> tuple[Int[Array, "B"], Float[Array, "B"], Bool[Array, "B V"] | None]:
-    """The token behind each hidden state, after `num_written` others.
+    """The token that follows each hidden state, the response being `num_written` tokens long.
 
     Returns:
         tokens, their log-probabilities, and the ids they were drawn from if those are truncated.
@@ -218,6 +218,6 @@ def _decode(
     x = network.backbone.embed(carry.token)[:, None]
     cache = []
     for layer, past in zip(layers, carry.cache, strict=True):
-        x, kept = layer(x, rotary, mask, past, rules.max_prompt_length + index)
-        cache.append(kept)
+        x, key_value = layer(x, rotary, mask, past, rules.max_prompt_length + index)
+        cache.append(key_value)
     return network.backbone.norm(x)[:, 0], tuple(cache)

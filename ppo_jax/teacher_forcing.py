@@ -24,7 +24,7 @@ class ResponseOutputs(NamedTuple):
     logprobs: Float[Array, "B T"]  # of the tokens chosen, under the sampling distribution
     entropy: Float[Array, "B T"]  # of the sampling distribution
     values: Float[Array, "B T"]  # of the state before each token
-    last_value: Float[Array, "B"]  # of the state behind the last token
+    last_value: Float[Array, "B"]  # of the state after the last token
 
 
 def response_outputs(
@@ -52,7 +52,7 @@ def response_outputs(
     (batch, width), num_steps = tokens.shape, rules.max_new_tokens
     packed = pack(tokens, length, layout)
     step = jnp.arange(num_steps)
-    # Clipped, because a row that ends early may have fewer than T places behind its prompt.
+    # Clipped, because a row that ends early may have fewer than T places after its prompt.
     index = jnp.minimum(prompt_length[:, None] + step, width - 1)
     chosen = jnp.take_along_axis(tokens, index, axis=1)
     before = packed.start[:, None] + jnp.minimum(index, length[:, None]) - 1

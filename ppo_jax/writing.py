@@ -18,7 +18,7 @@ _CODE = re.compile(r"os[ _]error(?:_code)?[ =]'?(\d+)")
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within the block, an error of the system's is one of writing `path`.
+    """Within the block, an error of the operating system is a failure to write `path`.
 
     Raises:
         UsageError: there was one; it names the path and says what is wrong.
@@ -31,7 +31,7 @@ def writing(path: Path) -> Iterator[None]:
             raise
         reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or error
         raise UsageError(
-            f"{path} cannot be written: {reason}; see to that, or choose another folder."
+            f"{path} cannot be written: {reason}; fix that, or choose another folder."
         ) from error
 
 

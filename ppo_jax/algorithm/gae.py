@@ -25,15 +25,15 @@ def generalized_advantage_estimation(
         Gₜ = Aₜ + Vₜ                          V_T = last_value
 
     Invalid steps are skipped, as if the row had been written without them: they get 0, and the
-    t+1 of a valid step is the next valid step. So `last_value` stands behind the last valid step,
+    t+1 of a valid step is the next valid step. So `last_value` stands after the last valid step,
     be it at T-1 or followed by padding.
 
     Args:
         rewards: rₜ, the reward that action t brought.
         values: Vₜ, the value of the state in which action t was chosen.
         terminated: dₜ, True where action t ended the episode for good, so nothing is worth
-            anything behind it. A time limit is no such end: there `terminated` stays False.
-        last_value: V_T, the value of the state behind the last valid action: of a truncated
+            anything after it. A time limit is no such end: there `terminated` stays False.
+        last_value: V_T, the value of the state after the last valid action: of a truncated
             episode, what it would still have been worth. Ignored, even if it is not finite, where
             that action terminated the episode.
         mask: True where a step is real; None means everywhere.

@@ -16,7 +16,8 @@ def masked_histogram(
 ) -> Int[Array, "bins"]:
     """How many valid entries lie between each two neighbouring edges, the lower one included.
 
-    What lies beyond the outer edges counts in the outer bins, so that the counts add up to Σ mask.
+    What lies beyond the outer edges counts in the outer bins, and NaN in the last, so that the
+    counts add up to Σ mask.
     """
     bins = len(edges) - 1
     place = jnp.searchsorted(jnp.asarray(edges, jnp.float32), x, side="right") - 1

@@ -17,7 +17,7 @@ from qwen_env.errors import UsageError
 
 
 class PolicyLoss(NamedTuple):
-    """`clip_fraction` is the share of valid tokens whose ratio lies outside the clip range."""
+    """`clip_fraction`: of valid tokens, by weight, the share with a ratio out of the clip range."""
 
     loss: Float[Array, ""]
     clip_fraction: Float[Array, ""]
@@ -84,15 +84,16 @@ def value_loss(
 ) -> Float[Array, ""]:
     """Mean of (Vₜ - Gₜ)², without a factor 1/2: `total_loss` weighs it.
 
-    With `old_values` and `clip_range` (both or neither), the mean of the larger of that and
-    (Vₜᶜ - Gₜ)², where Vₜᶜ is Vₜ kept within clip_range of its old value.
+    With `old_values` and `clip_range` (both or neither), clipped as PPO's first implementation was:
+
+        mean max((Vₜ - Gₜ)², (clip(Vₜ, Vₜᵒˡᵈ - ε, Vₜᵒˡᵈ + ε) - Gₜ)²)
 
     Args:
         values: Vₜ, the value head's present output.
         returns: Gₜ, data.
         mask: True where a step is real.
         old_values: the values that `returns` were made with; data.
-        clip_range: in units of value.
+        clip_range: ε, in units of value.
         weights: see the top of this file.
 
     Raises:

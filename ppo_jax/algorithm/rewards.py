@@ -32,7 +32,7 @@ def token_rewards(
         logprobs: log-probabilities of the chosen tokens under the policy that chose them.
         ref_logprobs: the same under the reference model, at the same temperature.
         mask: True where a token is real. A row without any has no rewards.
-        kl_coef: β, reward a nat.
+        kl_coef: β, reward per nat.
         estimator: see `ppo_jax.algorithm.kl.kl_estimate`.
 
     Returns:

@@ -4,8 +4,8 @@ The gradient is written out, in products of the compute type. Left to itself, JA
 gradients of the logits by keys and queries widened to float32, half as fast on a GPU or slower, and
 goes over arrays as large as the logits about twice as often.
 
-Shapes: B batch, Q query positions, S key positions, H heads, K KV heads, G = H / K query heads a KV
-head, N head size.
+Shapes: B batch, Q query positions, S key positions, H heads, K KV heads, G = H / K query heads per
+KV head, R = G · Q rows of a KV head, N head size.
 """
 
 import math
@@ -20,64 +20,64 @@ BLOCK = 256
 
 
 class KeyValue(NamedTuple):
-    """The attention inputs that one layer keeps for later tokens."""
+    """The keys and values of one layer, which a cache keeps for later tokens."""
 
     key: Float[Array, "B K S N"]
     value: Float[Array, "B K S N"]
 
 
 def attend(
-    query: Float[Array, "B H Q N"], kept: KeyValue, mask: Bool[Array, "B Q S"]
+    query: Float[Array, "B H Q N"], key_value: KeyValue, mask: Bool[Array, "B Q S"]
 ) -> Float[Array, "B H Q N"]:
     """softmax(q·k / √N) v. A query whose keys are all masked gets their mean, not NaN.
 
     Args:
-        mask: the keys that each query sees; where Q = S, none behind the query's own place.
+        mask: the keys that each query sees; where Q = S, none after the query's own place.
     """
-    if query.shape[2] == kept.key.shape[2] > BLOCK:
-        return _attend_in_blocks(query, kept, mask)
+    if query.shape[2] == key_value.key.shape[2] > BLOCK:
+        return _attend_in_blocks(query, key_value, mask)
     batch, heads, queries, size = query.shape
-    kv_heads = kept.key.shape[1]
+    kv_heads = key_value.key.shape[1]
     # One matrix product a KV head: its G query heads are rows beside their positions.
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * queries, size)
-    return _attend_in_groups(grouped, kept, mask).reshape(query.shape)
+    return _attend_in_groups(grouped, key_value, mask).reshape(query.shape)
 
 
-def _attend_in_blocks(query: Array, kept: KeyValue, mask: Array) -> Array:
-    """Of a block of queries with the keys up to its end, since none behind that is seen."""
+def _attend_in_blocks(query: Array, key_value: KeyValue, mask: Array) -> Array:
+    """Of a block of queries with the keys up to its end, since none beyond that is seen."""
     blocks = []
     for start in range(0, query.shape[2], BLOCK):
         end = start + BLOCK  # or beyond the last one
-        seen = KeyValue(kept.key[:, :, :end], kept.value[:, :, :end])
+        seen = KeyValue(key_value.key[:, :, :end], key_value.value[:, :, :end])
         blocks.append(attend(query[:, :, start:end], seen, mask[:, start:end, :end]))
     return jnp.concatenate(blocks, axis=2)
 
 
 @jax.custom_vjp
 def _attend_in_groups(
-    query: Float[Array, "B K GQ N"], kept: KeyValue, mask: Bool[Array, "B Q S"]
-) -> Float[Array, "B K GQ N"]:
-    return _attend_forward(query, kept, mask)[0]
+    query: Float[Array, "B K R N"], key_value: KeyValue, mask: Bool[Array, "B Q S"]
+) -> Float[Array, "B K R N"]:
+    return _attend_forward(query, key_value, mask)[0]
 
 
 def _attend_forward(
-    query: Array, kept: KeyValue, mask: Array
+    query: Array, key_value: KeyValue, mask: Array
 ) -> tuple[Array, tuple[Array, KeyValue, Array, Array, Array]]:
-    logits = jnp.einsum("BKRN,BKSN->BKRS", query, kept.key, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("BKRN,BKSN->BKRS", query, key_value.key, preferred_element_type=jnp.float32)
     by_query = logits.reshape(*logits.shape[:2], -1, *mask.shape[1:]) / math.sqrt(query.shape[-1])
     by_query = jnp.where(mask[:, None, None], by_query, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(by_query, axis=-1).astype(query.dtype).reshape(logits.shape)
-    mixed = jnp.einsum("BKRS,BKSN->BKRN", weights, kept.value)
-    return mixed, (query, kept, mask, weights, mixed)
+    mixed = jnp.einsum("BKRS,BKSN->BKRN", weights, key_value.value)
+    return mixed, (query, key_value, mask, weights, mixed)
 
 
 def _attend_backward(
     inputs: tuple[Array, KeyValue, Array, Array, Array], cotangent: Array
 ) -> tuple[Array, KeyValue, None]:
-    query, kept, mask, weights, mixed = inputs
+    query, key_value, mask, weights, mixed = inputs
     d_value = jnp.einsum("BKRS,BKRN->BKSN", weights, cotangent)
     d_weights = jnp.einsum(
-        "BKRN,BKSN->BKRS", cotangent, kept.value, preferred_element_type=jnp.float32
+        "BKRN,BKSN->BKRS", cotangent, key_value.value, preferred_element_type=jnp.float32
     )
     # Σ_s weights · d_weights, from arrays that are smaller.
     mean = jnp.sum(cotangent.astype(jnp.float32) * mixed, axis=-1, keepdims=True)
@@ -85,7 +85,7 @@ def _attend_backward(
     by_query = d_logits.reshape(*weights.shape[:2], -1, *mask.shape[1:])
     by_query = jnp.where(mask[:, None, None], by_query, 0.0)
     d_logits = by_query.reshape(weights.shape).astype(query.dtype)
-    d_query = jnp.einsum("BKRS,BKSN->BKRN", d_logits, kept.key)
+    d_query = jnp.einsum("BKRS,BKSN->BKRN", d_logits, key_value.key)
     d_key = jnp.einsum("BKRS,BKRN->BKSN", d_logits, query)
     return d_query, KeyValue(d_key, d_value), None
 

@@ -56,7 +56,7 @@ class Qwen2Config:
             where: how messages call what was read.
 
         Raises:
-            UsageError: another architecture, a missing field, one that is no positive number, or
+            UsageError: another architecture, a missing field, one that is not a positive number, or
                 a variant this port does not compute (scaled RoPE, sliding-window attention,
                 quantised weights, ...).
         """

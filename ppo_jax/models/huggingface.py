@@ -237,8 +237,9 @@ def _replacing(folder: Path) -> Iterator[Path]:
             f"{folder} holds something that is not a model and would be replaced; name another "
             "folder to save the model in."
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     new, old = scratch / "new", scratch / "old"
     try:
         with writing(folder):

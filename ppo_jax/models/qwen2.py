@@ -8,7 +8,7 @@ Weights are stored `[out, in]`, as Hugging Face stores them and as XLA:CPU multi
 Norms, softmax and rotary angles are computed in float32 whatever the compute type.
 
 Shapes: B batch, Q query positions, S key positions, D hidden, F MLP width, H heads, K KV heads,
-G = H / K query heads a KV head, N head size, V vocabulary, L layers.
+G = H / K query heads per KV head, N head size, V vocabulary, L layers.
 """
 
 from typing import NamedTuple
@@ -71,7 +71,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x²) + ε) · w, in float32."""
+    """x / sqrt(mean(x²) + ε) · w, normalised in float32."""
 
     def __init__(self, size: int, eps: float, *, param_dtype: DTypeLike):
         self.weight = nnx.Param(jnp.ones((size,), param_dtype))
@@ -108,18 +108,17 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B Q D"], KeyValue]:
         """Attend to this call's keys or, given `past`, to `past` with them written at `slot`."""
         query = _rotate(self._heads(self.q_proj(x)), rotary)
-        new = KeyValue(_rotate(self._heads(self.k_proj(x)), rotary), self._heads(self.v_proj(x)))
-        if past is None:
-            kept = new
-        else:
-            kept = KeyValue(
+        key = _rotate(self._heads(self.k_proj(x)), rotary)
+        key_value = KeyValue(key, self._heads(self.v_proj(x)))
+        if past is not None:
+            key_value = KeyValue(
                 *(
-                    jax.lax.dynamic_update_slice_in_dim(old, now.astype(old.dtype), slot, axis=2)
-                    for old, now in zip(past, new, strict=True)
+                    jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=2)
+                    for old, new in zip(past, key_value, strict=True)
                 )
             )
-        mixed = attend(query, kept, mask)
-        return self.o_proj(jnp.swapaxes(mixed, 1, 2).reshape(*x.shape[:2], -1)), kept
+        mixed = attend(query, key_value, mask)
+        return self.o_proj(jnp.swapaxes(mixed, 1, 2).reshape(*x.shape[:2], -1)), key_value
 
     def _heads(self, x: Float[Array, "B Q HN"]) -> Float[Array, "B heads Q N"]:
         return jnp.swapaxes(x.reshape(*x.shape[:2], -1, self.head_dim), 1, 2)
@@ -168,6 +167,8 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x))."""
+
     def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
         self.input_layernorm = RMSNorm(
             config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype
@@ -186,9 +187,9 @@ class DecoderLayer(nnx.Module):
         past: KeyValue | None = None,
         slot: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B Q D"], KeyValue]:
-        attended, kept = self.self_attn(self.input_layernorm(x), rotary, mask, past, slot)
+        attended, key_value = self.self_attn(self.input_layernorm(x), rotary, mask, past, slot)
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), kept
+        return x + self.mlp(self.post_attention_layernorm(x)), key_value
 
 
 class Qwen2(nnx.Module):
@@ -253,8 +254,8 @@ class Qwen2(nnx.Module):
 
         policy = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         apply_layer = jax.checkpoint(apply_layer, prevent_cse=False, policy=policy)
-        x, kept = jax.lax.scan(apply_layer, self.embed(input_ids), layers)
-        return self.norm(x), kept
+        x, key_value = jax.lax.scan(apply_layer, self.embed(input_ids), layers)
+        return self.norm(x), key_value
 
     def unstacked_layers(self) -> list[DecoderLayer]:
         """The L layers apart, for a decode loop: sliced and laid out once, not at every token."""
@@ -269,6 +270,7 @@ class Qwen2(nnx.Module):
         return unstacked
 
     def embed(self, input_ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        """Rows of the embedding table, in the compute type."""
         return self.embed_tokens[...][input_ids].astype(self.dtype)
 
     @property

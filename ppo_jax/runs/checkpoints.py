@@ -1,7 +1,7 @@
 """Checkpoints from which a run continues exactly: one folder each, complete or not there.
 
 checkpoints/25/arrays/          the state's arrays, by Orbax, under the names of their places
-               checkpoint.json  format, facts that are no arrays (the best score), array shapes
+               checkpoint.json  format, facts other than arrays (the best score), array shapes
                manifest.json    a digest of every other file
 
 A checkpoint is written under another name and renamed once it is complete. Its digests are checked

@@ -110,14 +110,16 @@ class RunFolder:
         # With the slash, what a symbolic link names, and not the link.
         shutil.rmtree(f"{self.path}/", ignore_errors=True)
 
-    def open(self, iteration: int) -> None:
-        """Begin to write behind `iteration`; what an interrupted run wrote beyond it goes.
+    def open(self, iteration: int, *, starts_anew: bool = False) -> None:
+        """Begin to write after `iteration`; what an interrupted run wrote beyond it is dropped.
 
-        Behind iteration 0 nothing is kept: the evaluation of the untrained model is made again.
+        Args:
+            starts_anew: nothing is kept, for the untrained model is evaluated again.
         """
         for name in _RECORDS:
             path = self.path / name
-            kept = [r for r in _read_jsonl(path) if iteration and r["iteration"] <= iteration]
+            old = [] if starts_anew else _read_jsonl(path)
+            kept = [record for record in old if record["iteration"] <= iteration]
             with whole(path) as partial:
                 partial.write_text("".join(map(_as_line, kept)), encoding="utf-8")
             self._files[name] = path.open("a", encoding="utf-8")
@@ -166,6 +168,7 @@ class RunFolder:
         return path
 
     def close(self) -> None:
+        """Close the files; the folder can be opened again."""
         for file in self._files.values():
             with suppress(OSError):  # a full disk, which was told of before
                 file.close()
@@ -194,7 +197,8 @@ def read_config(folder: Path) -> TrainConfig:
     except KeyError as error:
         raise UsageError(f"{path} has no field {error}; another version wrote it.") from error
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{path} is not the config of a run of this version: {error}.") from error
+        why = str(error).rstrip(".")
+        raise UsageError(f"{path} is not the config of a run of this version: {why}.") from error
 
 
 def read_records(folder: Path) -> Records:

@@ -1,4 +1,4 @@
-"""Ctrl-C that ends a run behind its iteration, and is heard at once.
+"""Ctrl-C that ends a run after its iteration, and is heard at once.
 
 Python runs signal handlers between two of its own instructions, and an iteration of a large model
 is one compiled call of many seconds. So the signals are also written to a socket, by the

@@ -46,6 +46,12 @@ class Run:
         }
 
     def go(self, *, resume: bool) -> None:
+        """Train from the start, or from the last checkpoint, to the end or an interruption.
+
+        Raises:
+            UsageError: the run cannot go on; what was saved before is still there, and named.
+            SystemExit: it was interrupted, and is saved.
+        """
         agent = self.agent
         self.checkpoints = Checkpoints(self.folder.checkpoints, self.settings.keep_checkpoints)
         self.progress = Progress(agent.num_iterations)
@@ -57,7 +63,8 @@ class Run:
             if resume:
                 self._restore()
             self.folder.create()
-            self.folder.open(agent.iteration - (self.facts["unfinished"] is not None))
+            recorded = agent.iteration - (self.facts["unfinished"] is not None)
+            self.folder.open(recorded, starts_anew=agent.iteration == 0)
             try:
                 self._learn(should_stop)
                 self._save()
@@ -147,9 +154,13 @@ class Run:
     def _finish(self) -> None:
         save_pretrained(self.agent.network, self.folder.final, self.agent.task.tokenizer)
         self.progress.samples("After training", self.folder.last_samples())
+        best = (
+            f"the best one (iteration {self.facts['best_iteration']}) in {self.folder.best}, "
+            if self.folder.best.exists()
+            else ""
+        )
         self.progress.say(
-            f"The trained model is in {self.folder.final}, the best one (iteration "
-            f"{self.facts['best_iteration']}) in {self.folder.best}, the curves in "
+            f"The trained model is in {self.folder.final}, {best}the curves in "
             f"{self.folder.plot()}."
         )
 

@@ -119,8 +119,8 @@ def changed(changes: dict[str, dict[str, Any]]) -> TrainConfig:
         ({"task": {"max_prompt_length": 0}}, "max_prompt_length is 0; it must be at least 1"),
         ({"task": {"max_new_tokens": 0}}, "max_new_tokens is 0"),
         ({"task": {"min_new_tokens": -1}}, "min_new_tokens is -1"),
-        ({"run": {"seed": -1}}, r"seed is -1; it must be at least 0 and below 2\*\*63"),
-        ({"run": {"seed": 2**63}}, "seed is 9223372036854775808; it must be"),
+        ({"run": {"seed": -1}}, r"seed is -1; it must be at least 0 and below 2\*\*32"),
+        ({"run": {"seed": 2**32}}, "seed is 4294967296; it must be"),
         ({"run": {"num_devices": 0}}, "num_devices is 0"),
         ({"run": {"num_iterations": 0}}, "num_iterations"),
         ({"run": {"num_prompt_epochs": 0}}, "num_prompt_epochs"),
@@ -182,6 +182,11 @@ def test_values_that_cannot_be(changes: dict[str, dict[str, Any]], words: str) -
         ({"ppo": {"kl_coef": 0.0, "kl_target": 6.0}}, "kl_target is 6.0, but kl_coef is 0"),
         ({"ppo": {"kl_coef": 0.0, "ref_ema_decay": 0.9}}, "ref_ema_decay is 0.9, but kl_coef is 0"),
         ({"ppo": {"kl_horizon": 5000}}, "kl_horizon is 5000, but without kl_target"),
+        # With a fifth of it, β would change its sign.
+        (
+            {"ppo": {"kl_target": 6.0, "kl_horizon": 63}},
+            r"kl_horizon .63. is below batch_size .64.",
+        ),
         (
             {"ppo": {"value_coef": 0.0}, "optimizer": {"critic_learning_rate": 1e-4}},
             "critic_learning_rate is set, but value_coef is 0",
@@ -237,7 +242,7 @@ def test_contradictions_name_both_settings(changes: dict[str, dict[str, Any]], b
             "run": {"num_iterations": 5},
         },
         {"optimizer": {"max_grad_norm": float("inf")}},  # no clipping
-        {"run": {"seed": 2**63 - 1}},
+        {"run": {"seed": 2**32 - 1}},
     ],
 )
 def test_what_makes_sense_is_allowed(changes: dict[str, dict[str, Any]]) -> None:

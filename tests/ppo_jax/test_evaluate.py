@@ -108,7 +108,7 @@ def test_a_table_for_people(argv: list[str], capfd: pytest.CaptureFixture[str]) 
         (["--reward", "nowhere:f"], ["nowhere:f"]),
         (["--seed", "-1"], ["seed is -1"]),
         (["--batch-size", "0"], ["batch_size is 0"]),
-        (["--seed", str(2**63)], ["seed is 9223372036854775808", "below 2**63"]),
+        (["--seed", str(2**32)], ["seed is 4294967296", "below 2**32"]),
         (["--temperature", "0"], ["temperature is 0.0"]),
         (["--max-prompt-length", "1"], ["line 1 of", "over the limit of 1"]),
         (["--max-new-tokens", "64"], ["64 positions"]),

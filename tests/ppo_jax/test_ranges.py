@@ -26,7 +26,7 @@ from qwen_env.errors import UsageError
     [
         (Count, [1, 7], [0, -1]),
         (Natural, [0, 7], [-1]),
-        (Seed, [0, 2**63 - 1], [-1, 2**63]),
+        (Seed, [0, 2**32 - 1], [-1, 2**32]),
         (Share, [0.0, 0.5, 1.0], [-0.1, 1.1, nan]),
         (Decay, [0.0, 0.999], [-0.1, 1.0, nan]),
         (Limit, [1e-9, inf], [0.0, -1.0, nan]),

@@ -1,5 +1,8 @@
 """Parameters that are kept in bfloat16: what adds up over many steps or parts is not."""
 
+import dataclasses
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ import pytest
 from flax import nnx
 
 from ppo_jax.algorithm import token_weights
+from ppo_jax.data_parallel import ROWS
 
 DECAY = 0.99
 
@@ -82,3 +86,14 @@ def test_a_slow_reference_reaches_a_policy_that_stands_still(learner, batch):
         start.params["backbone"],
     )
     chex.assert_trees_all_close(state.reference, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_gradients_of_devices_are_added_up_in_float32(learner_of, halved, rules, batch):
+    learner = learner_of(halved, rules)
+    passes = dataclasses.replace(
+        learner.learner.passes, mesh=jax.make_mesh((1,), (ROWS,), (jax.sharding.AxisType.Auto,))
+    )
+    program = str(jax.make_jaxpr(passes.gradients)(learner.start.params, batch))
+    [summed] = re.findall(r"([^\n]*) = psum\w*\[[^]]*\]", program, re.DOTALL)[:1]
+    assert "bf16" not in summed
+    assert "f32" in summed

@@ -63,6 +63,15 @@ def test_at_the_grain_of_epochs_the_epoch_is_finished(compiled, batch):
     assert state.opt_state.count == 2
 
 
+def test_a_minibatch_without_a_kl_does_not_hide_that_of_its_epoch(compiled, batch):
+    learner = compiled(**STOPPING, target_kl_grain="epoch")
+    moved = as_if_moved(batch, 2.0)
+    moved = moved._replace(logprobs=moved.logprobs.at[0, 0].set(np.nan))
+    _, metrics, _ = learner.update(moved)
+    assert metrics["update/nonfinite"] == 1
+    assert metrics["update/early_stopped"] == 1
+
+
 def test_behind_the_last_epoch_there_is_nothing_to_stop(compiled, batch):
     learner = compiled(**STOPPING | {"num_epochs": 1}, target_kl_grain="epoch")
     moved = as_if_moved(batch, 2.0)

@@ -63,7 +63,7 @@ def test_nothing_is_written_before_create(tmp_path: Path) -> None:
 @pytest.mark.parametrize("iteration", [0, 1, 2, 3])
 def test_opening_drops_what_lies_beyond(run: Path, iteration: int) -> None:
     folder = RunFolder(run, CONFIG, resume=True)
-    folder.open(iteration)
+    folder.open(iteration, starts_anew=iteration == 0)
     folder.write_distributions(distributions(iteration + 1))
     folder.write_metrics(metrics(iteration + 1))
     folder.close()
@@ -73,6 +73,15 @@ def test_opening_drops_what_lies_beyond(run: Path, iteration: int) -> None:
     # The evaluation before the first iteration is made again if the run starts again.
     kept = [s["iteration"] for s in records(run, "samples.jsonl")]
     assert kept == (list(range(iteration + 1)) if iteration else [])
+
+
+def test_samples_of_the_untrained_model_stay_where_they_are_not_made_again(run: Path) -> None:
+    """As after an evaluation of iteration 1 that failed."""
+    folder = RunFolder(run, CONFIG, resume=True)
+    folder.open(0)
+    folder.close()
+    assert [s["iteration"] for s in records(run, "samples.jsonl")] == [0]
+    assert records(run, "metrics.jsonl") == []
 
 
 @pytest.mark.parametrize("cut", [1, 5, 30])
