@@ -10,8 +10,8 @@ from gymnasium.error import DependencyNotInstalled
 
 from ppo_jax.models import load_reward_model
 from qwen_env.errors import UsageError
-from qwen_env.rewards import RewardBatch, RewardFn, Scores, load_reward, score
-from qwen_env.rewards.base import place
+from qwen_env.rewards import RewardBatch, RewardError, RewardFn, Scores, load_reward, score
+from qwen_env.rewards.base import place, row_name
 from qwen_env.tokenizer import Tokenizer, load_tokenizer
 
 _LENGTH_BUCKET = 64
@@ -21,12 +21,13 @@ def load_training_reward(spec: str, tokenizer: Tokenizer, gold: str | None = Non
     """The reward function that `spec` names, reporting `gold` beside it where there is one.
 
     Args:
-        spec: as in `qwen_env.rewards.load_reward`; `"flax:FOLDER"` is a kind of its own.
+        spec: as in `qwen_env.rewards.load_reward`, or `"flax:FOLDER"`, a `FlaxReward`.
         tokenizer: the policy's.
         gold: likewise; its scores become the component `"gold"`.
 
     Raises:
         UsageError: no such reward, one of its files is wrong, or its own code fails on import.
+        gymnasium.error.DependencyNotInstalled: it needs an extra that is not installed.
     """
 
     def load(spec: str) -> RewardFn:
@@ -34,7 +35,7 @@ def load_training_reward(spec: str, tokenizer: Tokenizer, gold: str | None = Non
             return load_reward(spec, {"flax": lambda folder: FlaxReward(folder, tokenizer)})
         except (UsageError, DependencyNotInstalled):
             raise
-        except (Exception, SystemExit) as error:  # whatever a module of the user's may raise
+        except (Exception, SystemExit) as error:  # whatever the user's module may raise
             raise UsageError(
                 f"The reward {spec} cannot be loaded: {type(error).__name__}: {error}"
                 f"{place(error)}."
@@ -49,31 +50,53 @@ def load_training_reward(spec: str, tokenizer: Tokenizer, gold: str | None = Non
 class FlaxReward:
     """A Qwen2 sequence-classification reward model, run by our own port on the device.
 
-    Where it shares the policy's vocabulary it reads the tokens as they were chosen, the
+    If it shares the policy's vocabulary, it reads the tokens as they were chosen, the
     end-of-sequence id included; otherwise the text, in its own tokens.
 
     Args:
         folder: a folder in Hugging Face layout, or a hub id.
         policy_tokenizer: the policy's.
+
+    Raises:
+        UsageError: no such model, or its tokenizer belongs to another one.
     """
 
     def __init__(self, folder: str, policy_tokenizer: Tokenizer):
-        self.__qualname__ = f"flax:{folder}"  # what messages call it
-        graphdef, self._params = nnx.split(load_reward_model(folder))
-        self._score = jax.jit(lambda params, ids, mask: nnx.merge(graphdef, params)(ids, mask))
+        self.__qualname__ = f"flax:{folder}"  # the name in messages
+        model = load_reward_model(folder)
         self._tokenizer = load_tokenizer(folder)
+        # JAX clamps an index that is out of range: the scores would be wrong, and nothing said.
+        if self._tokenizer.vocab_size > model.config.vocab_size:
+            raise UsageError(
+                f"flax:{folder}: the tokenizer has {self._tokenizer.vocab_size} ids, but the model "
+                f"a vocabulary of {model.config.vocab_size}; put the model's own tokenizer there."
+            )
+        self._max_length = model.config.max_position_embeddings
+        graphdef, self._params = nnx.split(model)
+        self._score = jax.jit(lambda params, ids, mask: nnx.merge(graphdef, params)(ids, mask))
         ours, theirs = self._tokenizer.backend, policy_tokenizer.backend
         self._shares_vocabulary = ours.get_vocab() == theirs.get_vocab()
 
     def __call__(self, batch: RewardBatch) -> np.ndarray:
+        """The score of each row, float32 [N].
+
+        Raises:
+            RewardError: a row is longer than the model can read.
+        """
         sequences = self._sequences(batch)
-        longest = max(map(len, sequences))
+        lengths = np.array([len(sequence) for sequence in sequences])
+        if lengths.max() > self._max_length:
+            row = int(lengths.argmax())
+            raise RewardError(
+                f"The reward model {self.__qualname__} has {self._max_length} positions, but "
+                f"{row_name(batch, row)} comes to {lengths[row]} tokens; lower max_new_tokens or "
+                "max_prompt_length."
+            )
         # Few widths, so that few programs are compiled.
-        width = -(-longest // _LENGTH_BUCKET) * _LENGTH_BUCKET
+        width = -(-lengths.max() // _LENGTH_BUCKET) * _LENGTH_BUCKET
         ids = np.zeros((len(sequences), width), np.int32)
         for row, sequence in zip(ids, sequences, strict=True):
             row[: len(sequence)] = sequence
-        lengths = np.array([len(sequence) for sequence in sequences])
         mask = np.arange(width) < lengths[:, None]
         return np.asarray(self._score(self._params, jnp.asarray(ids), jnp.asarray(mask)))
 
@@ -90,8 +113,8 @@ class FlaxReward:
 class WithGold:
     """A reward function that reports a second one as its component `"gold"`.
 
-    The gold score is what the reward stands for; a policy that earns more of one and less of the
-    other over-optimises. It is never trained on.
+    The gold score is what the reward stands for; a policy that earns more of the reward and less
+    of the gold score over-optimises. It is never trained on.
     """
 
     def __init__(self, reward: RewardFn, gold: RewardFn):
@@ -101,7 +124,7 @@ class WithGold:
         scores: Scores = score(self._reward, batch)
         gold = score(self._gold, batch)
         if "gold" in scores.components:
-            raise UsageError(
+            raise RewardError(
                 "The reward already has a component named 'gold'; leave out gold_reward."
             )
         return scores.values, {**scores.components, "gold": gold.values}

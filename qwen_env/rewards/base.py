@@ -1,6 +1,6 @@
 """What a reward function is, and the one place where its answer is checked.
 
-A reward function is any callable that takes a `RewardBatch` and returns one number a row:
+A reward function is any callable that takes a `RewardBatch` and returns one number per row:
 
     def shorter_is_better(batch: RewardBatch) -> np.ndarray:
         return np.array([-len(ids) for ids in batch.completion_ids], np.float32)
@@ -62,6 +62,8 @@ Numbers = np.ndarray | Sequence[float]  # N of them
 
 
 class RewardFn(Protocol):
+    """A callable that scores finished episodes; `score` checks what it returns."""
+
     def __call__(
         self, batch: RewardBatch, /
     ) -> Numbers | tuple[Numbers, Mapping[str, Numbers]]: ...
@@ -102,7 +104,7 @@ def score(reward: RewardFn, batch: RewardBatch) -> Scores:
     Raises:
         RewardError: it raised, returned another count, a type that is not a number, or a value
             that is not finite; the message names the function and the row.
-        gymnasium.error.DependencyNotInstalled: it needs an extra that is not there.
+        gymnasium.error.DependencyNotInstalled: it needs an extra that is not installed.
     """
     name = reward_name(reward)
     try:
@@ -136,10 +138,18 @@ def score(reward: RewardFn, batch: RewardBatch) -> Scores:
 
 
 def reward_name(reward: RewardFn) -> str:
-    """How messages call a reward function."""
+    """The name in messages: `module.function`, `module.Class`, or the `__qualname__` of an instance
+    that sets one itself."""
+    if own_name := getattr(reward, "__dict__", {}).get("__qualname__"):
+        return own_name
     kind = type(reward)
     module = getattr(reward, "__module__", kind.__module__)
     return f"{module}.{getattr(reward, '__qualname__', kind.__qualname__)}"
+
+
+def row_name(batch: RewardBatch, row: int) -> str:
+    """The name in messages."""
+    return f"row {row} (prompt {reprlib.repr(batch.prompts[row])})"
 
 
 _NOT_THE_USERS = (
@@ -149,10 +159,10 @@ _NOT_THE_USERS = (
 
 
 def place(error: BaseException) -> str:
-    """Where the user's own code raised `error`, as it stands in a message; or nothing."""
-    behind_the_caller = error.__traceback__ and error.__traceback__.tb_next
-    for frame in reversed(traceback.extract_tb(behind_the_caller)):
-        is_file = Path(frame.filename).is_file()  # a notebook's cell is none
+    """Where the user's own code raised `error`, in brackets for a message; or nothing."""
+    inside_the_call = error.__traceback__ and error.__traceback__.tb_next
+    for frame in reversed(traceback.extract_tb(inside_the_call)):
+        is_file = Path(frame.filename).is_file()  # a notebook cell is not one
         if is_file and not frame.filename.startswith(_NOT_THE_USERS):
             return f" ({frame.filename}, line {frame.lineno})"
     return ""
@@ -162,53 +172,51 @@ def _checked(values: Any, batch: RewardBatch, who: str) -> np.ndarray:
     try:
         given = np.asarray(values)
         # Text, times and complex numbers: NumPy would convert them.
-        if given.dtype.kind in "USmMc" or (given.dtype.kind == "O" and _no_number(given, batch)):
+        is_wrong = given.dtype.kind in "USmMc"
+        if is_wrong or (given.dtype.kind == "O" and _first_non_number(given, batch)):
             raise TypeError(f"of type {given.dtype}")
         with np.errstate(over="ignore"):  # an infinity, which is refused below
             array = np.asarray(given, dtype=np.float32)
     except Exception as error:  # of whatever type it is that `values` has
-        what = _no_number(values, batch) or f"a {type(values).__name__} ({error})"
-        raise RewardError(f"{who} returned {what}; it must return one number a row.") from error
+        what = _first_non_number(values, batch) or f"a {type(values).__name__} ({error})"
+        raise RewardError(f"{who} returned {what}; it must return one number per row.") from error
     if array.shape != (len(batch),):
         raise RewardError(
             f"{who} returned shape {array.shape} for a batch of {len(batch)}; it must return "
-            f"one number a row, shape ({len(batch)},)."
+            f"one number per row, shape ({len(batch)},)."
         )
     if not np.isfinite(array).all():
         row = int(np.flatnonzero(~np.isfinite(array))[0])
         raise RewardError(
-            f"{who} returned {given[row]} for {_row(batch, row)}; rewards must be finite (float32)."
+            f"{who} returned {given[row]} for {row_name(batch, row)}; rewards must be finite "
+            "(float32)."
         )
     return array
 
 
-def _no_number(values: Any, batch: RewardBatch) -> str | None:
-    """The first value that is none, and its row."""
+def _first_non_number(values: Any, batch: RewardBatch) -> str | None:
+    """The first value that is not a number, and its row, for a message."""
     for row in range(len(batch)):
         try:
             value = values[row]
         except (TypeError, LookupError):
             return None
         if isinstance(value, str | bytes) or not isinstance(value, SupportsFloat):
-            return f"{reprlib.repr(value)} for {_row(batch, row)}"
+            return f"{reprlib.repr(value)} for {row_name(batch, row)}"
     return None
 
 
 def _culprit(reward: RewardFn, batch: RewardBatch, raised: BaseException) -> str:
-    """Which row makes `reward` raise, if one does so alone."""
+    """Which row makes `reward` raise, if one does on its own."""
     if len(batch) == 1:
-        return _row(batch, 0)
+        return row_name(batch, 0)
     if isinstance(raised, OSError | MemoryError):  # no row's fault, and each call may be slow
         return f"a batch of {len(batch)}"
     for row in range(len(batch)):
         try:
             reward(batch.row(row).copy())
         except type(raised):
-            return _row(batch, row)
+            return row_name(batch, row)
         except (Exception, SystemExit):
             continue
-    return f"a batch of {len(batch)}, none of whose rows does it alone"
-
-
-def _row(batch: RewardBatch, row: int) -> str:
-    return f"row {row} (prompt {reprlib.repr(batch.prompts[row])})"
+    return f"a batch of {len(batch)}, of which no row fails on its own"

@@ -4,7 +4,7 @@ The client sends `POST` with
 
     {"prompts": [...], "completions": [...], "rows": [{...}, ...], "finish_reasons": [...]}
 
-(lists of one length; rows are the dataset's, finish reasons "eos" or "length"), and the server
+(lists of equal length; rows are the dataset's, finish reasons "eos" or "length"), and the server
 answers with status 200 and
 
     {"rewards": [...], "components": {"name": [...], ...}}
@@ -59,7 +59,7 @@ class HTTPReward:
         if self.timeout <= 0 or self.backoff < 0:
             raise UsageError(
                 f"timeout is {timeout} and backoff {backoff}; they are seconds, the first above 0, "
-                "the second not below."
+                "the second at least 0."
             )
 
     def __call__(self, batch: RewardBatch) -> tuple[list[Any], dict[str, list[Any]]]:

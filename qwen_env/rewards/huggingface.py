@@ -14,6 +14,7 @@ from qwen_env.rewards.base import RewardBatch
 from qwen_env.rewards.progress import with_progress
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_NO_LIMIT = 10**9  # transformers writes 1e30 or -1
 
 
 class HuggingFaceReward:
@@ -30,8 +31,10 @@ class HuggingFaceReward:
         device: a `torch` device; by default the GPU if there is one.
         dtype: "float32", "bfloat16" or "float16".
         batch_size: rows per forward pass.
-        max_length: tokens; longer texts lose their left end. By default, the model's limit.
-        use_chat_template: False reads prompt and completion as one text even so.
+        max_length: tokens, special ones included; longer texts lose their left end. No more than
+            the tokenizer's and the model's own limits, which are the default.
+        use_chat_template: False reads prompt and completion as one text even if there is a chat
+            template.
 
     Raises:
         UsageError: no such model, or not a reward model.
@@ -54,8 +57,6 @@ class HuggingFaceReward:
         if dtype not in ("float32", "bfloat16", "float16"):
             raise UsageError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16.")
         self.batch_size = integer("batch_size", batch_size, at_least=1)
-        if max_length is not None:
-            max_length = integer("max_length", max_length, at_least=1)
         folder = resolve(model, allow_patterns=_FILES)
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -78,9 +79,10 @@ class HuggingFaceReward:
             raise UsageError(
                 f"hf:{model} cannot be moved to the device {self.device!r}: {reason}"
             ) from error
-        self.max_length = max_length or getattr(self.model.config, "max_position_embeddings", None)
+        self.max_length = _max_length(max_length, self.tokenizer, self.model.config)
+        self.tokenizer.truncation_side = "left"
         self.use_chat_template = use_chat_template and self.tokenizer.chat_template is not None
-        self.__qualname__ = f"hf:{model}"
+        self.__qualname__ = f"hf:{model}"  # the name in messages
 
     def __call__(self, batch: RewardBatch) -> np.ndarray:
         """The reward of each row, float32 [N]."""
@@ -105,10 +107,14 @@ class HuggingFaceReward:
                 {"role": "assistant", "content": completion},
             ]
             text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-            ids = self.tokenizer.encode(text, add_special_tokens=False)
         else:
-            ids = self.tokenizer.encode(prompt + completion)
-        return ids if self.max_length is None else ids[-self.max_length :]
+            text = prompt + completion
+        return self.tokenizer.encode(
+            text,
+            add_special_tokens=not self.use_chat_template,  # a template writes its own
+            truncation=self.max_length is not None,
+            max_length=self.max_length,
+        )
 
     def _forward(self, rows: list[list[int]]) -> np.ndarray:
         import torch  # not kept: an environment is copied and pickled with its reward
@@ -128,8 +134,8 @@ class HuggingFaceReward:
         """An id to pad with, told to the model.
 
         Decoders read their score at the last token that is not `pad_token_id`, which is wrong for
-        a text that ends with it (many models pad with the end-of-sequence token); then any id
-        that ends none of the texts serves, since padding is masked.
+        a text that ends with it (many models pad with the end-of-sequence token); any id that ends
+        none of the texts will then do, since padding is masked.
         """
         last_ids = {ids[-1] for ids in rows}
         pad = self.tokenizer.pad_token_id
@@ -144,6 +150,15 @@ def _messages(row: Mapping[str, Any], prompt: str) -> Sequence[Mapping[str, Any]
     if row.get("messages") is not None:
         return row["messages"]
     return [{"role": "user", "content": row.get("prompt", prompt)}]
+
+
+def _max_length(wanted: int | None, tokenizer: Any, config: Any) -> int | None:
+    """The lowest of the limits, in tokens; None without one."""
+    if wanted is not None:
+        least = tokenizer.num_special_tokens_to_add() + 1
+        wanted = integer("max_length", wanted, at_least=least)
+    limits = (wanted, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+    return min((n for n in limits if n is not None and 0 < n < _NO_LIMIT), default=None)
 
 
 def _label_column(config: Any, label: str | None, model: str) -> int:

@@ -38,16 +38,16 @@ def load_reward(spec: Any, schemes: Schemes = MappingProxyType({})) -> RewardFn:
     Args:
         spec: a reward function; or a string:
 
-            - `"package.module:callable"`: a function, an instance, or a class that is made
-              without arguments; the current directory is importable;
+            - `"package.module:callable"`: a function, an instance, or a class that takes no
+              arguments; the current directory is importable;
             - `"hf:FOLDER_OR_HUB_ID"`: a sequence-classification model, run by `transformers`;
               options may follow: `"hf:FOLDER?device=cuda&dtype=bfloat16&batch_size=64"`;
             - `"http://HOST:PORT/PATH"`: a reward server, see `qwen_env.rewards.http`;
             - `"1.0 * SPEC + 0.2 * SPEC"`: a weighted sum;
 
             or a mapping `{name: (weight, spec)}`: a weighted sum with named components.
-        schemes: further kinds of strings: what stands before the colon, and what makes a reward
-            function of the rest.
+        schemes: further forms of strings: the word before the colon, and what makes a reward
+            function from the rest.
 
     Raises:
         UsageError: no such module, callable or form.
@@ -121,7 +121,7 @@ def _load_huggingface(rest: str) -> RewardFn:
             options[name] = _HUGGINGFACE_OPTIONS[name](text)
         except (KeyError, ValueError):
             raise UsageError(
-                f"reward 'hf:{rest}': the option {name}={text} is not known; there are "
+                f"reward 'hf:{rest}': the option {name}={text} is not valid; the options are "
                 f"{', '.join(_HUGGINGFACE_OPTIONS)} (the last two are integers)."
             ) from None
     return HuggingFaceReward(model, **options)
@@ -138,7 +138,7 @@ def _load_callable(module_name: str, attribute: str) -> RewardFn:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there; something that it imports is not
+            raise  # the module exists; something that it imports does not
         raise UsageError(
             f"reward {module_name}:{attribute}: there is no module {module_name!r}; it is looked "
             "for among the installed packages and in the current directory."
@@ -152,7 +152,7 @@ def _load_callable(module_name: str, attribute: str) -> RewardFn:
 
 
 def _instance(reward: Any, name: Any) -> Any:
-    """What a class makes without arguments; anything else as it is."""
+    """An instance, if `reward` is a class; anything else as it is."""
     if not isinstance(reward, type):
         return reward
     try:
@@ -163,5 +163,5 @@ def _instance(reward: Any, name: Any) -> Any:
             f"{error}{place(error)}; name an instance of it instead."
         ) from error
     if not callable(instance):
-        raise UsageError(f"reward {name}: what this class makes cannot be called with a batch.")
+        raise UsageError(f"reward {name}: an instance of it cannot be called with a batch.")
     return instance

@@ -16,7 +16,7 @@ class ReasoningGym:
         task = ReasoningGym("chain_sum", size=500, seed=0)
         env = gymnasium.make("QwenText-v0", tokenizer=..., prompts=task.prompts, reward=task)
 
-    The reward is the task's own score in [0, 1] of what stands between `<answer>` and `</answer>`
+    The reward is the task's own score in [0, 1] of what is between `<answer>` and `</answer>`
     in the completion, or of the whole completion.
 
     Args:
@@ -40,7 +40,7 @@ class ReasoningGym:
 
     @property
     def prompts(self) -> list[Mapping[str, Any]]:
-        """One row a question: `prompt`, and the `entry` that it came from."""
+        """One row per question: `prompt`, and the `entry` that it came from."""
         return [{"prompt": entry["question"], "entry": entry} for entry in self._dataset]
 
     def __call__(self, batch: RewardBatch) -> np.ndarray:

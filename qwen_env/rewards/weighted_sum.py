@@ -33,7 +33,7 @@ class WeightedSum:
             if not callable(reward):
                 raise UsageError(
                     f"the reward of {name!r} in a weighted sum is {reward!r}; it must be a "
-                    "callable (load_reward makes one of a string)."
+                    "callable (load_reward makes one from a string)."
                 )
             self.terms[name] = (weight, reward)
 

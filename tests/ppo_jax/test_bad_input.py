@@ -77,7 +77,7 @@ CASES: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
         ("no such file; make train-smollm2",),
     ),
     "value of another type": ("--batch-size four", nothing, ("--batch-size", "four")),
-    "value that is no choice": ("--schedule slow", nothing, ("--schedule", "'slow'", "linear")),
+    "value that is not a choice": ("--schedule slow", nothing, ("--schedule", "'slow'", "linear")),
     "value out of range": ("--gamma 2", nothing, ("gamma is 2.0", "between 0 and 1")),
     "number below its range": ("--seed -1", nothing, ("seed is -1", "at least 0")),
     "contradiction": ("--num-minibatches 3", nothing, ("batch_size (4)", "num_minibatches")),
@@ -85,7 +85,7 @@ CASES: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
     "contradiction of limits": ("--min-new-tokens 9", nothing, ("min_new_tokens", "(8)")),
     "more tokens than positions": ("--max-new-tokens 60", nothing, ("68", "64 positions")),
     "missing prompts": ("", remove("prompts.jsonl"), ("prompts.jsonl", "no such file")),
-    "prompts that are no JSON": (
+    "prompts that are not JSON": (
         "",
         write("prompts.jsonl", '{"prompt": "a"}\n\n{"prompt": \n'),
         ("line 3 of", "prompts.jsonl", "not JSON"),
@@ -96,7 +96,7 @@ CASES: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
         ("line 2 of", "'prompt'", "'text'"),
     ),
     "empty prompts file": ("", write("prompts.jsonl", "\n"), ("prompts.jsonl", "no prompts")),
-    "prompts that are no text": (
+    "prompts that are not text": (
         "",
         lambda folder: (folder / "prompts.jsonl").write_bytes(b"\xff\xfe\x00"),
         ("prompts.jsonl", "UTF-8"),
@@ -199,10 +199,6 @@ ANSWERS: dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
         lambda batch: np.array([0, 1, float("nan"), 2]),
         ("returned nan for row 2", "finite"),
     ),
-    "wrong count": (lambda batch: [0.0], ("shape (1,)", "batch of 4")),
-    "wrong shape": (lambda batch: np.zeros((4, 1)), ("shape (4, 1)", "batch of 4")),
-    "no numbers": (lambda batch: ["good"] * 4, ("must return one number a row",)),
-    "None": (lambda batch: None, ("rewards_of_tests.scripted",)),
 }
 
 

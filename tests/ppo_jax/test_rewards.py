@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,7 @@ from ppo_jax.models import Qwen2Config, RewardModel, save_reward_model
 from ppo_jax.rewards import FlaxReward, WithGold, load_training_reward
 from qwen_env.errors import UsageError
 from qwen_env.pocket.grammar import sentiment
-from qwen_env.rewards import RewardBatch, score
+from qwen_env.rewards import RewardBatch, RewardError, score
 from qwen_env.tokenizer import Tokenizer
 
 TEXTS = [
@@ -24,20 +25,32 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    """A random reward model on the pocket vocabulary."""
-    config = Qwen2Config(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    folder = tmp_path_factory.mktemp("reward")
-    save_reward_model(RewardModel(config, rngs=nnx.Rngs(3)), folder, tokenizer)
-    return folder
+def make_folder(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer
+) -> Callable[..., Path]:
+    """Saves a random reward model, by default on the pocket vocabulary."""
+
+    def make(**changes: int) -> Path:
+        sizes = {
+            "vocab_size": tokenizer.vocab_size,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+        }
+        folder = tmp_path_factory.mktemp("reward")
+        model = RewardModel(Qwen2Config(**(sizes | changes)), rngs=nnx.Rngs(3))
+        save_reward_model(model, folder, tokenizer)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def folder(make_folder: Callable[..., Path]) -> Path:
+    return make_folder()
 
 
 def batch(tokenizer: Tokenizer, texts: Any = TEXTS) -> RewardBatch:
@@ -83,6 +96,31 @@ def test_flax_reward_with_another_vocabulary_reads_the_text(
     np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
+def test_a_tokenizer_with_more_ids_than_the_model_has(
+    make_folder: Callable[..., Path], tokenizer: Tokenizer
+) -> None:
+    """JAX would read another row of the embedding, and say nothing."""
+    size = tokenizer.vocab_size
+    folder = make_folder(vocab_size=size - 1)
+    with pytest.raises(UsageError, match=f"{folder}: the tokenizer has {size} ids, but the model"):
+        FlaxReward(str(folder), tokenizer)
+
+
+def test_a_row_beyond_the_model_s_positions(
+    make_folder: Callable[..., Path], tokenizer: Tokenizer
+) -> None:
+    episodes = batch(tokenizer)
+    longest = len(episodes.prompt_ids[1]) + len(episodes.completion_ids[1])
+    score(FlaxReward(str(make_folder(max_position_embeddings=longest)), tokenizer), episodes)
+    short = make_folder(max_position_embeddings=longest - 1)
+    with pytest.raises(
+        RewardError,
+        match=rf"flax:{short} has {longest - 1} positions, but row 1 \(prompt 'I liked'\) comes "
+        rf"to {longest} tokens; lower max_new_tokens",
+    ):
+        score(FlaxReward(str(short), tokenizer), episodes)
+
+
 def test_a_row_scores_the_same_in_any_company(folder: Path, tokenizer: Tokenizer) -> None:
     reward = FlaxReward(str(folder), tokenizer)
     together = reward(batch(tokenizer))
@@ -106,8 +144,8 @@ def test_gold_is_reported_and_not_paid(
 
 def test_two_golds_are_one_too_many(tokenizer: Tokenizer, rewards: ModuleType) -> None:
     reward = WithGold(rewards.count_e, rewards.count_e)
-    with pytest.raises(UsageError, match="already has a component named 'gold'"):
-        reward(batch(tokenizer))
+    with pytest.raises(RewardError, match=r"^The reward already has a component named 'gold'; le"):
+        score(reward, batch(tokenizer))
 
 
 def test_the_failing_one_of_two_is_named(tokenizer: Tokenizer, rewards: ModuleType) -> None:

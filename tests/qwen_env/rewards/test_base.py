@@ -1,3 +1,4 @@
+import functools
 import json
 import operator
 
@@ -47,7 +48,7 @@ NUMBERS = [0.0, 1.0, 2.0]
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ([1, 2], r"returned shape \(2,\) for a batch of 3; it must return one number a row"),
+        ([1, 2], r"returned shape \(2,\) for a batch of 3; it must return one number per row"),
         (1.0, r"returned shape \(\)"),
         (np.ones((3, 1)), r"returned shape \(3, 1\)"),
         (None, r"returned shape \(\)"),
@@ -70,7 +71,7 @@ NUMBERS = [0.0, 1.0, 2.0]
         ([0.0, None, 0.0], "returned None for row 1"),
         ([0.0, 0.0, float("inf")], "returned inf for row 2"),
         ([1e300, 0.0, 0.0], r"returned 1e\+300 for row 0"),
-        ([10**400, 0, 0], r"returned a list \(int too large .*\); it must return one number a row"),
+        ([10**400, 0, 0], r"returned a list \(int too large .*\); it must return one num"),
         ((NUMBERS, None), "returned a tuple of list, NoneType; it must return an array, or"),
         ((NUMBERS, [("a", NUMBERS)]), "returned a tuple of list, list"),
         ((1.0, 2.0, 3.0), "returned a tuple of float, float, float"),
@@ -89,6 +90,29 @@ def test_nothing_is_trusted(batch, answer, message):
         score(answering(answer), batch)
     assert "reward_under_test" in str(caught.value)
     assert str(caught.value).endswith(".")
+
+
+class Silent:
+    def __call__(self, batch):
+        return None
+
+
+class Named(Silent):
+    def __init__(self):
+        self.__qualname__ = "hf:some/model"
+
+
+@pytest.mark.parametrize(
+    ("reward", "name"),
+    [
+        (Silent(), f"{__name__}.Silent"),
+        (Named(), "hf:some/model"),
+        (functools.partial(Silent.__call__, None), "functools.partial"),
+    ],
+)
+def test_the_name_in_messages(batch, reward, name):
+    with pytest.raises(RewardError, match=rf"^The reward function {name} returned shape"):
+        score(reward, batch)
 
 
 def test_the_row_that_makes_it_raise_is_named(make_batch):
@@ -116,7 +140,7 @@ def test_no_row_is_blamed_for_what_the_batch_does(make_batch):
             raise RuntimeError("too many")
         return [0.0] * len(batch)
 
-    with pytest.raises(RewardError, match="a batch of 3, none of whose rows does it alone"):
+    with pytest.raises(RewardError, match="a batch of 3, of which no row fails on its own"):
         score(reward, make_batch(["a", "b", "c"]))
 
 

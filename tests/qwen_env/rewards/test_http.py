@@ -86,7 +86,7 @@ def test_no_server(make_batch):
         score(HTTPReward(url, retries=2, backoff=0.0), make_batch(["a"]))
 
 
-def test_rows_that_are_no_json(server, make_batch):
+def test_rows_that_are_not_json(server, make_batch):
     with pytest.raises(RewardError, match="JSON serializable"):
         score(HTTPReward(server), make_batch(["a"], picture=object()))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 import qwen_env  # noqa: F401
 from qwen_env.errors import UsageError
@@ -43,6 +43,27 @@ def build(folder, *, num_labels=1, pad="<pad>", template=None, causal=False):
     )  # fmt: skip
     kind = transformers.Qwen2ForCausalLM if causal else transformers.Qwen2ForSequenceClassification
     model = kind(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+def build_bert(folder, **tokenizer_options):
+    """A random BERT classifier of 128 positions, whose texts are `[CLS] words [SEP]`."""
+    vocab = {t: i for i, t in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"])}
+    backend = Backend(models.WordLevel(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+        sep_token="[SEP]", **tokenizer_options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(vocab), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=128, num_labels=1, initializer_range=0.5,
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config).eval()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model, tokenizer
@@ -127,6 +148,40 @@ def test_long_texts_keep_their_end(tmp_path, make_batch):
     for ten in (10, np.uint8(10)):
         reward = HuggingFaceReward(tmp_path, max_length=ten)
         np.testing.assert_allclose(reward(make_batch(["!" * 40])), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tokenizer_options", "limit"),
+    [
+        ({}, {}, 128),
+        ({}, {"model_max_length": 20}, 20),
+        ({"max_length": 10}, {"model_max_length": 20}, 10),
+        ({"max_length": 512}, {}, 128),
+    ],
+)
+def test_long_texts_of_an_encoder_keep_its_special_tokens_and_their_end(
+    tmp_path, make_batch, arguments, tokenizer_options, limit
+):
+    """BERT reads its score at [CLS], and has no position beyond its limit."""
+    model, tokenizer = build_bert(tmp_path, **tokenizer_options)
+    words = [*"abcdefgh" * 25]
+    short, long = "a b c", " ".join(words)
+    reward = HuggingFaceReward(tmp_path, **arguments)
+    kept = ["[CLS]", *words[-(limit - 2) :], "[SEP]"]
+    ids = reward._encode(make_batch([long], prompt=""), 0)
+    assert tokenizer.convert_ids_to_tokens(ids) == kept
+
+    with torch.no_grad():
+        inputs = (tokenizer(text, return_tensors="pt") for text in (short, " ".join(kept[1:-1])))
+        expected = [model(**of_one).logits.item() for of_one in inputs]
+    values = reward(make_batch([short, long], prompt=""))
+    np.testing.assert_allclose(values, expected, atol=1e-5)
+
+
+def test_a_limit_that_leaves_no_room_for_the_text(tmp_path):
+    build_bert(tmp_path)
+    with pytest.raises(UsageError, match="max_length is 2; it must be at least 3"):
+        HuggingFaceReward(tmp_path, max_length=2)
 
 
 def test_a_label_of_a_classifier(tmp_path, make_batch):

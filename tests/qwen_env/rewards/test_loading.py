@@ -110,10 +110,10 @@ def test_a_server():
         ("..rewards:f", "name the module in full, without leading dots"),
         (
             "my_rewards:NotCallable",
-            "what this class makes cannot be called",
+            "an instance of it cannot be called with a batch",
         ),
         ("my_rewards:Needs", "my_rewards:Needs: making one without arguments raised TypeError"),
-        (dict, "reward <class 'dict'>: what this class makes cannot be called"),
+        (dict, "reward <class 'dict'>: an instance of it cannot be called"),
         ("flax:folder", "'flax:' rewards belong to the training entry points; .* 'hf:FOLDER'"),
         ("http://", "the reward server is 'http://'; write it as"),
         ("hf:", "names no model; write 'hf:FOLDER_OR_HUB_ID'"),
@@ -128,10 +128,10 @@ def test_a_server():
         ({"a": "my_rewards:count"}, "the term 'a' of a weighted sum is 'my_rewards:count'"),
         ({"a": (1, "my_rewards:missing")}, "has no callable 'missing'"),
         ("hf:./none", "./none: no such folder"),
-        ("hf:./none?colour=red", "option colour=red is not known; there are label, device"),
-        ("hf:./none?batch_size=many", "option batch_size=many is not known"),
-        ("hf:./none?batch_size=", "option batch_size= is not known"),
-        ("hf:./none?device", "option device= is not known"),
+        ("hf:./none?colour=red", "option colour=red is not valid; the options are label, device"),
+        ("hf:./none?batch_size=many", "option batch_size=many is not valid"),
+        ("hf:./none?batch_size=", "option batch_size= is not valid"),
+        ("hf:./none?device", "option device= is not valid"),
     ],
 )
 def test_wrong_specs(module, spec, message):
