@@ -31,7 +31,7 @@ def render_chat(
     Args:
         system_prompt: put first as a system message, unless the messages begin with one.
         add_generation_prompt: end with what opens the assistant's turn.
-        variables: what else the template may use: `bos_token`, `tools`, `enable_thinking`, ...
+        variables: what else the template uses: `bos_token`, `tools`, `enable_thinking`, ...
 
     Raises:
         UsageError: the messages are malformed, or the template refuses them.
@@ -56,7 +56,7 @@ def render_chat(
         return _compile(template).render(
             messages=messages, add_generation_prompt=add_generation_prompt, **variables
         )
-    except Exception as error:  # a template is a program: it can fail in every way
+    except Exception as error:  # a template is a program: it can fail in any way
         raise UsageError(
             f"the chat template fails on these messages: {str(error).rstrip('.')}."
         ) from error
@@ -65,18 +65,41 @@ def render_chat(
 @lru_cache(maxsize=16)
 def _compile(template: str) -> "jinja2.Template":
     import jinja2
-    import jinja2.ext
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}...{% endgeneration %}` marks what the assistant writes, for training on
+        chats; here it renders what is inside."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: "jinja2.parser.Parser") -> "jinja2.nodes.Node":
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, indent: int | None = None) -> str:
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
         # jinja2's own filter escapes for HTML, which prompts are not.
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception

@@ -36,14 +36,14 @@ _PRE_TOKENIZERS = {
     "qwen2": _byte_level(_split(r"\p{N}"), use_regex=False),
     "llama-bpe": _byte_level(_split(r"\p{N}{1,3}"), use_regex=False),
 }
-"""How text is cut into words, by the format's name for it (`tokenizer.ggml.pre`)."""
+"""How text is split into words, by the format's name for it (`tokenizer.ggml.pre`)."""
 
 
 def load_gguf_tokenizer(path: str | Path) -> Tokenizer:
     """Build the tokenizer that the metadata of the GGUF file at `path` describes.
 
     Raises:
-        UsageError: no such file, not a GGUF file, or a kind of tokenizer that is not known here.
+        UsageError: no such file, not a GGUF file, no tokenizer in it, or one of an unknown kind.
         gymnasium.error.DependencyNotInstalled: the `gguf` package is missing.
     """
     fields = open_gguf(path).fields
@@ -59,9 +59,11 @@ def load_gguf_tokenizer(path: str | Path) -> Tokenizer:
     splits = read("tokenizer.ggml.pre", "gpt-2")
     if splits not in _PRE_TOKENIZERS:
         raise UsageError(
-            f"{path} splits words as {splits!r}; known are {', '.join(_PRE_TOKENIZERS)}."
+            f"{path} splits text as {splits!r}; only {', '.join(_PRE_TOKENIZERS)} can be read."
         )
-    tokens: list[str] = read("tokenizer.ggml.tokens")
+    tokens: list[str] = read("tokenizer.ggml.tokens", [])
+    if not tokens:
+        raise UsageError(f"{path} holds no tokens (tokenizer.ggml.tokens); convert it again.")
     types: list[int] = read("tokenizer.ggml.token_type", [1] * len(tokens))
     merges = [tuple(merge.split(" ")) for merge in read("tokenizer.ggml.merges", [])]
 

@@ -35,7 +35,7 @@ class Tokenizer:
             `chat_template`, ...
 
     Raises:
-        UsageError: there is no token, or the chat templates are malformed.
+        UsageError: it has no tokens, or its chat templates are malformed.
     """
 
     def __init__(
@@ -45,8 +45,9 @@ class Tokenizer:
         eos_token_ids: Sequence[int] = (),
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        backend.no_truncation()  # a tokenizer keeps both from the last call that asked for them,
-        backend.no_padding()  # and saves them
+        # A tokenizer keeps, and saves, what the last call asked for.
+        backend.no_truncation()
+        backend.no_padding()
         self.backend = backend
         self.config: dict[str, Any] = dict(config or {})
         self.eos_token_ids = tuple(int(i) for i in eos_token_ids)
@@ -67,17 +68,16 @@ class Tokenizer:
         return self.backend.decode(id_list, skip_special_tokens=skip_special_tokens)
 
     def special_token(self, name: str) -> str | None:
-        """The text of `"eos_token"`, `"pad_token"`, `"bos_token"` or `"unk_token"`, if there."""
-        token = self.config.get(name)
-        return token.get("content") if isinstance(token, Mapping) else token
+        """The text of `"eos_token"`, `"pad_token"`, `"bos_token"` or `"unk_token"`, or None."""
+        return _special_token(self.config, name)
 
     @property
     def pad_token_id(self) -> int | None:
-        return self._special_token_id("pad_token")
+        return _special_token_id(self.backend, self.config, "pad_token")
 
     @property
     def bos_token_id(self) -> int | None:
-        return self._special_token_id("bos_token")
+        return _special_token_id(self.backend, self.config, "bos_token")
 
     def apply_chat_template(
         self,
@@ -126,10 +126,6 @@ class Tokenizer:
         self.backend.save(str(folder / "tokenizer.json"))
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
-
-    def _special_token_id(self, name: str) -> int | None:
-        token = self.special_token(name)
-        return None if token is None else self.backend.token_to_id(token)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tokenizer":
         return self  # immutable, and Gymnasium deep-copies the arguments of an environment
@@ -180,15 +176,33 @@ def _load_folder(folder: Path) -> Tokenizer:
     template = folder / "chat_template.jinja"
     if template.is_file():
         config["chat_template"] = template.read_text(encoding="utf-8")
-    tokenizer = Tokenizer(backend, config=config)
-    for name in ("generation_config.json", "config.json"):
-        ids = _read_json(folder / name).get("eos_token_id")
+    eos_token_ids = _eos_token_ids(folder, backend, config)
+    return Tokenizer(backend, eos_token_ids=eos_token_ids, config=config)
+
+
+def _eos_token_ids(
+    folder: Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any]
+) -> list[int]:
+    """What the model's files say, or else the tokenizer's `eos_token`."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        ids = _read_json(path).get("eos_token_id")
         if ids is not None:
             ids = ids if isinstance(ids, list) else [ids]
-            ids = [integer(f"eos_token_id in {folder / name}", i) for i in ids]
-            return Tokenizer(backend, eos_token_ids=ids, config=config)
-    eos = tokenizer._special_token_id("eos_token")
-    return Tokenizer(backend, eos_token_ids=() if eos is None else (eos,), config=config)
+            return [integer(f"eos_token_id in {path}", i) for i in ids]
+    eos = _special_token_id(backend, config, "eos_token")
+    return [] if eos is None else [eos]
+
+
+def _special_token(config: Mapping[str, Any], name: str) -> str | None:
+    token = config.get(name)
+    return token.get("content") if isinstance(token, Mapping) else token
+
+
+def _special_token_id(
+    backend: tokenizers.Tokenizer, config: Mapping[str, Any], name: str
+) -> int | None:
+    token = _special_token(config, name)
+    return None if token is None else backend.token_to_id(token)
 
 
 def _from_transformers(fast: Any) -> Tokenizer:
@@ -199,7 +213,7 @@ def _from_transformers(fast: Any) -> Tokenizer:
 
 
 def _copy(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """One that nobody else changes."""
+    """A copy that nobody else changes."""
     try:
         return copy.deepcopy(backend)
     except Exception as error:  # the Rust library raises bare Exceptions

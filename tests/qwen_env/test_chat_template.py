@@ -1,4 +1,5 @@
 import pytest
+import transformers
 
 from qwen_env.chat_template import render_chat
 from qwen_env.errors import UsageError
@@ -19,6 +20,35 @@ def test_what_templates_of_models_use():
     loop = "{% for m in messages %}" + template + "{% endfor %}"
     assert render_chat(loop, USER, x=True).strip() == '{"a": "<é>"}'
     assert len(render_chat("{{ strftime_now('%Y') }}", USER)) == 4
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        # As in templates for training on chats: blocks on lines of their own, and in one line.
+        """{% for m in messages %}
+    {% if m.role == 'assistant' %}
+        {% generation %}
+        {% set text = m.content | trim %}
+        {{ loop.index }} {{ text }}{{ eos_token }}
+        {% endgeneration %}
+    {% else %}{{ text is defined }} {{ m.content }}
+    {% endif %}
+{% endfor %}""",
+        "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content }}{% endgeneration %}\n"
+        "{% if loop.index == 2 %}{% break %}{% endif %}{% endfor %}",
+        "{{ messages | tojson }} {{ messages | tojson(indent=1) }}",
+        "{{ messages | tojson(ensure_ascii=true, separators=[',', ':'], sort_keys=true) }}",
+        "{{ messages | tojson(true, 2, (', ', ' = '), true) }}",
+    ],
+)
+def test_templates_render_as_in_transformers(template, backend):
+    messages = [*USER, {"role": "assistant", "content": " naïve <b> "}, *USER]
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    expected = theirs.apply_chat_template(messages, chat_template=template, tokenize=False)
+    assert "ve <b>" in expected
+    ours = render_chat(template, messages, add_generation_prompt=False, eos_token="</s>")
+    assert ours == expected
 
 
 def test_a_call_of_a_tool_may_stand_in_for_the_content():

@@ -134,7 +134,14 @@ def test_wrong_files(tmp_path):
     (tmp_path / "text.gguf").write_text("not a model at all")
     with pytest.raises(UsageError, match="is not a GGUF file"):
         load_gguf_tokenizer(tmp_path / "text.gguf")
-    with pytest.raises(UsageError, match="splits words as 'dbrx'; known are gpt-2"):
+    with pytest.raises(UsageError, match=r"splits text as 'dbrx'; only gpt-2, .* can be read"):
         load_gguf_tokenizer(write_gguf(tmp_path / "a.gguf", backend, pre="dbrx"))
     with pytest.raises(UsageError, match="tokenizer of kind 'llama'"):
         load_gguf_tokenizer(write_gguf(tmp_path / "b.gguf", backend, model="llama"))
+    writer = gguf.GGUFWriter(tmp_path / "c.gguf", "qwen2")
+    writer.add_tokenizer_model("gpt2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UsageError, match=r"c.gguf holds no tokens \(tokenizer.ggml.tokens\)"):
+        load_gguf_tokenizer(tmp_path / "c.gguf")
