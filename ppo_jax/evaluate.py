@@ -16,12 +16,12 @@ from ppo_jax import cli
 from ppo_jax.actor import Actor
 from ppo_jax.episode_metrics import evaluation_means
 from ppo_jax.models import load_pretrained
-from ppo_jax.ranges import Count, Seed, check_ranges
+from ppo_jax.ranges import Count, Factor, Natural, Seed, check_ranges
 from ppo_jax.rewards import load_training_reward
 from ppo_jax.runs.progress import stderr_console
 from ppo_jax.sampling import Sampling
 from qwen_env import pocket
-from qwen_env.prompts import Overflow, load_prompts
+from qwen_env.prompts import Overflow, PromptEncoder, load_prompts
 from qwen_env.task import make_task
 from qwen_env.tokenizer import load_tokenizer
 
@@ -30,7 +30,7 @@ PROG = "python -m ppo_jax.evaluate"
 
 @dataclass(frozen=True)
 class Arguments:
-    """Score a Qwen2's completions of prompts, decoded greedily and sampled."""
+    """Score a Qwen2's completions of prompts, both greedy and sampled."""
 
     model: str = str(pocket.POLICY_FOLDER)
     """A folder in Hugging Face layout, a .gguf file, or a hub id."""
@@ -44,20 +44,24 @@ class Arguments:
     """P, the prompt limit, in tokens; None takes prompts of any length."""
     max_new_tokens: Count = pocket.MAX_NEW_TOKENS
     """T, the response limit, in tokens."""
+    min_new_tokens: Natural = 0
+    """No end-of-sequence token before this many tokens."""
     prompt_overflow: Overflow = "error"
     """What to do with a prompt over the limit."""
     chat: bool = False
     """Wrap each prompt in the model's chat template, as a user's message."""
     system_prompt: str | None = None
     """System message of every chat that has none of its own."""
+    missing_eos_penalty: Factor = 0.0
+    """Taken off the score of a response that the limit cut off."""
     temperature: float = 1.0
     """Of the sampled pass."""
     top_k: int | None = None
-    """The sampled pass draws from the k most probable tokens alone."""
+    """Sample from the k most probable tokens alone."""
     top_p: float | None = None
-    """It draws from the fewest most probable tokens that have this probability together."""
+    """Sample from the fewest most probable tokens that have this probability together."""
     batch_size: Count = 16
-    """Prompts decoded at one time."""
+    """Prompts decoded at a time."""
     seed: Seed = 0
     """Of the sampled pass."""
     json: bool = False
@@ -91,14 +95,14 @@ def evaluate(arguments: Arguments) -> dict[str, dict[str, float]]:
     cli.refuse_run_folder(arguments.model)
     limit = sys.maxsize if arguments.max_prompt_length is None else arguments.max_prompt_length
     tokenizer = load_tokenizer(arguments.model)
-    prompts = load_prompts(
-        arguments.prompts,
+    encoder = PromptEncoder(
         tokenizer,
-        max_prompt_length=limit,
+        limit,
         overflow=arguments.prompt_overflow,
         chat_template=True if arguments.chat else None,
         system_prompt=arguments.system_prompt,
     )
+    prompts = load_prompts(arguments.prompts, encoder)
     cli.say_dropped(prompts, arguments.prompts, limit)
     reward = load_training_reward(arguments.reward, tokenizer, arguments.gold_reward)
     network = load_pretrained(arguments.model)
@@ -109,6 +113,8 @@ def evaluate(arguments: Arguments) -> dict[str, dict[str, float]]:
         max_prompt_length=max(len(prompt.ids) for prompt in prompts),
         max_new_tokens=arguments.max_new_tokens,
         vocab_size=network.config.vocab_size,
+        min_new_tokens=arguments.min_new_tokens,
+        missing_eos_penalty=arguments.missing_eos_penalty,
     )
     actor = Actor(network, task, sampling)
 

@@ -14,11 +14,11 @@ from flax import nnx
 from ppo_jax import cli
 from ppo_jax.actor import Actor
 from ppo_jax.models import load_pretrained
-from ppo_jax.ranges import Count, Seed, check_ranges
+from ppo_jax.ranges import Count, Natural, Seed, check_ranges
 from ppo_jax.sampling import Sampling
 from qwen_env import pocket
 from qwen_env.errors import UsageError
-from qwen_env.prompts import load_prompts
+from qwen_env.prompts import PromptEncoder, load_prompts
 from qwen_env.rewards import RewardBatch
 from qwen_env.task import make_task
 from qwen_env.tokenizer import load_tokenizer
@@ -31,15 +31,17 @@ class Arguments:
     """Complete prompts with a Qwen2."""
 
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT ...")]
-    """What to complete; each one is answered."""
+    """What to complete."""
     model: str = str(pocket.POLICY_FOLDER)
     """A folder in Hugging Face layout, a .gguf file, or a hub id."""
     max_new_tokens: Count = 64
     """Response limit, in tokens."""
+    min_new_tokens: Natural = 0
+    """No end-of-sequence token before this many tokens."""
     greedy: bool = False
     """Always take the most probable token."""
     temperature: float | None = None
-    """Of sampling; 1 where it is not given."""
+    """Of sampling; by default 1."""
     top_k: int | None = None
     """Sample from the k most probable tokens alone."""
     top_p: float | None = None
@@ -48,8 +50,10 @@ class Arguments:
     """Of sampling."""
     chat: bool = False
     """Wrap each prompt in the model's chat template, as a user's message."""
+    system_prompt: str | None = None
+    """System message of every chat."""
     json: bool = False
-    """Print one object a line: prompt, completion, finish_reason."""
+    """Print one object per line: prompt, completion, finish_reason."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def generate(arguments: Arguments) -> list[dict[str, str]]:
-    """One record a prompt: `prompt`, `completion`, `finish_reason`.
+    """One record per prompt: `prompt`, `completion`, `finish_reason`.
 
     Raises:
         UsageError: an argument or the model is wrong.
@@ -78,12 +82,13 @@ def generate(arguments: Arguments) -> list[dict[str, str]]:
     if not arguments.prompts:
         raise UsageError(f"There is no prompt; give one or more: {PROG} --model FOLDER 'The plot'.")
     tokenizer = load_tokenizer(arguments.model)
-    prompts = load_prompts(
-        arguments.prompts,
+    encoder = PromptEncoder(
         tokenizer,
-        max_prompt_length=sys.maxsize,
+        sys.maxsize,
         chat_template=True if arguments.chat else None,
+        system_prompt=arguments.system_prompt,
     )
+    prompts = load_prompts(arguments.prompts, encoder)
     longest = max(len(prompt.ids) for prompt in prompts)
     network = load_pretrained(arguments.model)
     if longest + arguments.max_new_tokens > network.config.max_position_embeddings:
@@ -100,6 +105,7 @@ def generate(arguments: Arguments) -> list[dict[str, str]]:
         max_prompt_length=longest,
         max_new_tokens=arguments.max_new_tokens,
         vocab_size=network.config.vocab_size,
+        min_new_tokens=arguments.min_new_tokens,
     )
     done = Actor(network, task, sampling).respond(
         nnx.state(network), prompts, jax.random.key(arguments.seed), greedy=arguments.greedy

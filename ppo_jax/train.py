@@ -25,7 +25,7 @@ from ppo_jax.rewards import load_training_reward
 from ppo_jax.runs.folder import RunFolder, read_config
 from ppo_jax.runs.run import PROG, Run
 from qwen_env.errors import UsageError
-from qwen_env.prompts import PromptDataset, load_prompts
+from qwen_env.prompts import PromptDataset, PromptEncoder, load_prompts
 from qwen_env.task import make_task
 from qwen_env.tokenizer import Tokenizer, load_tokenizer
 
@@ -123,16 +123,16 @@ def load_all_prompts(
 ) -> tuple[PromptDataset, PromptDataset]:
     """The training prompts and the held-out ones."""
     settings = config.task
+    encoder = PromptEncoder(
+        tokenizer,
+        settings.max_prompt_length,
+        overflow=settings.prompt_overflow,
+        chat_template=True if settings.chat else None,
+        system_prompt=settings.system_prompt,
+    )
 
     def load(path: str) -> PromptDataset:
-        loaded = load_prompts(
-            path,
-            tokenizer,
-            max_prompt_length=settings.max_prompt_length,
-            overflow=settings.prompt_overflow,
-            chat_template=True if settings.chat else None,
-            system_prompt=settings.system_prompt,
-        )
+        loaded = load_prompts(path, encoder)
         cli.say_dropped(loaded, path, settings.max_prompt_length)
         return loaded
 

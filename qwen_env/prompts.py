@@ -21,7 +21,8 @@ class Prompt:
     """One prompt.
 
     `text` is what was tokenised (a chat is already rendered), `ids` int32 [length] its tokens,
-    `row` the source's row with all its columns, `index` its number in the source, or -1.
+    `row` the source's row with all its columns, `index` its number in the source, or -1 if it came
+    with the options of a reset.
     """
 
     text: str
@@ -30,7 +31,7 @@ class Prompt:
     index: int
 
     def info(self) -> dict[str, Any]:
-        """What the environments tell about it at reset."""
+        """What the environments say about it at reset."""
         return {"prompt": self.text, "prompt_index": self.index}
 
 
@@ -42,6 +43,11 @@ class PromptEncoder:
     as it is; `True`, or a template, also wraps text as a user's message; `False` takes no chats.
     `chat_template_kwargs` are variables for the template; a row may have some of its own under
     that name. `system_prompt` goes before every chat that has no system message of its own.
+    `overflow` says what to do with a prompt of more than `max_prompt_length` tokens: refuse it,
+    drop it, or cut off its left end.
+
+    Raises:
+        UsageError: a field is wrong.
     """
 
     tokenizer: Tokenizer
@@ -53,7 +59,7 @@ class PromptEncoder:
 
     def __post_init__(self) -> None:
         limit = integer("max_prompt_length", self.max_prompt_length, at_least=1)
-        object.__setattr__(self, "max_prompt_length", limit)  # small NumPy integers wrap round
+        object.__setattr__(self, "max_prompt_length", limit)  # small NumPy integers overflow
         one_of("prompt_overflow", self.overflow, get_args(Overflow))
         template = self.chat_template
         if not (template is None or isinstance(template, bool | str)) or template == "":
@@ -72,7 +78,7 @@ class PromptEncoder:
         """The prompt of `row`, or None where `overflow` drops it.
 
         Args:
-            place: how messages call the row ("line 3 of prompts.jsonl").
+            place: the row's name in messages ("line 3 of prompts.jsonl").
 
         Raises:
             UsageError: the row has no prompt, an empty one, or one over the limit.
@@ -152,11 +158,11 @@ def _check_variables(variables: Any, name: str) -> None:
         )
     for taken in ("messages", "system_prompt", "chat_template", "template", "self"):
         if taken in variables:
-            raise UsageError(f"{name} holds {taken!r}, which has a place of its own; leave it out.")
+            raise UsageError(f"{name} holds {taken!r}, which is set elsewhere; leave it out.")
 
 
 class PromptDataset(Sequence[Prompt]):
-    """Prompts that are ready to be sampled; `num_dropped` others were too long. Immutable."""
+    """Prompts, ready to be sampled; `num_dropped` others were too long. Immutable."""
 
     def __init__(self, prompts: Iterable[Prompt], num_dropped: int = 0) -> None:
         self._prompts = tuple(prompts)
@@ -181,43 +187,17 @@ class PromptDataset(Sequence[Prompt]):
         return iter(self._prompts)
 
 
-def load_prompts(
-    source: Any,
-    tokenizer: Tokenizer,
-    *,
-    max_prompt_length: int,
-    overflow: Overflow = "error",
-    chat_template: bool | str | None = None,
-    system_prompt: str | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> PromptDataset:
+def load_prompts(source: Any, encoder: PromptEncoder) -> PromptDataset:
     """Read, tokenise and check all the prompts of `source`.
 
     Args:
         source: the path of a `.jsonl` file, or an iterable (a list, a `datasets.Dataset`) of
             texts or of rows; a row has `"prompt"` (text) or `"messages"` (a chat), and its other
             columns reach the reward function. A `PromptDataset` is taken as it is.
-        overflow: what to do with a prompt over the limit: refuse it, drop it, or cut its left.
-        chat_template, system_prompt, chat_template_kwargs: see `PromptEncoder`.
 
     Raises:
-        UsageError: a row is wrong (named by file and line, or by index), or there is none.
+        UsageError: a row is wrong (named by file and line, or by index), or there are no prompts.
     """
-    return encode_prompts(
-        source,
-        PromptEncoder(
-            tokenizer,
-            max_prompt_length,
-            overflow,
-            chat_template,
-            system_prompt,
-            chat_template_kwargs,
-        ),
-    )
-
-
-def encode_prompts(source: Any, encoder: PromptEncoder) -> PromptDataset:
-    """`load_prompts` with an encoder that is there already."""
     if isinstance(source, PromptDataset):
         longest = max((len(prompt.ids) for prompt in source), default=0)
         if longest > encoder.max_prompt_length:
@@ -229,7 +209,7 @@ def encode_prompts(source: Any, encoder: PromptEncoder) -> PromptDataset:
     if isinstance(source, str | Path):
         name, rows = str(source), _read_jsonl(Path(source).expanduser())
     elif isinstance(source, Set):
-        raise UsageError("prompts is a set, which has no order that a seed could repeat; sort it.")
+        raise UsageError("prompts is a set, whose order no seed can reproduce; sort it.")
     elif type(source).__name__ == "DataFrame":  # whose items are its columns
         raise UsageError("prompts is a DataFrame; give its rows, as df.to_dict('records') does.")
     elif isinstance(source, Iterable) and not isinstance(source, Mapping | bytes):
@@ -249,7 +229,7 @@ def encode_prompts(source: Any, encoder: PromptEncoder) -> PromptDataset:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row and how messages call it. Blank lines are skipped."""
+    """Each row, after its name in messages. Blank lines are skipped."""
     if not path.exists():
         raise UsageError(
             f"{path}: no such file; a string names a .jsonl file of prompts, a list holds texts."

@@ -1,7 +1,7 @@
-"""A text task: prompts, the rules of the game, and what a finished episode is worth.
+"""A text task: prompts, the rules of the MDP, and what a finished episode is worth.
 
-Everything that the single and the vector environment share, and nothing that changes while they
-are stepped.
+Everything that the single and the vector environment share, and nothing that changes from step to
+step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from qwen_env import mdp, pocket
 from qwen_env.arguments import finite, integer, one_of, token_ids
 from qwen_env.errors import UsageError
 from qwen_env.prompt_sampling import PromptSampler, PromptSampling
-from qwen_env.prompts import Overflow, Prompt, PromptDataset, PromptEncoder, encode_prompts
+from qwen_env.prompts import Overflow, Prompt, PromptDataset, PromptEncoder, load_prompts
 from qwen_env.rewards import RewardBatch, RewardFn, load_reward, score
 from qwen_env.rewards.sentiment import pocket_sentiment
 from qwen_env.tokenizer import Tokenizer, load_tokenizer
@@ -36,7 +36,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an episode came to. `info` is that of its last step."""
+    """What an episode earned. `info` is that of its last step."""
 
     reward: float
     info: dict[str, Any]
@@ -56,17 +56,19 @@ class TextTask:
 
     @property
     def action_space(self) -> spaces.Discrete:
+        """The ids of the vocabulary, forbidden ones included."""
         return spaces.Discrete(self.rules.vocab_size)
 
     @property
     def observation_space(self) -> spaces.Dict:
+        """The space of what `observe` makes of one state."""
         width, last_id = self.rules.max_length, self.rules.vocab_size - 1
         return spaces.Dict(
             {
                 "input_ids": spaces.Box(0, last_id, (width,), np.int32),
                 "attention_mask": spaces.Box(0, 1, (width,), np.int8),
                 "length": spaces.Box(1, width, (), np.int32),
-                # From 0, which it never is: Gymnasium warns of a box that holds a single value.
+                # From 0, which no length is: Gymnasium warns of a box that holds a single value.
                 "prompt_length": spaces.Box(0, self.rules.max_prompt_length, (), np.int32),
             }
         )
@@ -79,13 +81,13 @@ class TextTask:
     def allows(self, tokens: Any, num_written: Any) -> Any:
         """bool [...]: whether ids inside the vocabulary can be chosen after `num_written` others.
 
-        `mdp.action_mask`, looked up: it never costs more than the ids that are asked for.
+        `mdp.action_mask` as a lookup, which costs no more than the ids that are asked for.
         """
         is_late = num_written >= self.rules.min_new_tokens
         return self._allowed[is_late * 1, tokens]
 
     def why_not(self, token: int) -> str:
-        """One sentence on an action that cannot be taken."""
+        """One sentence that says why `token` cannot be chosen."""
         last = self.rules.vocab_size - 1
         if not 0 <= token <= last:
             return f"action {token} is outside the vocabulary; ids run from 0 to {last}."
@@ -127,7 +129,7 @@ class TextTask:
             )
         if "prompt_index" not in options:
             encoder = self.prompt_encoder
-            if encoder.overflow == "drop":  # what was asked for is never dropped in silence
+            if encoder.overflow == "drop":  # what was asked for is never silently dropped
                 encoder = replace(encoder, overflow="error")
             return encoder.encode(options, index=-1, place="the option of reset")
         index = integer("prompt_index", options["prompt_index"])
@@ -143,7 +145,7 @@ class TextTask:
         return self.prompts[sampler.draw(rng)]
 
     def completion(self, state: mdp.State) -> str:
-        """The text written so far in `state` (of one environment)."""
+        """The text written so far in `state`, which has no batch axis."""
         return self.tokenizer.decode(state.tokens[state.prompt_length : state.length])
 
     def evaluate(self, episodes: Sequence[Episode]) -> list[Outcome]:
@@ -259,7 +261,7 @@ def make_task(
         forbidden_token_ids=token_ids("forbidden_token_ids", forbidden_token_ids),
         min_new_tokens=min_new_tokens,
     )
-    # Listed now that the size is checked: of a wrong one they could be too many for the memory.
+    # Listed only now that the size is checked: a wrong one could take all the memory.
     has_no_text = np.ones(size, dtype=bool)
     has_no_text[list(tokenizer.ids)] = False
     without_text = np.flatnonzero(has_no_text).tolist()
@@ -279,7 +281,7 @@ def make_task(
     )
     return TextTask(
         tokenizer=tokenizer,
-        prompts=encode_prompts(pocket.TRAIN_PROMPTS if prompts is None else prompts, encoder),
+        prompts=load_prompts(pocket.TRAIN_PROMPTS if prompts is None else prompts, encoder),
         prompt_encoder=encoder,
         sampling=sampling,
         rules=rules,

@@ -1,6 +1,7 @@
 """A network small enough to compile in a second, a task with its vocabulary, and whole runs."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -149,6 +150,20 @@ def inputs(
         lines = (json.dumps({"prompt": text}) + "\n" for text in some)
         (folder / f"{name}.jsonl").write_text("".join(lines))
     (folder / "rewards_of_tests.py").write_text(REWARD_MODULE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_model(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of `inputs`, with a chat template: the messages in a row, and " It was"."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(inputs / "model", folder)
+    path = folder / "tokenizer_config.json"
+    template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %} It was{% endif %}"
+    )
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
     return folder
 
 

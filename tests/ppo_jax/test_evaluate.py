@@ -59,6 +59,45 @@ def test_every_prompt_counts_once(
     assert passes["greedy"]["score"] == pytest.approx(np.mean([len(p) for p in prompts]))
 
 
+def test_sampling_among_one_token_is_greedy(
+    argv: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    for flags in (["--top-k", "1"], ["--top-p", "1e-6"]):
+        passes = as_json([*argv, *flags], capfd)
+        assert passes["sampled"] == passes["greedy"]
+
+
+def test_length_limits_are_those_of_the_run(
+    argv: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    plain = as_json(argv, capfd)
+    penalised = as_json([*argv, "--missing-eos-penalty", "0.5"], capfd)
+    assert 0 < plain["sampled"]["eos_rate"] < 1
+    for decoding, means in plain.items():
+        penalty = penalised[decoding]["missing_eos_penalty"]
+        assert penalty == pytest.approx(-0.5 * (1 - means["eos_rate"]))
+        assert penalised[decoding]["score"] == pytest.approx(means["score"] + penalty)
+    for means in as_json([*argv, "--min-new-tokens", "8"], capfd).values():
+        # The one token that may end the response is the last.
+        assert means["length_mean"] == 8
+
+
+def test_the_system_prompt_is_in_every_chat(
+    argv: list[str], chat_model: Path, rewards: ModuleType, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prompts: list[str] = []
+
+    def score(batch: Any) -> np.ndarray:
+        prompts.extend(batch.prompts)
+        return np.zeros(len(batch), np.float32)
+
+    rewards.on_call = dict.fromkeys(range(1, 5), score)
+    flags = ["--model", str(chat_model), "--chat", "--system-prompt", "I liked it. "]
+    as_json([*argv, *flags], capfd)
+    assert prompts[0] == "I liked it. The plot was It was"
+    assert all(prompt.startswith("I liked it. ") for prompt in prompts)
+
+
 def test_a_finished_run_scores_as_its_last_evaluation_says(
     finished_run: Path, inputs: Path, argv: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,6 +149,8 @@ def test_a_table_for_people(argv: list[str], capfd: pytest.CaptureFixture[str]) 
         (["--batch-size", "0"], ["batch_size is 0"]),
         (["--seed", str(2**32)], ["seed is 4294967296", "below 2**32"]),
         (["--temperature", "0"], ["temperature is 0.0"]),
+        (["--min-new-tokens", "9"], ["min_new_tokens is 9", "max_new_tokens (8)"]),
+        (["--missing-eos-penalty", "-1"], ["missing_eos_penalty is -1.0", "at least 0"]),
         (["--max-prompt-length", "1"], ["line 1 of", "over the limit of 1"]),
         (["--max-new-tokens", "64"], ["64 positions"]),
         (["--model", "./nothing"], ["./nothing"]),

@@ -5,22 +5,6 @@ import pytest
 
 from ppo_jax.generate import main
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %} It was{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def chat_model(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model, with a chat template."""
-    folder = tmp_path_factory.mktemp("chat")
-    for path in (inputs / "model").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
-    return folder
-
 
 def generate(capfd: pytest.CaptureFixture[str], model: Path, *argv: str) -> list[str]:
     capfd.readouterr()
@@ -50,11 +34,20 @@ def test_greedy_is_deterministic_and_a_seed_is_reproducible(
     sampled = outputs("--seed", "1")
     assert outputs("--seed", "1") == sampled
     assert outputs("--seed", "2") != sampled
+    assert outputs("--top-k", "1", "--seed", "5") == greedy
+    assert outputs("--top-p", "1e-6", "--seed", "5") == greedy
 
 
-def test_text_is_prompt_and_completion(
-    inputs: Path, chat_model: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_no_end_before_so_many_tokens(inputs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def finish_reasons(*argv: str) -> set[str]:
+        lines = generate(capfd, inputs / "model", *["The plot"] * 8, "--json", *argv)
+        return {json.loads(line)["finish_reason"] for line in lines}
+
+    assert finish_reasons() == {"eos", "length"}
+    assert finish_reasons("--min-new-tokens", "6") == {"length"}
+
+
+def test_text_is_prompt_and_completion(inputs: Path, capfd: pytest.CaptureFixture[str]) -> None:
     argv = ("The plot was", "--greedy")
     [record] = map(json.loads, generate(capfd, inputs / "model", *argv, "--json"))
     text = "\n".join(generate(capfd, inputs / "model", *argv))
@@ -64,16 +57,20 @@ def test_text_is_prompt_and_completion(
 def test_chat_renders_the_template_and_prints_the_answer_alone(
     inputs: Path, chat_model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    [answer] = map(
-        json.loads, generate(capfd, chat_model, "The plot.", "--chat", "--greedy", "--json")
-    )
-    [rendered] = map(
-        json.loads, generate(capfd, inputs / "model", "The plot. It was", "--greedy", "--json")
-    )
+    def record(model: Path, *argv: str) -> dict[str, str]:
+        [line] = generate(capfd, model, *argv, "--greedy", "--json")
+        return json.loads(line)
+
+    answer = record(chat_model, "The plot.", "--chat")
+    rendered = record(inputs / "model", "The plot. It was")
     assert answer["completion"] == rendered["completion"]
     assert answer["prompt"] == "The plot."
     text = "\n".join(generate(capfd, chat_model, "The plot.", "--chat", "--greedy"))
     assert text == "\n".join(answer["completion"].splitlines())
+
+    answer = record(chat_model, "The plot.", "--chat", "--system-prompt", "I liked it. ")
+    rendered = record(inputs / "model", "I liked it. The plot. It was")
+    assert answer["completion"] == rendered["completion"]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +87,10 @@ def test_chat_renders_the_template_and_prints_the_answer_alone(
         (["a", "--max-new-tokens", "0"], ["max_new_tokens is 0"]),
         (["a", "--seed", str(2**32)], ["seed is 4294967296", "below 2**32"]),
         (["a " * 30, "--max-new-tokens", "60"], ["max_new_tokens (60)", "64 positions"]),
+        (["a", "--min-new-tokens", "9", "--max-new-tokens", "8"], ["min_new_tokens is 9", "(8)"]),
+        (["a", "--min-new-tokens", "-1"], ["min_new_tokens is -1", "at least 0"]),
         (["a", "--chat"], ["chat template"]),
+        (["a", "--system-prompt", "b"], ["system_prompt", "chat_template"]),
         (["a", "--model", "./nothing"], ["./nothing", "no such folder"]),
         (["a", "--modle", "x"], ["--modle"]),
     ],

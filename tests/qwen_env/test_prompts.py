@@ -6,7 +6,7 @@ import pandas
 import pytest
 
 from qwen_env.errors import UsageError
-from qwen_env.prompts import load_prompts
+from qwen_env.prompts import PromptEncoder, load_prompts
 from qwen_env.tokenizer import load_tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -17,7 +17,8 @@ def load(folder):
     tokenizer = load_tokenizer(folder)
 
     def load(source, **arguments):
-        return load_prompts(source, tokenizer, **({"max_prompt_length": 30} | arguments))
+        encoder = PromptEncoder(tokenizer, **({"max_prompt_length": 30} | arguments))
+        return load_prompts(source, encoder)
 
     load.tokenizer = tokenizer
     return load
@@ -209,7 +210,7 @@ def test_wrong_sources(load, tmp_path):
         load(["the film was"], max_prompt_length=1, overflow="drop")
     with pytest.raises(UsageError, match="prompts is a dict"):
         load({"prompt": "a"})
-    with pytest.raises(UsageError, match="prompts is a set, which has no order"):
+    with pytest.raises(UsageError, match="prompts is a set, whose order no seed can repr"):
         load({"a", "b"})
     frame = pandas.DataFrame({"prompt": ["a", "b"]})
     with pytest.raises(UsageError, match=r"prompts is a DataFrame; .* df.to_dict\('records'\)"):
@@ -230,7 +231,7 @@ def test_wrong_arguments(load, backend):
     with pytest.raises(UsageError, match=r"prompts\[0\] holds chat messages"):
         load([{"messages": CHAT}], chat_template=False)
     with pytest.raises(UsageError, match=r"prompts\[0\]: the tokenizer has no chat template"):
-        load_prompts([{"messages": CHAT}], load_tokenizer(backend), max_prompt_length=9)
+        load_prompts([{"messages": CHAT}], PromptEncoder(load_tokenizer(backend), 9))
     for name in ("self", "template"):
-        with pytest.raises(UsageError, match=f"holds '{name}', which has a place of its own"):
+        with pytest.raises(UsageError, match=f"holds '{name}', which is set elsewhere"):
             load([{"messages": CHAT}], chat_template_kwargs={name: "x"})
