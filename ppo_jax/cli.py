@@ -20,7 +20,7 @@ from qwen_env.prompts import PromptDataset
 
 Arguments = TypeVar("Arguments")
 
-_SIGPIPE = 141  # 128 + its number, as shells have it
+_SIGPIPE = 141  # 128 + its number, as in shells
 _SUGGESTION = re.compile(r"^│ {5}(--\S+)", re.MULTILINE)
 
 
@@ -53,7 +53,7 @@ def parse(
 
 @contextlib.contextmanager
 def errors_as_sentences() -> Iterator[None]:
-    """Print an error that the user can mend on stderr, in one line, and exit with status 2."""
+    """Print an error that the user can fix on stderr, in one line, and exit with status 2."""
     try:
         yield
         sys.stdout.flush()
@@ -92,7 +92,7 @@ def _readable(number: str, unit: str) -> str:
 
 
 def _drop_output() -> None:
-    """What is left in the buffer of stdout would fail again when Python exits."""
+    """Send what stdout still buffers to nowhere: it would fail again when Python exits."""
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
@@ -103,30 +103,35 @@ def _fail(message: str) -> NoReturn:
 
 
 def keep_compiled_programs() -> None:
-    """Keep compiled programs on disk, so that a second run starts at once."""
+    """Keep compiled programs on disk, so that a second run need not compile them."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "ppo_jax", "xla"))
 
 
 def find_devices() -> None:
-    """Have JAX start, before something else fails for it.
+    """Start JAX now, so that its failure gets a sentence of its own.
 
     Raises:
-        UsageError: it does not.
+        UsageError: it does not start.
     """
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter for CUDA that is not installed
         why = str(error) or "it is not installed"
+        if platforms := os.environ.get("JAX_PLATFORMS"):
+            raise UsageError(
+                f"JAX cannot use JAX_PLATFORMS={platforms}: {why}; unset the variable, or install "
+                "JAX for that platform."
+            ) from error
         raise UsageError(
-            f"JAX cannot use JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {why}; unset "
-            "the variable, or install JAX for that platform."
+            f"JAX cannot start: {why}; repair the device's driver, or set JAX_PLATFORMS=cpu to run "
+            "without the device."
         ) from error
 
 
 def say_dropped(prompts: PromptDataset, name: str, limit: int) -> None:
-    """Tell of prompts that `--prompt-overflow drop` left out, if there are any."""
+    """Report on stderr how many prompts `--prompt-overflow drop` left out, if any."""
     if dropped := prompts.num_dropped:
         total = dropped + len(prompts)
         message = f"Dropped {dropped} of {total} prompts of {name}: more than {limit} tokens."
@@ -135,7 +140,7 @@ def say_dropped(prompts: PromptDataset, name: str, limit: int) -> None:
 
 def refuse_run_folder(model: str) -> None:
     """Raises:
-    UsageError: `model` is the folder of a run, which holds models and is none.
+    UsageError: `model` is the folder of a run, which contains models but is not one.
     """
     folder = Path(model).expanduser()
     models = [str(folder / name) for name in ("final", "best") if (folder / name).is_dir()]
@@ -144,7 +149,7 @@ def refuse_run_folder(model: str) -> None:
 
 
 def _first_paragraph(box: str) -> str:
-    """The words at the top of one of tyro's boxes, above its first rule."""
+    """The words at the top of one of tyro's boxes, above its first horizontal line."""
     words: list[str] = []
     for line in box.splitlines():
         text = line.strip("│╭╮╰╯─ ").strip()

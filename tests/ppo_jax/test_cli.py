@@ -58,7 +58,7 @@ def test_what_was_meant_is_named() -> None:
         parse("--sizes", "4")
 
 
-def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_not_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         parse("--help")
     assert exit.value.code in (0, None)
@@ -94,7 +94,7 @@ def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
         ),
     ],
 )
-def test_errors_a_person_can_mend(
+def test_errors_that_the_user_can_fix(
     error: Exception, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit, cli.errors_as_sentences():
@@ -157,7 +157,17 @@ def test_a_platform_that_is_not_there(
         cli.find_devices()
 
 
-def test_a_run_is_no_model(tmp_path: Path) -> None:
+def test_a_device_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def devices() -> None:
+        raise RuntimeError("no driver")
+
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(UsageError, match=r"^JAX cannot start: no driver; .* set JAX_PLATFORMS=cpu"):
+        cli.find_devices()
+
+
+def test_a_run_is_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "final").mkdir()
     cli.refuse_run_folder(str(tmp_path))  # a model may lie beside others
     (tmp_path / "metrics.jsonl").touch()
