@@ -1,4 +1,4 @@
-"""The page in docs/ is the class docstring, and the docstring tells the whole truth."""
+"""The page in docs/ is the class docstring, which tells the whole truth, and examples run."""
 
 import inspect
 import re
@@ -12,7 +12,8 @@ from qwen_env.rewards.loading import FORMS
 from qwen_env.task import _RESET_OPTIONS
 from qwen_env.vector_env import QwenTextVectorEnv
 
-PAGE = Path(__file__).parents[2] / "docs" / "environment.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "environment.md"
 HEADINGS = [
     "Description",
     "Action Space",
@@ -87,6 +88,31 @@ def test_the_example_runs(capsys):
     exec(example, variables)
     assert variables["ended"]
     assert f"reward {variables['reward']:+.3f}" in capsys.readouterr().out
+
+
+def readme_blocks(title):
+    """The Python blocks under a heading of the README, down to the next."""
+    sections = re.split(r"^## ", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    (section,) = (section for section in sections if section.startswith(f"{title}\n"))
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+def test_the_environment_of_the_readme_runs(capsys):
+    (example,) = readme_blocks("The environment in ten lines")
+    assert len([line for line in example.splitlines() if line]) == 10
+    variables: dict = {}
+    exec(example, variables)
+    assert variables["ended"]
+    assert capsys.readouterr().out.endswith(f"]\n {variables['reward']}\n")
+
+
+def test_the_reward_of_the_readme_scores():
+    example, *_ = readme_blocks("Train on your own prompts and reward")
+    variables: dict = {}
+    exec(example, variables)
+    env = gym.make("QwenText-v0", reward=variables["short_and_polite"], max_new_tokens=1)
+    env.reset(seed=0)
+    assert env.step(100)[1] == pytest.approx(-0.01)
 
 
 def test_every_key_of_the_infos_is_there():
