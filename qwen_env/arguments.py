@@ -1,4 +1,4 @@
-"""Checks that arguments have in common, so that their messages do too."""
+"""Checks that many arguments share, so that their messages agree."""
 
 import math
 import operator
@@ -10,7 +10,7 @@ from qwen_env.errors import UsageError
 
 
 def integer(name: str, value: Any, *, at_least: int | None = None) -> int:
-    """`value`, which messages call `name`, as an int; NumPy's integers are integers too.
+    """`value`, called `name` in messages, as an int; NumPy's integers are integers too.
 
     Raises:
         UsageError: it is not an integer, or too small.
@@ -25,7 +25,7 @@ def integer(name: str, value: Any, *, at_least: int | None = None) -> int:
 
 
 def finite(name: str, value: Any) -> float:
-    """`value`, which messages call `name`, as a float.
+    """`value`, called `name` in messages, as a float.
 
     Raises:
         UsageError: it is not a number, or not a finite one.
@@ -40,7 +40,7 @@ def finite(name: str, value: Any) -> float:
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Refuse a `value`, which messages call `name`, that is none of `choices`.
+    """Refuse a `value`, called `name` in messages, that is not one of `choices`.
 
     Raises:
         UsageError: it is something else.
@@ -70,7 +70,7 @@ def token_ids(name: str, ids: Any) -> tuple[int, ...]:
 
 
 def _index(value: Any) -> int:
-    """`operator.index`, for which True is 1, and for us no integer."""
+    """`operator.index`, but True and False are not integers."""
     if isinstance(value, bool):
         raise TypeError
     return operator.index(value)

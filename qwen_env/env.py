@@ -41,17 +41,17 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     env.close()
     ```
 
-    `gymnasium.make_vec("QwenText-v0", num_envs=N)` makes a `QwenTextVectorEnv`: N episodes at
-    once, stepped in one call, and the ones that end together scored in one call. Row i of one with
+    `gymnasium.make_vec("QwenText-v0", num_envs=N)` makes a `QwenTextVectorEnv`: N episodes
+    are stepped in one call, and those that end together are scored in one call. Row i of one with
     seed s is this environment with seed s + i.
 
     ## Action Space
     `Discrete(vocab_size)`: the id of the token to append. Any integer type will do. Some ids may
     be forbidden: those in `forbidden_token_ids`, those of a padded vocabulary that have no text,
-    and the end-of-sequence ids before `min_new_tokens`. `action_mask()` tells (int8 of shape (V,),
-    1 is allowed; (N, V) in the vector environment, whose `action_space.sample` takes it as a
-    tuple of rows). An action that is forbidden, outside the vocabulary or no integer raises
-    `gymnasium.error.InvalidAction` and leaves the episode as it was.
+    and the end-of-sequence ids before `min_new_tokens`. `action_mask()` says which are allowed:
+    int8 of shape (V,), 1 if allowed; (N, V) in the vector environment, whose `action_space.sample`
+    takes it as a tuple of rows. An action that is forbidden, outside the vocabulary or not an
+    integer raises `gymnasium.error.InvalidAction` and leaves the episode as it was.
 
     ## Observation Space
     A `Dict`, with S = `max_prompt_length` + `max_new_tokens`:
@@ -59,7 +59,7 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     | key              | space                          | meaning                              |
     |------------------|--------------------------------|--------------------------------------|
     | `input_ids`      | `Box`, int32, shape (S,)       | prompt, then response, then padding  |
-    | `attention_mask` | `Box`, int8, shape (S,)        | 1 on prompt and response, 0 behind   |
+    | `attention_mask` | `Box`, int8, shape (S,)        | 1 on prompt and response, 0 after    |
     | `length`         | `Box`, int32, shape ()         | tokens of prompt and response        |
     | `prompt_length`  | `Box`, int32, shape ()         | tokens of the prompt                 |
 
@@ -69,11 +69,11 @@ class QwenTextEnv(gym.Env[Observation, Any]):
 
     - `{"prompt": text}`: this text, treated as those of `prompts` are;
     - `{"messages": [{"role": ..., "content": ...}, ...]}`: this chat, in the chat template;
-    - `{"prompt_index": i}`: the prompt with number i in the source, from 0.
+    - `{"prompt_index": i}`: prompt number i of the source, from 0.
 
-    `reset(seed=s)` also begins the order of the prompts anew: equal seeds, equal episodes. In the
-    vector environment the options hold for every row that is reset, and a further one chooses the
-    rows: `{"reset_mask": mask}`, a NumPy array of bool of shape (N,).
+    `reset(seed=s)` also restarts the order of the prompts: equal seeds, equal episodes. In the
+    vector environment the options hold for every row that is reset, and one more chooses the rows:
+    `{"reset_mask": mask}`, a NumPy array of bool of shape (N,).
 
     ## Rewards
     0 until the episode ends, then the reward function's score, less `missing_eos_penalty` if the
@@ -82,12 +82,12 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     A reward function takes a `qwen_env.rewards.RewardBatch` of finished episodes (prompts,
     completions, their token ids, the rows of the dataset, how they ended) and returns a number for
     each, or `(numbers, {name: numbers})` to report components beside the score. If it raises, or
-    returns another count, another type or a number that is not finite, `step` raises
+    returns too few or too many values, or one that is not a finite number, `step` raises
     `qwen_env.rewards.RewardError`, which names the function and the row; the step is not taken.
 
     ## Episode End
     - Terminated: the action is an end-of-sequence id.
-    - Truncated: the response holds `max_new_tokens` tokens, and the last is no end-of-sequence id.
+    - Truncated: the response has `max_new_tokens` tokens, none of them an end-of-sequence id.
 
     A step after that, or before the first `reset`, raises `gymnasium.error.ResetNeeded`. Do not
     pass `max_episode_steps`: Gymnasium's `TimeLimit` would cut the episode before it is scored.
@@ -95,13 +95,13 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     The vector environment resets rows as `autoreset_mode` says, in Gymnasium's terms:
 
     - `"NextStep"`: by the next step, which ignores the row's action and gives it reward 0;
-    - `"SameStep"`: within the step that ends it; what the episode ended with is then in
-      `info["final_obs"]` and `info["final_info"]`;
-    - `"Disabled"`: by `reset(options={"reset_mask": mask})`; no step is taken before.
+    - `"SameStep"`: within the step that ends the episode, whose last observation and info are then
+      in `info["final_obs"]` and `info["final_info"]`;
+    - `"Disabled"`: by `reset(options={"reset_mask": mask})`, before which no step can be taken.
 
     ## Information
     `reset` gives `prompt` (its text) and `prompt_index` (its number in the source, from 0; -1 if
-    its text or chat came by the options). The last `step` of an episode gives `completion` (text
+    its text or chat came from the options). The last `step` of an episode gives `completion` (text
     without special tokens), `completion_length` (in tokens, the end-of-sequence token included),
     `finish_reason` ("eos" or "length") and `reward_components` (the `score`, the parts that the
     reward function names, and the `missing_eos_penalty` if there is one). Other steps give nothing.
@@ -114,7 +114,7 @@ class QwenTextEnv(gym.Env[Observation, Any]):
       `tokenizers` or `transformers` packages. Default: the pocket task's.
     - `prompts=None`: the path of a `.jsonl` file, or a list or `datasets.Dataset` of texts or of
       rows with `"prompt"` (text) or `"messages"` (a chat); other columns reach the reward
-      function. `qwen_env.rewards.reasoning_gym.ReasoningGym` makes prompts and their reward of a
+      function. `qwen_env.rewards.reasoning_gym.ReasoningGym` makes prompts and their reward from a
       task of that package. Default: the pocket task's.
     - `reward`: a callable, or the name of one: `"package.module:callable"`; or
       `"hf:FOLDER_OR_HUB_ID"`, a sequence-classification model run by `transformers`, with options
@@ -123,7 +123,7 @@ class QwenTextEnv(gym.Env[Observation, Any]):
       `"1.0 * SPEC + 0.2 * SPEC"` or `{name: (weight, reward)}`. Default: the pocket grammar's
       sentiment.
     - `max_prompt_length=32`, `max_new_tokens=32`: limits, in tokens. With `max_new_tokens=1`
-      Gymnasium's `check_env` fails ("truncates after 1 step"), which is a limit of its own.
+      Gymnasium's `check_env` fails ("truncates after 1 step"): it requires at least two.
     - `vocab_size=None`: the model's vocabulary size, if it is padded beyond the tokenizer's.
     - `eos_token_ids=None`: the id, or ids, that end the response. Default: what the tokenizer's
       folder says.
@@ -134,10 +134,11 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     - `system_prompt=None`: goes before every chat without a system message.
     - `prompt_overflow="error"`: what to do with a prompt over the limit; or `"drop"`, or
       `"truncate_left"`.
-    - `sampling="uniform"`: how prompts are drawn; or `"shuffle"` (a new permutation each time
+    - `sampling="uniform"`: how prompts are drawn; or `"shuffle"` (a new permutation in each
       round), or `"sequential"`.
-    - `min_new_tokens=0`: no end-of-sequence token can be chosen before the response has as many.
-    - `forbidden_token_ids=()`: what can never be chosen.
+    - `min_new_tokens=0`: no end-of-sequence token can be chosen before the response has this many
+      tokens.
+    - `forbidden_token_ids=()`: ids that can never be chosen.
     - `missing_eos_penalty=0.0`: taken from the reward of a response that was cut off.
     - `render_mode=None`: `"human"` prints the episode as it grows, `"ansi"` lets `render()` return
       it as text.
@@ -202,12 +203,12 @@ class QwenTextEnv(gym.Env[Observation, Any]):
 
         Raises:
             gymnasium.error.InvalidAction: not an integer, outside the vocabulary, or forbidden.
-            gymnasium.error.ResetNeeded: no episode is going.
+            gymnasium.error.ResetNeeded: no episode is under way.
             qwen_env.rewards.RewardError: the reward function failed; the step was not taken.
         """
         state = self._state
         if state is None or mdp.has_ended(state):
-            raise ResetNeeded("no episode is going; call reset() before step().")
+            raise ResetNeeded("no episode is under way; call reset() before step().")
         state = mdp.step(state, self._checked(action, state), self.task.rules, np)
         terminated, truncated = bool(state.terminated), bool(state.truncated)
         reward, info = 0.0, {}

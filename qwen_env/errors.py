@@ -1,4 +1,4 @@
-"""The one exception for a mistake that a person can mend."""
+"""The one exception for a mistake that the user can fix."""
 
 
 class UsageError(ValueError):

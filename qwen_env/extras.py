@@ -10,7 +10,7 @@ def import_extra(module: str, extra: str) -> ModuleType:
     """Import `module`, which the optional extra `extra` installs.
 
     Raises:
-        DependencyNotInstalled: it is not there; the message holds the pip line.
+        DependencyNotInstalled: it is not installed; the message has the pip command.
     """
     try:
         return import_module(module)

@@ -1,13 +1,13 @@
 """The token MDP: text generation as a Markov decision process, in pure functions.
 
-A state is a prompt with the response written so far behind it; an action is a token id; a
+A state is a prompt followed by the response written so far; an action is a token id; a
 transition writes the action at `length`. The episode is `terminated` by an end-of-sequence id and
 `truncated` by the response limit, never both. The reward is zero until the episode ends, so it is
 not part of the transition: see `qwen_env.rewards`.
 
-Every function takes the array namespace `xp` (`numpy` or `jax.numpy`) last, and any number of
-leading batch axes: the same lines drive the Gymnasium environments one step at a time and the
-compiled rollout of `ppo_jax`.
+Functions that make arrays take the array namespace `xp` (`numpy` or `jax.numpy`) last, and all take
+any number of leading batch axes: the same lines drive the Gymnasium environments one step at a time
+and the compiled rollout of `ppo_jax`.
 
 Shapes: P prompt limit, T response limit, S = P + T, V vocabulary; `...` any batch axes.
 """
@@ -24,7 +24,7 @@ from qwen_env.errors import UsageError
 Array = Any  # a NumPy or a JAX array: the functions below are written for both
 
 PAD_TOKEN_ID = 0
-"""What `tokens` holds behind `length`. Lengths say what is real; no code compares ids with this."""
+"""What `tokens` holds after `length`. Lengths say what is real; no code compares ids with this."""
 
 _LARGEST = 2**31 - 1  # ids and lengths are int32
 
@@ -125,7 +125,7 @@ def step(state: State, action: Array, rules: Rules, xp: Any) -> State:
     action = xp.int32(action)
     ended = has_ended(state)
     running = ~ended
-    slot = state.length * running - ended  # -1, which is no position, in rows that have ended
+    slot = state.length * running - ended  # -1, which matches no position, in ended rows
     writes = xp.asarray(_positions(rules.max_length)) == slot[..., None]
     length = state.length + running
     is_eos = _is_any_of(rules.eos_token_ids, action)

@@ -10,9 +10,8 @@ PromptSampling = Literal["uniform", "shuffle", "sequential"]
 class PromptSampler:
     """Draws indices below `count`.
 
-    `"uniform"` draws each independently, `"shuffle"` goes through a new permutation each time
-    round, `"sequential"` goes 0, 1, 2, ... and round again. After `restart` the order depends on
-    nothing but the generator.
+    `"uniform"` draws each independently, `"shuffle"` goes through a new permutation in each round,
+    `"sequential"` through 0, 1, 2, ... in every round.
     """
 
     def __init__(self, count: int, sampling: PromptSampling) -> None:
@@ -21,9 +20,11 @@ class PromptSampler:
         self.restart()
 
     def restart(self) -> None:
+        """Begin a new round: from here on, the order depends on the generator alone."""
         self._num_drawn = 0
 
     def draw(self, rng: np.random.Generator) -> int:
+        """The next index."""
         if self._sampling == "uniform":
             return int(rng.integers(self._count))
         place = self._num_drawn % self._count

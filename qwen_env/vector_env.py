@@ -24,8 +24,8 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     """`num_envs` copies of `QwenTextEnv` that are stepped together.
 
     Row i of an environment with seed s is the single environment with seed s + i. The rows that
-    end in one step are scored in one call of the reward function. Arguments, options and the three
-    `autoreset_mode`s are described with `QwenTextEnv`.
+    end in one step are scored in one call of the reward function. `QwenTextEnv` describes the
+    arguments, the options and the three values of `autoreset_mode`.
     """
 
     metadata = {  # noqa: RUF012
@@ -174,7 +174,7 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
 
     def _started_state(self) -> mdp.State:
         if self._state is None:
-            raise ResetNeeded("no episodes are going; call reset() first.")
+            raise ResetNeeded("no episodes are under way; call reset() first.")
         return self._state
 
     def _start(self, rows: np.ndarray, prompt: Prompt | None = None) -> dict[str, Any]:
@@ -213,7 +213,7 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         if not isinstance(seed, Sequence | np.ndarray) or len(seed) != self.num_envs:
             raise UsageError(
                 f"seed is {seed!r}; it must be an integer, or a list of {self.num_envs} integers "
-                "or None, one a row."
+                "or None, one per row."
             )
         return [int(s) if isinstance(s, np.integer) else s for s in seed]
 

@@ -15,8 +15,8 @@ REWARD_FOLDER = _HERE / "reward"
 
 TRAIN_PROMPTS = _HERE / "train_prompts.jsonl"
 HELDOUT_PROMPTS = _HERE / "heldout_prompts.jsonl"
-"""Openings of reviews, one `{"prompt": ...}` a line; the two files share none."""
+"""Openings of reviews, one `{"prompt": ...}` per line; the two files share none."""
 
 MAX_PROMPT_LENGTH = 8
 MAX_NEW_TOKENS = 28
-"""Limits in tokens that every prompt, and every review that continues one, keep."""
+"""Limits in tokens, which every prompt and every review that continues one respect."""

@@ -13,7 +13,7 @@ from qwen_env.tokenizer import Tokenizer
 
 EOS = "<|endoftext|>"
 EOS_ID = 0  # special tokens come first; it is the padding as well
-VOCAB_SIZE = 768  # of the models; the tokenizer runs out of merges before, at about 710
+VOCAB_SIZE = 768  # of the models; the tokenizer runs out of merges earlier, at about 710
 PROMPT_WORDS = (2, 7)
 _OPENING_TRIES = 100  # for each prompt
 
@@ -43,7 +43,7 @@ def openings(rng: np.random.Generator, tokenizer: Tokenizer, count: int) -> list
     """`count` different prompts: the first words of reviews, before any word of praise or blame.
 
     Raises:
-        UsageError: so many are not to be found.
+        UsageError: there are not that many.
     """
     found: dict[str, None] = {}
     for _ in range(_OPENING_TRIES * count):
@@ -59,13 +59,13 @@ def openings(rng: np.random.Generator, tokenizer: Tokenizer, count: int) -> list
             found[prompt] = None
     if len(found) < count:
         raise UsageError(
-            f"{count} different prompts are not to be found, only {len(found)}; lower "
-            "num_train_prompts or num_heldout_prompts."
+            f"only {len(found)} different prompts were found, not {count}; lower num_train_prompts "
+            "or num_heldout_prompts."
         )
     return list(found)
 
 
 def write_prompts(prompts: list[str], path: Path) -> None:
-    """One `{"prompt": ...}` a line."""
+    """One `{"prompt": ...}` per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))

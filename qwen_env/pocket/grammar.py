@@ -8,8 +8,8 @@ regular), so the two cannot disagree.
 The sentiment of an opinion is the value of its word times the factor in front of it ("very",
 "not ... at all"). A review's is the mean of its opinions; after a word of contrast ("but",
 "although", "still") the later one weighs more, because that is the one the reviewer ends on.
-Nothing is summed, so saying more, or saying it twice, gains nothing. Text that is no complete
-review of the grammar scores -1.
+Nothing is summed, so saying more, or saying it twice, gains nothing. Text that is not a
+complete review of the grammar scores -1.
 """
 
 import re
@@ -26,7 +26,7 @@ CONTRAST_WEIGHTS = (0.3, 0.7)
 # ---------------------------------------------------------------- words that carry meaning
 
 OPINION_VALUES: dict[str, dict[str, float]] = {
-    "quality": {  # said of a thing or, behind "a", of the film: so no vowel leads
+    "quality": {  # said of a thing or, after "a", of the film: so none starts with a vowel
         "good": 0.5, "decent": 0.35, "fine": 0.3, "strong": 0.5, "memorable": 0.6,
         "clever": 0.55, "charming": 0.6, "lively": 0.5, "fresh": 0.45, "beautiful": 0.65,
         "bad": -0.55, "bland": -0.35, "plain": -0.3, "weak": -0.5, "forgettable": -0.5,
@@ -227,7 +227,7 @@ def is_grammatical(text: str) -> bool:
 
 
 def sentiment(text: str) -> float:
-    """How much `text` likes its film, from -1 to 1; `OFF_GRAMMAR` where it is no review."""
+    """How much `text` likes its film, from -1 to 1; `OFF_GRAMMAR` if it is not a review."""
     if not is_grammatical(text):
         return OFF_GRAMMAR
     said = meaning(text)
@@ -237,7 +237,7 @@ def sentiment(text: str) -> float:
 
 
 def meaning(text: str) -> Meaning:
-    """The words of `text` that carry meaning; it need be no review."""
+    """The words of `text` that carry meaning; it need not be a review."""
     opinions: list[float] = []
     is_contrast = False
     start = len(text)

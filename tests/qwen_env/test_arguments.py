@@ -12,7 +12,7 @@ def test_integers_of_every_kind(value):
 
 
 @pytest.mark.parametrize("value", [3.0, "3", None, True, [3], np.float32(3), float("nan")])
-def test_what_is_no_integer(value):
+def test_what_is_not_an_integer(value):
     with pytest.raises(UsageError, match=r"^n is .*; it must be an integer\.$"):
         integer("n", value)
 
@@ -29,7 +29,7 @@ def test_numbers_of_every_kind(value):
 
 
 @pytest.mark.parametrize("value", ["2", b"2", None, [2], float("nan"), -np.inf, 10**400])
-def test_what_is_no_finite_number(value):
+def test_what_is_not_a_finite_number(value):
     with pytest.raises(UsageError, match=r"^x is .*; it must be a finite number\.$"):
         finite("x", value)
 
@@ -57,7 +57,7 @@ def test_a_single_token_id(one):
     "wrong",
     ["3", b"3", "<|im_end|>", ["3"], [2.5], 2.0, None, [None], [[3]], True, [3, True]],
 )
-def test_what_are_no_token_ids(wrong):
+def test_what_are_not_token_ids(wrong):
     with pytest.raises(UsageError, match=r"^ids is .*; it must be a list of token ids"):
         token_ids("ids", wrong)
 

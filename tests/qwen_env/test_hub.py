@@ -37,7 +37,7 @@ def test_what_cannot_be_a_hub_id_is_a_missing_folder(name):
         resolve(name, allow_patterns=[])
 
 
-def test_a_file_is_no_folder(tmp_path, monkeypatch):
+def test_a_file_is_not_a_folder(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"model.safetensors is a file; name the folder"):

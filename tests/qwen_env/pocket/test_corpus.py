@@ -11,5 +11,5 @@ def test_more_openings_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer(pocket.POLICY_FOLDER)
     assert len(set(corpus.openings(np.random.default_rng(0), tokenizer, 30))) == 30
     monkeypatch.setattr(corpus, "_OPENING_TRIES", 1)
-    with pytest.raises(UsageError, match=r"100 different prompts .* only \d+; lower num_train_pro"):
+    with pytest.raises(UsageError, match=r"only \d+ different .*, not 100; lower num_train_pro"):
         corpus.openings(np.random.default_rng(0), tokenizer, 100)
