@@ -11,7 +11,19 @@ from typing import Any, Literal
 
 from ppo_jax.algorithm import Aggregation, KlEstimator
 from ppo_jax.config_checks import check_config
-from ppo_jax.ranges import Count, Decay, Factor, Limit, LimitAboveOne, Natural, Rate, Seed, Share
+from ppo_jax.ranges import (
+    Count,
+    Decay,
+    Factor,
+    Limit,
+    LimitAboveOne,
+    Natural,
+    Probability,
+    Rate,
+    Seed,
+    Share,
+    Temperature,
+)
 from ppo_jax.sampling import Sampling
 from qwen_env import pocket
 from qwen_env.errors import UsageError
@@ -62,11 +74,11 @@ class PPOConfig:
     """B, episodes per iteration."""
     completions_per_prompt: Count = 1
     """Episodes that start from one prompt; an iteration has batch_size / this many prompts."""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     """Of sampling, and so of every log-probability."""
-    top_k: int | None = None
+    top_k: Count | None = None
     """Sample from the k most probable tokens alone; log-probabilities are over the same ones."""
-    top_p: float | None = None
+    top_p: Probability | None = None
     """Sample from the fewest most probable tokens that have this probability together."""
 
     kl_coef: Factor = 0.05

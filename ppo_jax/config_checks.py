@@ -19,7 +19,6 @@ def check_config(config: "TrainConfig") -> None:
     ppo, optimizer, run, task = config.ppo, config.optimizer, config.run, config.task
     for settings in (task, ppo, optimizer, run):
         check_ranges(settings)
-    ppo.sampling.check()
     if ppo.num_minibatches > ppo.batch_size:
         raise UsageError(
             f"num_minibatches ({ppo.num_minibatches}) is larger than batch_size "

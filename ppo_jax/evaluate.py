@@ -16,7 +16,15 @@ from ppo_jax import cli
 from ppo_jax.actor import Actor
 from ppo_jax.episode_metrics import evaluation_means
 from ppo_jax.models import load_pretrained
-from ppo_jax.ranges import Count, Factor, Natural, Seed, check_ranges
+from ppo_jax.ranges import (
+    Count,
+    Factor,
+    Natural,
+    Probability,
+    Seed,
+    Temperature,
+    check_ranges,
+)
 from ppo_jax.rewards import load_training_reward
 from ppo_jax.runs.progress import stderr_console
 from ppo_jax.sampling import Sampling
@@ -54,11 +62,11 @@ class Arguments:
     """System message of every chat that has none of its own."""
     missing_eos_penalty: Factor = 0.0
     """Taken off the score of a response that the limit cut off."""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     """Of the sampled pass."""
-    top_k: int | None = None
+    top_k: Count | None = None
     """Sample from the k most probable tokens alone."""
-    top_p: float | None = None
+    top_p: Probability | None = None
     """Sample from the fewest most probable tokens that have this probability together."""
     batch_size: Count = 16
     """Prompts decoded at a time."""
@@ -91,7 +99,6 @@ def evaluate(arguments: Arguments) -> dict[str, dict[str, float]]:
     """
     check_ranges(arguments)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    sampling.check()
     cli.refuse_run_folder(arguments.model)
     limit = sys.maxsize if arguments.max_prompt_length is None else arguments.max_prompt_length
     tokenizer = load_tokenizer(arguments.model)

@@ -14,7 +14,7 @@ from flax import nnx
 from ppo_jax import cli
 from ppo_jax.actor import Actor
 from ppo_jax.models import load_pretrained
-from ppo_jax.ranges import Count, Natural, Seed, check_ranges
+from ppo_jax.ranges import Count, Natural, Probability, Seed, Temperature, check_ranges
 from ppo_jax.sampling import Sampling
 from qwen_env import pocket
 from qwen_env.errors import UsageError
@@ -40,11 +40,11 @@ class Arguments:
     """No end-of-sequence token before this many tokens."""
     greedy: bool = False
     """Always take the most probable token."""
-    temperature: float | None = None
+    temperature: Temperature | None = None
     """Of sampling; by default 1."""
-    top_k: int | None = None
+    top_k: Count | None = None
     """Sample from the k most probable tokens alone."""
-    top_p: float | None = None
+    top_p: Probability | None = None
     """Sample from the fewest most probable tokens that have this probability together."""
     seed: Seed = 0
     """Of sampling."""
@@ -127,9 +127,7 @@ def _sampling(arguments: Arguments) -> Sampling:
         raise UsageError(
             f"greedy and {next(iter(given))} exclude each other; leave one of them out."
         )
-    sampling = Sampling(**given)
-    sampling.check()
-    return sampling
+    return Sampling(**given)
 
 
 def _nothing(batch: RewardBatch) -> np.ndarray:

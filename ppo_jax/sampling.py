@@ -11,14 +11,11 @@ probabilities means something only if old, new and reference policy are changed 
 Shapes: N rows, V vocabulary.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt8
-
-from qwen_env.errors import UsageError
 
 
 class Sampling(NamedTuple):
@@ -32,20 +29,6 @@ class Sampling(NamedTuple):
     def is_truncated(self) -> bool:
         """Whether some ids that the rules allow are never drawn."""
         return self.top_k is not None or (self.top_p is not None and self.top_p < 1)
-
-    def check(self) -> None:
-        """Raises:
-        UsageError: a field is out of its range.
-        """
-        if not 0 < self.temperature < math.inf:  # NaN is refused as well
-            raise UsageError(
-                f"temperature is {self.temperature}; it must be above 0 (greedy decoding is its "
-                "limit) and finite."
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise UsageError(f"top_k is {self.top_k}; it must be at least 1.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}; it must lie above 0 and at most at 1.")
 
 
 def sampling_logits(

@@ -18,6 +18,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from qwen_env.rendering import printable
+
 _WATCHED = (
     ("score", "objective/score", "+.3f"),
     ("KL", "objective/kl", ".2f"),
@@ -143,8 +145,8 @@ class Progress:
         if has_gold:
             table.add_column("gold", justify="right", no_wrap=True)
         for sample in samples:
-            prompt = _printable(sample["prompt"])
-            completion = _printable(sample["completion"])
+            prompt = _one_line(sample["prompt"])
+            completion = _one_line(sample["completion"])
             room = max(_SAMPLE_CHARACTERS - len(prompt), _SAMPLE_CHARACTERS // 2)
             is_whole = sample["finish_reason"] == "eos" and len(completion) <= room
             text = Text.assemble((prompt, "dim"), completion[:room], "" if is_whole else " ...")
@@ -179,7 +181,5 @@ class Progress:
         return f"ETA {datetime.timedelta(seconds=seconds)}"
 
 
-def _printable(text: str) -> str:
-    """One line; an untrained model may write anything, escape codes too."""
-    text = text.replace("\n", " ⏎ ")
-    return "".join(character if character.isprintable() else "�" for character in text)
+def _one_line(text: str) -> str:
+    return printable(text).replace("\n", " ⏎ ")

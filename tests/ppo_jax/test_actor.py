@@ -1,4 +1,4 @@
-"""The actor draws anew for each batch. On two devices: see test_data_parallel.py."""
+"""How the actor cuts prompts into batches. On two devices: see test_data_parallel.py."""
 
 import jax
 import numpy as np
@@ -20,3 +20,10 @@ def test_no_two_batches_draw_alike(make_network, make_test_task):
     )
     assert all(one != other for one in first for other in second)
     assert np.mean([len(ids) for ids in first + second]) > 3
+
+
+def test_to_no_prompts_there_is_no_response(make_network, make_test_task):
+    network = make_network()
+    actor = Actor(network, make_test_task(), Sampling())
+    nothing = actor.respond_to_all(nnx.state(network), [], jax.random.key(0), batch_size=4)
+    assert nothing == ([], [])

@@ -80,7 +80,7 @@ def changed(changes: dict[str, dict[str, Any]]) -> TrainConfig:
         ({"ppo": {"temperature": float("inf")}}, "temperature is inf; .* and finite"),
         ({"task": {"max_new_tokens": -5}}, "max_new_tokens is -5; it must be at least 1"),
         ({"ppo": {"top_k": 0}}, "top_k is 0; it must be at least 1"),
-        ({"ppo": {"top_p": 0.0}}, "top_p is 0.0; it must lie above 0 and at most at 1"),
+        ({"ppo": {"top_p": 0.0}}, "top_p is 0.0; it must be above 0 and at most 1"),
         ({"ppo": {"top_p": 1.5}}, "top_p is 1.5"),
         ({"ppo": {"top_p": float("nan")}}, "top_p is nan"),
         ({"ppo": {"kl_coef": float("nan")}}, "kl_coef is nan"),

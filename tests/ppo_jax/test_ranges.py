@@ -13,9 +13,11 @@ from ppo_jax.ranges import (
     Limit,
     LimitAboveOne,
     Natural,
+    Probability,
     Rate,
     Seed,
     Share,
+    Temperature,
     check_ranges,
 )
 from qwen_env.errors import UsageError
@@ -33,6 +35,8 @@ from qwen_env.errors import UsageError
         (LimitAboveOne, [1.1, inf], [1.0, nan]),
         (Factor, [0.0, 7.0], [-0.1, inf, nan]),
         (Rate, [1e-9, 7.0], [0.0, inf, nan]),
+        (Temperature, [1e-9, 7.0], [0.0, -1.0, inf, nan]),
+        (Probability, [1e-9, 1.0], [0.0, 1.01, nan]),
     ],
 )
 @pytest.mark.parametrize("optional", [False, True])
