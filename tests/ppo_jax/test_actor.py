@@ -1,9 +1,15 @@
-"""How the actor cuts prompts into batches. On two devices: see test_data_parallel.py."""
+"""The actor cuts prompts into batches, draws anew for each, and times it.
+
+On two devices: see test_data_parallel.py.
+"""
+
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 from flax import nnx
 
+from ppo_jax import actor as actor_module
 from ppo_jax.actor import Actor
 from ppo_jax.sampling import Sampling
 
@@ -27,3 +33,14 @@ def test_to_no_prompts_there_is_no_response(make_network, make_test_task):
     actor = Actor(network, make_test_task(), Sampling())
     nothing = actor.respond_to_all(nnx.state(network), [], jax.random.key(0), batch_size=4)
     assert nothing == ([], [])
+
+
+def test_tokens_and_seconds_of_a_batch(make_network, make_test_task, monkeypatch):
+    """On a clock that shows 0 at the start, 2 behind the rollout and 5 behind the scores."""
+    network, task = make_network(), make_test_task()
+    actor = Actor(network, task, Sampling())
+    clock = SimpleNamespace(perf_counter=iter([0.0, 2.0, 5.0]).__next__)
+    monkeypatch.setattr(actor_module, "time", clock)
+    done = actor.respond(nnx.state(network), task.prompts, jax.random.key(0))
+    assert (done.rollout_s, done.score_s) == (2.0, 3.0)
+    assert done.num_tokens == np.asarray(done.rollout.state.length).sum()

@@ -55,6 +55,8 @@ def test_it_learns_and_compiles_nothing_after_the_second_iteration(
         assert metrics["rollout/logprob_gap_max"] < 1e-4
         mean = episodes.scores.mean()
         np.testing.assert_allclose(metrics["objective/score"], mean, rtol=1e-6)
+        num_tokens = metrics["throughput/tokens_per_s"] * metrics["time/iteration_s"]
+        assert num_tokens == pytest.approx(np.asarray(episodes.rollout.state.length).sum())
     assert not compilations
     assert len(fetches) == 2 * len(scores)
     assert len(lengths) > 5
@@ -131,12 +133,36 @@ def test_choose_action_agrees_with_the_network_and_drives_the_environments(make_
     envs.close()
 
 
+def test_choose_action_ends_no_response_before_min_new_tokens(make_network, make_test_task):
+    """Of most ids, any ends a response: once it may, it does. The environment refuses it before."""
+    rules = {"eos_token_ids": range(100, 700), "min_new_tokens": 3, "max_new_tokens": 6}
+    agent = PPOAgent(make_network(), make_test_task(**rules), CONFIG, num_iterations=1)
+    prompts = ["The plot", "It was", "A", "My friend and I"]
+    env = gym.make("QwenText-v0", prompts=prompts, max_prompt_length=8, **rules)
+    lengths = []
+    for index in range(len(prompts)):
+        observation, _ = env.reset(options={"prompt_index": index})
+        ended = False
+        while not ended:
+            action = agent.choose_action(observation).action
+            observation, _, terminated, truncated, info = env.step(action)
+            ended = terminated or truncated
+        lengths.append(info["completion_length"])
+    env.close()
+    assert min(lengths) == 4, "three tokens, and the one that ends it"
+    assert np.mean(lengths) < 5
+
+
 def test_updates_that_are_never_finite_stop_the_run(make_agent):
+    """Four an iteration: the second one's last meets the limit."""
+
     def infinite(batch):
         return np.full(len(batch), 3e38, np.float32)
 
-    with pytest.raises(TooManyNonfiniteUpdates, match="8 updates in a row"):
-        list(make_agent(reward=infinite).learn())
+    optimizer = dataclasses.replace(CONFIG.optimizer, max_nonfinite_updates=8)
+    agent = make_agent(dataclasses.replace(CONFIG, optimizer=optimizer), reward=infinite)
+    with pytest.raises(TooManyNonfiniteUpdates, match="8 updates in a row, up to iteration 2;"):
+        list(agent.learn())
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,90 @@
-"""Repetition of completions, by hand and by a counting of another kind."""
+"""Means and spreads of outcomes by hand; repetition by hand and by a counting of another kind."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppo_jax.episode_metrics import repetition
+from ppo_jax.actor import Episodes
+from ppo_jax.episode_metrics import (
+    component_means,
+    evaluation_means,
+    gold_spread,
+    length_counts,
+    repetition,
+    sample_record,
+)
+from qwen_env.prompts import Prompt
+from qwen_env.task import Episode, Outcome
 
 
 def ids(*rows: list[int]) -> list[np.ndarray]:
     return [np.array(row, np.int32) for row in rows]
+
+
+def outcome(score: float, length: int, finish_reason: str, **components: float) -> Outcome:
+    info = {
+        "reward_components": {"score": score, **components},
+        "completion": "e" * length,
+        "completion_length": length,
+        "finish_reason": finish_reason,
+    }
+    return Outcome(score, info)
+
+
+OUTCOMES = [
+    outcome(1.0, 1, "eos", gold=-3.0, style=0.5),
+    outcome(2.0, 4, "length", gold=1.0, style=0.5),
+    outcome(6.0, 4, "length", gold=5.0, style=2.0),
+    outcome(-4.0, 2, "length", gold=5.0, style=0.0),
+]
+
+
+def episodes_of(outcomes: list[Outcome]) -> Episodes:
+    """Of which no arrays are looked at."""
+    nothing: Any = None
+    prompt = Prompt("So", np.array([9], np.int32), {}, 0)
+    episodes = [
+        Episode(prompt, np.zeros(o.info["completion_length"], np.int32), o.info["finish_reason"])
+        for o in outcomes
+    ]
+    return Episodes(nothing, episodes, outcomes, 0.0, 0.0)
+
+
+def test_evaluation_means() -> None:
+    assert evaluation_means(OUTCOMES) == {
+        "score": 1.25,
+        "gold": 2.0,
+        "style": 0.75,
+        "length_mean": 2.75,
+        "eos_rate": 0.25,
+    }
+    assert component_means(OUTCOMES) == {"gold": 2.0, "style": 0.75}
+
+
+def test_the_spread_of_the_gold_score() -> None:
+    """Its deviations are -5, -1, 3 and 3: 44 over four."""
+    assert gold_spread(episodes_of(OUTCOMES)) == {"reward/gold_std": pytest.approx(11**0.5)}
+    assert gold_spread(episodes_of([outcome(1.0, 1, "eos", style=0.5)])) == {}
+
+
+def test_lengths_are_counted_from_one_token_to_the_limit() -> None:
+    assert length_counts(episodes_of(OUTCOMES), limit=6).tolist() == [1, 1, 0, 2, 0, 0]
+    assert length_counts(episodes_of(OUTCOMES), limit=4).tolist() == [1, 1, 0, 2]
+
+
+def test_a_sample_says_what_the_episode_came_to() -> None:
+    batch = episodes_of(OUTCOMES)
+    assert sample_record(batch.episodes[1], batch.outcomes[1]) == {
+        "prompt": "So",
+        "completion": "eeee",
+        "finish_reason": "length",
+        "score": 2.0,
+        "components": {"score": 2.0, "gold": 1.0, "style": 0.5},
+    }
 
 
 def test_by_hand() -> None:

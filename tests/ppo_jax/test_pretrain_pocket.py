@@ -1,8 +1,8 @@
 """A tiny run of the command that makes the pocket task's files."""
 
+import dataclasses
 import json
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import jax
@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from ppo_jax import pretrain_pocket
-from ppo_jax.models import PolicyValueNetwork, load_pretrained
+from ppo_jax.models import PolicyValueNetwork, Qwen2Config, load_pretrained
 from ppo_jax.models.huggingface import load_reward_model
 from qwen_env.errors import UsageError
 from qwen_env.pocket import corpus, grammar
@@ -23,8 +23,43 @@ def tokenizer() -> Tokenizer:
     return corpus.train_tokenizer(corpus.reviews(np.random.default_rng(0), 2000))
 
 
+@pytest.fixture
+def small_model(monkeypatch: pytest.MonkeyPatch) -> Qwen2Config:
+    """One narrow layer in the place of MODEL."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
+    config = dataclasses.replace(pretrain_pocket.MODEL, **sizes)
+    monkeypatch.setattr(pretrain_pocket, "MODEL", config)
+    monkeypatch.setattr(pretrain_pocket, "SAMPLE_BATCH", 32)
+    return config
+
+
+def test_the_reward_model_prefers_what_wins(small_model: Qwen2Config, tokenizer: Tokenizer) -> None:
+    good, bad = "I loved the music.", "The plot was dull."
+    assert grammar.sentiment(good) > 0 > grammar.sentiment(bad)
+    settings = pretrain_pocket.Settings(
+        reward_steps=30, reward_batch=8, reward_learning_rate=5e-3, report_samples=128
+    )
+    policy = PolicyValueNetwork(small_model, rngs=nnx.Rngs(0))
+    samples = [good, bad] * 64
+    reward = pretrain_pocket.train_reward(
+        settings, policy, tokenizer, samples, np.random.default_rng(0)
+    )
+    scores = pretrain_pocket.scores_of(reward, tokenizer, samples)
+    assert scores[0] > scores[1]
+    assert scores.std() == pytest.approx(1, rel=1e-4)
+
+
 @pytest.mark.slow
-def test_a_tiny_run_learns_and_writes_folders_that_load(tmp_path: Path) -> None:
+def test_a_tiny_run_learns_and_writes_folders_that_load(
+    small_model: Qwen2Config, tmp_path: Path
+) -> None:
     settings = pretrain_pocket.Settings(
         output_dir=tmp_path / "pocket",
         tokenizer_reviews=2000,
@@ -32,6 +67,7 @@ def test_a_tiny_run_learns_and_writes_folders_that_load(tmp_path: Path) -> None:
         num_heldout_prompts=10,
         policy_steps=30,
         policy_batch=16,
+        policy_learning_rate=1e-2,
         reward_samples=64,
         reward_steps=3,
         reward_batch=8,
@@ -80,8 +116,10 @@ def test_texts_are_padded_behind_their_end(tokenizer: Tokenizer) -> None:
     assert trimmed.mask.sum() == texts.mask.sum()
 
 
-def test_token_losses_are_the_log_probabilities_of_what_comes_next(tokenizer: Tokenizer) -> None:
-    policy = PolicyValueNetwork(pretrain_pocket.MODEL, rngs=nnx.Rngs(0))
+def test_token_losses_are_the_log_probabilities_of_what_comes_next(
+    small_model: Qwen2Config, tokenizer: Tokenizer
+) -> None:
+    policy = PolicyValueNetwork(small_model, rngs=nnx.Rngs(0))
     texts = pretrain_pocket.encode(tokenizer, ["I loved the music.", "It was a bad film."], True)
     losses = np.asarray(pretrain_pocket.token_losses(policy, texts))
     logits, _ = policy(texts.ids, texts.mask)
@@ -93,8 +131,8 @@ def test_token_losses_are_the_log_probabilities_of_what_comes_next(tokenizer: To
 
 
 @pytest.mark.slow
-def test_samples_continue_their_prompts(tokenizer: Tokenizer) -> None:
-    policy = PolicyValueNetwork(pretrain_pocket.MODEL, rngs=nnx.Rngs(0))
+def test_samples_continue_their_prompts(small_model: Qwen2Config, tokenizer: Tokenizer) -> None:
+    policy = PolicyValueNetwork(small_model, rngs=nnx.Rngs(0))
     prompts = ["Although the plot", "It was a"]
     key = jax.random.key(0)
     samples = pretrain_pocket.draw_samples(policy, tokenizer, prompts, 5, key)
@@ -104,11 +142,15 @@ def test_samples_continue_their_prompts(tokenizer: Tokenizer) -> None:
         assert grammar.sentiment(sample) == grammar.OFF_GRAMMAR  # an untrained policy babbles
 
 
-def test_help_explains_every_setting() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "ppo_jax.pretrain_pocket", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "Optimizer steps of the reward model" in result.stdout
+def test_help_explains_every_setting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as exit:
+        pretrain_pocket.main(["--help"])
+    assert exit.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(pretrain_pocket.Settings):
+        flag = field.name.replace("_", "-")
+        assert re.search(rf"--{flag} [A-Z]+ (?!\()[^(]+ \(default: ", text), flag
+    assert "--reward-steps INT Optimizer steps of the reward model. (default: 1000)" in text

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -14,9 +15,13 @@ import torch
 import transformers
 from matplotlib.image import imread
 
+from ppo_jax.agent import PPOAgent
 from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TaskConfig, TrainConfig, from_json
+from ppo_jax.models import PolicyValueNetwork, save_pretrained
 from ppo_jax.train import load_all_prompts, main, num_iterations
+from qwen_env import mdp
 from qwen_env.errors import UsageError
+from qwen_env.prompts import PromptDataset
 from qwen_env.tokenizer import Tokenizer
 
 METRICS = {
@@ -260,6 +265,67 @@ def test_prompts_are_set_aside_for_evaluation(tmp_path: Path, tokenizer: Tokeniz
     path.write_text('{"prompt": "The plot"}\n')
     with pytest.raises(UsageError, match=r"one prompt.*--eval-prompts"):
         load_all_prompts(config, tokenizer)
+
+
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}I"
+
+
+def test_flags_reach_the_task_the_network_and_the_evaluation(
+    make_network: Callable[..., PolicyValueNetwork],
+    tokenizer: Tokenizer,
+    inputs: Path,
+    rewards: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each has another value than by default. Nothing is run."""
+    built: list[tuple[PPOAgent, PromptDataset]] = []
+
+    class NoRun:
+        def __init__(self, agent: PPOAgent, folder: Any, eval_prompts: PromptDataset):
+            built.append((agent, eval_prompts))
+
+        def go(self, *, resume: bool) -> None:
+            assert not resume
+
+    monkeypatch.setattr("ppo_jax.train.Run", NoRun)
+    config = tokenizer.config | {"chat_template": CHAT_TEMPLATE}
+    chatty = Tokenizer(tokenizer.backend, eos_token_ids=(0, 300), config=config)
+    save_pretrained(make_network(num_hidden_layers=1), tmp_path / "model", chatty)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The plot was not bad at all"}\n')
+    settings = {
+        "model": tmp_path / "model",
+        "prompts": tmp_path / "prompts.jsonl",
+        "eval-prompts": inputs / "held_out.jsonl",
+        "reward": "rewards_of_tests:scripted",
+        "max-prompt-length": 6,
+        "prompt-overflow": "truncate_left",
+        "system-prompt": "The",
+        "max-new-tokens": 9,
+        "min-new-tokens": 2,
+        "missing-eos-penalty": 0.5,
+        "batch-size": 4,
+        "dtype": "bfloat16",
+        "num-iterations": 7,
+        "eval-size": 3,
+        "output-dir": tmp_path / "run",
+    }
+    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    main([*words, "--chat", "--remat"])
+    [(agent, held_out)] = built
+    task = agent.task
+    assert task.rules == mdp.Rules(6, 9, tokenizer.vocab_size, (0, 300), (), 2)
+    assert task.missing_eos_penalty == 0.5
+    assert [prompt.text for prompt in held_out] == [
+        f"The {text} I" for text in ("The acting", "I liked", "All in all")
+    ]
+    [prompt] = task.prompts
+    whole = tokenizer.encode("The The plot was not bad at all I")
+    assert prompt.ids.tolist() == whole[-6:] != whole
+    assert agent.network.backbone.dtype == "bfloat16"
+    assert agent.network.backbone.norm.weight[...].dtype == "float32"
+    assert agent.learner.passes.remat
+    assert agent.num_iterations == 7
 
 
 def test_number_of_iterations() -> None:

@@ -45,6 +45,8 @@ def test_at_the_grain_of_minibatches_the_first_one_beyond_is_not_taken(compiled,
     chex.assert_trees_all_equal(state.opt_state, learner.start.opt_state)
     assert metrics["update/early_stopped"] == 1
     assert metrics["update/epochs"] == 0
+    # The KL that stopped it is what is reported, of a shift by 2 of every token.
+    np.testing.assert_allclose(metrics["policy/approx_kl"], np.exp(-2) - 1 + 2, rtol=1e-4)
     # One row alone is beyond it: the stop comes with the minibatch that holds it.
     counts = set()
     for seed in range(6):

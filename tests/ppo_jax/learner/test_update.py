@@ -238,12 +238,16 @@ def test_a_nonfinite_update_is_skipped_and_counted(compiled, batch):
     [good] = [rows for rows in np.split(np.asarray(order), 2) if 0 not in rows]
     error = np.asarray(batch.values - batch.returns)[good][np.asarray(batch.mask)[good]]
     assert metrics["value/loss"] == pytest.approx(np.square(error).mean(), rel=1e-4)
-    all_poisoned = batch._replace(advantages=batch.advantages * jnp.nan)
+    all_poisoned, two = batch._replace(advantages=batch.advantages * jnp.nan), jnp.int32(2)
     state, metrics, _ = learner.update(all_poisoned)
     assert metrics["update/nonfinite"] == state.nonfinite_in_a_row == 2
     chex.assert_trees_all_equal(state.params, learner.start.params)
     chex.assert_trees_all_equal(state.opt_state, learner.start.opt_state)
     assert state.iteration == 1
+    again, _, _ = learner.update(all_poisoned, state=learner.start._replace(nonfinite_in_a_row=two))
+    assert again.nonfinite_in_a_row == 4, "the row goes on from one iteration to the next"
+    again, _, _ = learner.update(batch, state=learner.start._replace(nonfinite_in_a_row=two))
+    assert again.nonfinite_in_a_row == 0, "a finite one ends it"
 
 
 def test_a_finite_loss_with_a_gradient_that_is_not_is_skipped_as_well(compiled, batch):

@@ -58,10 +58,14 @@ def test_blocks_change_nothing(monkeypatch):
 
 
 def test_in_bfloat16_every_product_is_of_bfloat16():
-    """Forward and backward: of float32 arrays, a GPU computes products half as fast or slower."""
+    """Forward and backward: of float32 arrays, a GPU computes products half as fast or slower.
+
+    The logits and the gradients of the weights, which subtractions follow, come out in float32. (On
+    a CPU their values would not tell: XLA leaves out a rounding that is taken back at once.)
+    """
     query = jnp.zeros((1, 4, 3, 8), jnp.bfloat16)
-    kept = KeyValue(*jnp.zeros((2, 1, 2, 3, 8), jnp.bfloat16))
-    mask = jnp.ones((1, 3, 3), bool)
+    kept = KeyValue(*jnp.zeros((2, 1, 2, 5, 8), jnp.bfloat16))
+    mask = jnp.ones((1, 3, 5), bool)
 
     def total(query, kept):
         return attend(query, kept, mask).astype(jnp.float32).sum()
@@ -70,3 +74,7 @@ def test_in_bfloat16_every_product_is_of_bfloat16():
     products = [e for e in program.eqns if e.primitive.name == "dot_general"]
     assert len(products) == 6  # two, and two gradients of each
     assert {x.aval.dtype for e in products for x in e.invars} == {jnp.dtype("bfloat16")}
+    results = [e.outvars[0].aval for e in products]
+    by_keys = [x for x in results if x.shape == (1, 2, 6, 5)]  # [B, K, GQ, S]
+    assert [x.dtype for x in by_keys] == [jnp.float32] * 2
+    assert all(x.dtype == jnp.bfloat16 for x in results if x.shape != (1, 2, 6, 5))

@@ -1,12 +1,14 @@
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import HistogramProto
 
 from ppo_jax.config import preset
@@ -166,17 +168,48 @@ def test_tensorboard_holds_the_distributions(run: Path) -> None:
     assert (lengths.num, lengths.sum, lengths.sum_squares) == (5, 11, 25)
 
 
+def test_tensorboard_holds_the_numbers_of_the_metrics(run: Path) -> None:
+    scalars = {
+        (value.tag, step): value.simple_value
+        for step, value in tensorboard_values(run)
+        if value.HasField("simple_value")
+    }
+    assert scalars == {("objective/score", step): 0.5 * step for step in (1, 2, 3)}
+
+
+def test_tensorboard_is_told_to_forget_what_lies_beyond(run: Path) -> None:
+    """A session that starts at a step voids what earlier ones wrote from there on."""
+    shutil.rmtree(run / "tensorboard")  # or the files of both sessions may have one name
+    folder = RunFolder(run, CONFIG, resume=True)
+    folder.open(1)
+    folder.write_metrics(metrics(2))
+    folder.close()
+    [added] = (run / "tensorboard").iterdir()
+    starts = [
+        event.step
+        for event in tensorboard_events(added)
+        if event.session_log.status == SessionLog.START
+    ]
+    assert starts == [2]
+
+
 def tensorboard_values(run: Path) -> list[tuple[int, Any]]:
-    """(step, value) of each summary: the file is of records of length, crc, bytes, crc."""
-    values = []
-    for path in (run / "tensorboard").iterdir():
-        content, place = path.read_bytes(), 0
-        while place < len(content):
-            size = int.from_bytes(content[place : place + 8], "little")
-            event = Event.FromString(content[place + 12 : place + 12 + size])
-            values += [(event.step, value) for value in event.summary.value]
-            place += 12 + size + 4
-    return values
+    """(step, value) of each summary."""
+    return [
+        (event.step, value)
+        for path in (run / "tensorboard").iterdir()
+        for event in tensorboard_events(path)
+        for value in event.summary.value
+    ]
+
+
+def tensorboard_events(path: Path) -> Iterator[Event]:
+    """The file is of records of length, crc, bytes, crc."""
+    content, place = path.read_bytes(), 0
+    while place < len(content):
+        size = int.from_bytes(content[place : place + 8], "little")
+        yield Event.FromString(content[place + 12 : place + 12 + size])
+        place += 12 + size + 4
 
 
 def test_the_curves_are_drawn_from_what_is_on_record(run: Path, tmp_path: Path) -> None:

@@ -294,7 +294,7 @@ def test_killed_at_every_step_of_writing(
 ) -> None:
     """One run, killed again and again: each time in the iteration after the resumed one's."""
     run = tmp_path / "run"
-    arguments = [*flags, "--eval-every", "2", "--save-every", "1", "--output-dir", str(run)]
+    arguments = [*flags, "--save-every", "1", "--keep-checkpoints", "3", "--output-dir", str(run)]
     for owner, name in KILLED_IN:
 
         def arm(batch: Any, owner: Any = owner, name: str = name) -> Any:
@@ -312,6 +312,7 @@ def test_killed_at_every_step_of_writing(
     main(arguments)
     assert_same_run(run, finished_run)
     assert not list(run.rglob("*.partial"))
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["4", "5", "6"]
 
 
 def start(arguments: list[str], inputs: Path, seconds_a_reward: float) -> subprocess.Popen[str]:
