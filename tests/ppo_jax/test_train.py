@@ -124,22 +124,6 @@ def test_distributions_agree_with_the_metrics(finished_run: Path) -> None:
     assert records(finished_run, "metrics.jsonl")[0]["reward/gold_std"] > 0
 
 
-@pytest.mark.slow
-def test_distributions_survive_an_evaluation_that_fails(
-    flags: list[str], rewards: ModuleType, finished_run: Path, tmp_path: Path
-) -> None:
-    """The iteration's update is done then, so its record waits in the checkpoint."""
-    run = tmp_path / "run"
-    rewards.on_call = {5: lambda batch: np.zeros(len(batch) + 1)}
-    with pytest.raises(SystemExit):
-        main([*flags, "--output-dir", str(run)])
-    assert [line["iteration"] for line in records(run, "distributions.jsonl")] == [1]
-    rewards.on_call = {}
-    main(["--output-dir", str(run), "--resume"])
-    ours, theirs = (folder / "distributions.jsonl" for folder in (run, finished_run))
-    assert ours.read_bytes() == theirs.read_bytes()
-
-
 def test_the_page_of_metrics_has_them_all(finished_run: Path) -> None:
     """And no others, but for the name that stands for any component."""
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
