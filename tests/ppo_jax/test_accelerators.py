@@ -10,8 +10,7 @@ from ppo_jax.models import load_pretrained, save_pretrained
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_an_iteration_lowers(platform, num_devices, make_network, make_test_task, tmp_path):
+def test_an_iteration_lowers(num_devices, make_network, make_test_task, tmp_path):
     """In bfloat16, packed, in micro-batches, over a truncated distribution."""
     task = make_test_task()
     save_pretrained(make_network(), tmp_path / "model")
@@ -22,9 +21,11 @@ def test_an_iteration_lowers(platform, num_devices, make_network, make_test_task
     state, key = agent.state, jax.random.key(0)
 
     def result(function, *arguments, **options):
-        """Its shapes; the program for `platform` is made on the way."""
-        lowered = function.trace(*arguments, **options).lower(lowering_platforms=(platform,))
-        assert "while" in lowered.as_text()
+        """Its shapes; the programs for GPU and TPU are made on the way."""
+        traced = function.trace(*arguments, **options)
+        for platform in ("cuda", "tpu"):
+            lowered = traced.lower(lowering_platforms=(platform,))
+            assert "while" in lowered.as_text()
         return lowered.out_info
 
     first = task.initial_state(task.prompts[:4])

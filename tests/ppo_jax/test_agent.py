@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import qwen_env  # noqa: F401  (registers QwenText-v0)
 from ppo_jax import agent as agent_module
@@ -16,7 +14,6 @@ from ppo_jax.agent import PPOAgent, TooManyNonfiniteUpdates
 from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TrainConfig
 from ppo_jax.models import with_separate_critic
 from qwen_env.errors import UsageError
-from qwen_env.prompt_sampling import prompt_indices
 
 CONFIG = TrainConfig(
     ppo=PPOConfig(batch_size=16, num_epochs=2, num_minibatches=2, kl_coef=0.01),
@@ -207,19 +204,3 @@ def test_several_completions_a_prompt(make_agent):
     for row, episode in enumerate(episodes.episodes):
         width = len(episode.prompt.ids)
         np.testing.assert_array_equal(tokens[row, :width], episode.prompt.ids)
-
-
-@given(
-    seed=st.integers(0, 5),
-    batch_size=st.integers(1, 12),
-    count=st.integers(1, 20),
-    iterations=st.integers(1, 8),
-)
-def test_prompts_come_in_shuffled_passes(seed, batch_size, count, iterations):
-    stream = [
-        index for i in range(iterations) for index in prompt_indices(seed, i, batch_size, count)
-    ]
-    for start in range(0, len(stream), count):
-        one_pass = stream[start : start + count]
-        assert len(set(one_pass)) == len(one_pass)
-        assert set(one_pass) <= set(range(count))

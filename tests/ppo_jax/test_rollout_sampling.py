@@ -14,7 +14,6 @@ from ppo_jax.rollout import rollout
 from ppo_jax.sampling import Sampling, unpack_bits
 from ppo_jax.teacher_forcing import response_outputs
 from qwen_env import mdp
-from qwen_env.prompt_sampling import prompt_indices
 
 TRUNCATED = Sampling(temperature=0.8, top_k=60, top_p=0.9)
 # Without LLVM's optimizer, as these are many programs for few runs.
@@ -186,22 +185,3 @@ class TestSeveralCompletions:
         mask = written(result, task)
         np.testing.assert_allclose(result.logprobs[mask], again.logprobs[mask], atol=1e-5)
         assert not np.array_equal(sample(seed=1).state.tokens, result.state.tokens)
-
-    def test_no_prompt_is_repeated_or_skipped_whatever_the_number(self):
-        """The prompts of an iteration depend on how many it has, not on how often each is used."""
-        count, seed = 10, 3
-        for batch_size, completions in ((8, 1), (8, 4), (6, 3)):
-            num_prompts = batch_size // completions
-            stream = [
-                index
-                for iteration in range(2 * count)
-                for index in prompt_indices(seed, iteration, num_prompts, count)
-            ]
-            passes = [stream[i : i + count] for i in range(0, len(stream) - count + 1, count)]
-            assert len(passes) >= 2
-            assert all(sorted(one) == list(range(count)) for one in passes)
-            # A resumed run asks for one iteration alone, and gets the same.
-            assert (
-                prompt_indices(seed, 7, num_prompts, count)
-                == (stream[7 * num_prompts : 8 * num_prompts])
-            )
