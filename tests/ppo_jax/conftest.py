@@ -1,6 +1,7 @@
 """A network small enough to compile in a second, a task with its vocabulary, and whole runs."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -119,13 +120,22 @@ def scripted(batch):
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Programs that tests have in common are compiled once, and kept away from the home folder."""
-    folder = tmp_path_factory.mktemp("xla")
+    """Programs that tests have in common are compiled once, and kept away from the home folder.
+
+    The workers of a session have one cache. Not one session and the next: what was killed while it
+    wrote to it would be read again, and warned of, for good.
+    """
+    of_worker = tmp_path_factory.getbasetemp()
+    folder = (of_worker.parent if "PYTEST_XDIST_WORKER" in os.environ else of_worker) / "xla"
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_compilation_cache_max_size": 2**31,  # with a limit, a lock guards the cache
+    }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))  # for subprocesses
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        for name, value in settings.items():
+            patch.setenv(name.upper(), str(value))  # for subprocesses
+            jax.config.update(name, value)
         yield folder
 
 

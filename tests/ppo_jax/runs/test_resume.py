@@ -334,6 +334,10 @@ def start(arguments: list[str], inputs: Path, seconds_a_reward: float) -> subpro
             "PYTHONPATH": os.pathsep.join(paths),
             "SECONDS_A_REWARD": str(seconds_a_reward),
             "PYTHONUNBUFFERED": "1",
+            # The programs of the finished run serve, if there are as many devices as here; nothing
+            # is added to them by a process that may be killed while it writes.
+            "JAX_NUM_CPU_DEVICES": "2",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "inf",
         },
         stderr=subprocess.PIPE,
         text=True,
