@@ -77,6 +77,10 @@ def generate(arguments: Arguments) -> list[dict[str, str]]:
         UsageError: an argument or the model is wrong.
     """
     check_ranges(arguments)
+    if arguments.system_prompt is not None and not arguments.chat:
+        raise UsageError(
+            "system_prompt is set, but only a chat has a system message; add --chat, or drop it."
+        )
     sampling = _sampling(arguments)
     cli.refuse_run_folder(arguments.model)
     if not arguments.prompts:

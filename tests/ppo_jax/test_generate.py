@@ -90,7 +90,7 @@ def test_chat_renders_the_template_and_prints_the_answer_alone(
         (["a", "--min-new-tokens", "9", "--max-new-tokens", "8"], ["min_new_tokens is 9", "(8)"]),
         (["a", "--min-new-tokens", "-1"], ["min_new_tokens is -1", "at least 0"]),
         (["a", "--chat"], ["chat template"]),
-        (["a", "--system-prompt", "b"], ["system_prompt", "chat_template"]),
+        (["a", "--system-prompt", "b"], ["system_prompt", "--chat"]),
         (["a", "--model", "./nothing"], ["./nothing", "no such folder"]),
         (["a", "--modle", "x"], ["--modle"]),
     ],
