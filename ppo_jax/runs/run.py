@@ -40,6 +40,7 @@ class Run:
         # What is saved beside the agent's state.
         self.facts: dict[str, Any] = {
             "model_fingerprint": fingerprint(agent.initial_backbone),
+            "prompts_fingerprint": fingerprint(ids_and_lengths(agent.task.prompts)),
             "best_score": None,
             "best_iteration": None,
             "unfinished": None,  # what an iteration whose evaluation failed will record
@@ -175,10 +176,16 @@ class Run:
             self.progress.say("Nothing was saved before the interruption: starting again.")
             return
         state, facts = restored
+        facts = self.facts | facts  # an earlier version may not have noted all of them
         if facts["model_fingerprint"] != self.facts["model_fingerprint"]:
             raise UsageError(
                 f"{self.agent.config.task.model} is not the model that the run in "
                 f"{self.folder.path} was started with: its weights have changed."
+            )
+        if facts["prompts_fingerprint"] != self.facts["prompts_fingerprint"]:
+            raise UsageError(
+                f"{self.agent.config.task.prompts} does not hold the prompts that the run in "
+                f"{self.folder.path} was started with; put those back, or start another run."
             )
         iteration, total = int(state.iteration), self.agent.num_iterations
         if iteration > total:
@@ -213,9 +220,15 @@ class Run:
         )
 
 
-def fingerprint(params: Any) -> str:
-    """A digest of all parameters: tells whether a resumed run has the model it began with."""
+def ids_and_lengths(prompts: PromptDataset) -> list[np.ndarray]:
+    """The ids of each prompt, and int [prompts] how many: together they tell where one ends."""
+    ids = [prompt.ids for prompt in prompts]
+    return [*ids, np.array([len(row) for row in ids])]
+
+
+def fingerprint(arrays: Any) -> str:
+    """A digest of all arrays of a tree: tells whether a resumed run has what it began with."""
     digest = hashlib.blake2b(digest_size=16)
-    for leaf in jax.tree.leaves(params):
+    for leaf in jax.tree.leaves(arrays):
         digest.update(np.asarray(leaf).view(np.uint8).data)  # bfloat16 has no buffer of its own
     return digest.hexdigest()

@@ -308,6 +308,33 @@ def test_resuming_with_another_model_at_the_same_place(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("change", ["another word", "another order", "one less"])
+def test_resuming_with_other_prompts_at_the_same_place(
+    finished_run: Path,
+    rewards: ModuleType,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    change: str,
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    content = json.loads((run / "config.json").read_text())
+    lines = Path(content["task"]["prompts"]).read_text().splitlines(keepends=True)
+    if change == "another word":
+        lines[0] = lines[0].replace("plot", "cast")
+    elif change == "another order":
+        lines = lines[::-1]
+    else:
+        lines = lines[:-1]
+    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    content["task"]["prompts"] = str(tmp_path / "prompts.jsonl")
+    (run / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    error = fails(["--output-dir", str(run), "--resume", "--num-iterations", "9"], capfd)
+    assert "prompts.jsonl does not hold the prompts that the run" in error
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_a_damaged_checkpoint_is_passed_over(
     finished_run: Path,
     inputs: Path,
