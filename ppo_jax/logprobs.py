@@ -5,7 +5,7 @@ chunk of positions at a time, and made again for the gradient, which is written 
 itself, JAX goes over arrays of logits about three times as often, and multiplies by float32
 gradients of them where hidden states are in bfloat16.
 
-Shapes: N positions, in all or (C of them) in a chunk, V vocabulary, D hidden.
+Shapes: C chunks, N positions (of all, or of a chunk), V vocabulary, D hidden.
 """
 
 from functools import partial

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -92,6 +93,23 @@ def compilations() -> Iterator[list[float]]:
 
 
 # What follows is for the tests of the entry points, which train from files.
+
+
+@contextmanager
+def _untouched(folder: Path) -> Iterator[None]:
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    before = files()
+    yield
+    assert files() == before
+
+
+@pytest.fixture(scope="session")
+def untouched() -> Callable[[Path], AbstractContextManager[None]]:
+    """Within the block, a folder's files stay as they are, to the last byte."""
+    return _untouched
+
 
 REWARD_MODULE = '''
 """Rewards that do on a given call what a test wants."""

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -284,12 +285,12 @@ def test_resuming_with_another_setting(
     assert words in error
 
 
-def with_model(finished_run: Path, model: Path, tmp_path: Path) -> Path:
-    """A copy of the run whose config names `model`."""
+def with_task(finished_run: Path, tmp_path: Path, **changes: Path) -> Path:
+    """A copy of the run whose config names another model, or other prompts."""
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     content = json.loads((run / "config.json").read_text())
-    content["task"]["model"] = str(model)
+    content["task"] |= {name: str(path) for name, path in changes.items()}
     (run / "config.json").write_text(json.dumps(content, indent=2) + "\n")
     return run
 
@@ -297,42 +298,40 @@ def with_model(finished_run: Path, model: Path, tmp_path: Path) -> Path:
 def test_resuming_with_another_model_at_the_same_place(
     finished_run: Path,
     rewards: ModuleType,
+    untouched: Callable[[Path], AbstractContextManager[None]],
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """The trained model now lies where the untrained one was."""
-    run = with_model(finished_run, finished_run / "final", tmp_path)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    error = fails(["--output-dir", str(run), "--resume", "--num-iterations", "9"], capfd)
+    run = with_task(finished_run, tmp_path, model=finished_run / "final")
+    with untouched(run):
+        error = fails(["--output-dir", str(run), "--resume", "--num-iterations", "9"], capfd)
     assert "is not the model that the run" in error
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("change", ["another word", "another order", "one less"])
 def test_resuming_with_other_prompts_at_the_same_place(
     finished_run: Path,
+    inputs: Path,
     rewards: ModuleType,
+    untouched: Callable[[Path], AbstractContextManager[None]],
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     change: str,
 ) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
-    content = json.loads((run / "config.json").read_text())
-    lines = Path(content["task"]["prompts"]).read_text().splitlines(keepends=True)
+    lines = (inputs / "prompts.jsonl").read_text().splitlines(keepends=True)
     if change == "another word":
         lines[0] = lines[0].replace("plot", "cast")
     elif change == "another order":
         lines = lines[::-1]
     else:
         lines = lines[:-1]
-    (tmp_path / "prompts.jsonl").write_text("".join(lines))
-    content["task"]["prompts"] = str(tmp_path / "prompts.jsonl")
-    (run / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    error = fails(["--output-dir", str(run), "--resume", "--num-iterations", "9"], capfd)
-    assert "prompts.jsonl does not hold the prompts that the run" in error
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(lines))
+    run = with_task(finished_run, tmp_path, prompts=prompts)
+    with untouched(run):
+        error = fails(["--output-dir", str(run), "--resume", "--num-iterations", "9"], capfd)
+    assert f"{prompts} does not hold the prompts that the run" in error
 
 
 def test_a_damaged_checkpoint_is_passed_over(
@@ -342,7 +341,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    run = with_model(finished_run, inputs / "model", tmp_path)
+    run = with_task(finished_run, tmp_path, model=inputs / "model")
     for path in (run / "checkpoints" / "6" / "arrays").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -362,7 +361,7 @@ def test_all_checkpoints_damaged(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    run = with_model(finished_run, inputs / "model", tmp_path)
+    run = with_task(finished_run, tmp_path, model=inputs / "model")
     for path in (run / "checkpoints").glob("*/checkpoint.json"):
         path.write_text("")
     with pytest.raises(SystemExit) as exit:
