@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from ppo_jax.models.attention import KeyValue, attend
 from ppo_jax.models.config import Qwen2Config
+from ppo_jax.models.operations import broadcast, embed, swiglu
 
 INITIALIZER_STD = 0.02
 
@@ -67,7 +68,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         equation = "...i,io->...o" if self.is_transposed else "...i,oi->...o"
         y = jnp.einsum(equation, x, self.weight[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y if self.bias is None else y + broadcast(self.bias[...], y.shape, y.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -80,7 +81,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * scale).astype(x.dtype) * self.weight[...].astype(x.dtype)
+        return (wide * scale).astype(x.dtype) * broadcast(self.weight[...], x.shape, x.dtype)
 
 
 class Attention(nnx.Module):
@@ -122,33 +123,6 @@ class Attention(nnx.Module):
 
     def _heads(self, x: Float[Array, "B Q HN"]) -> Float[Array, "B heads Q N"]:
         return jnp.swapaxes(x.reshape(*x.shape[:2], -1, self.head_dim), 1, 2)
-
-
-@jax.custom_vjp
-def swiglu(
-    gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"]
-) -> Float[Array, "*batch F"]:
-    """silu(gate) ⊙ up.
-
-    Its gradients are written out, each with its division last. XLA:CPU computes what ends in a
-    product once more, column by column, where the weights' gradient wants it transposed; what ends
-    in a division it computes once.
-    """
-    return jax.nn.silu(gate) * up
-
-
-def _swiglu_forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
-    return swiglu(gate, up), (gate, up)
-
-
-def _swiglu_backward(inputs: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    gate, up = inputs
-    inverse_sigmoid = 1 + jnp.exp(-gate)
-    slope = 1 + gate * jax.nn.sigmoid(-gate)  # of silu, over sigmoid(gate)
-    return cotangent * up * slope / inverse_sigmoid, cotangent * gate / inverse_sigmoid
-
-
-swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 class MLP(nnx.Module):
@@ -271,7 +245,7 @@ class Qwen2(nnx.Module):
 
     def embed(self, input_ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
         """Rows of the embedding table, in the compute type."""
-        return self.embed_tokens[...][input_ids].astype(self.dtype)
+        return embed(self.embed_tokens[...], input_ids, self.dtype)
 
     @property
     def unembedding(self) -> Float[Array, "V D"]:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from ppo_jax.models import PolicyValueNetwork, Qwen2Config, load_pretrained, save_pretrained
-from ppo_jax.models.qwen2 import rotary_angles, swiglu
+from ppo_jax.models.qwen2 import rotary_angles
 from ppo_jax.rollout import rollout
 from qwen_env import mdp
 
@@ -207,21 +207,6 @@ def test_gradients_are_those_of_torch(tied, remat, torch_model, ragged, tmp_path
     for name, gradient in ours.items():
         scale = np.abs(expected[name]).max()
         np.testing.assert_allclose(gradient, expected[name], rtol=0, atol=1e-5 * scale + 1e-8)
-
-
-def test_gradients_of_swiglu_are_those_of_its_formula():
-    """From the tails, where exp(-gate) overflows or vanishes, as from the middle."""
-    rng = np.random.default_rng(0)
-    gate = np.concatenate([rng.normal(0, 3, 200), [-1e4, -200, -90, -80, 0, 20, 90, 1e4]])
-    gate = gate.astype(np.float32)
-    up, cotangent = rng.normal(size=(2, gate.size)).astype(np.float32)
-    value, pull_back = jax.vjp(swiglu, gate, up)
-    theirs = [torch.tensor(x, requires_grad=True) for x in (gate, up)]
-    expected = torch.nn.functional.silu(theirs[0]) * theirs[1]
-    expected.backward(torch.tensor(cotangent))
-    np.testing.assert_allclose(value, expected.detach(), rtol=1e-6, atol=1e-30)
-    for ours, tensor in zip(pull_back(cotangent), theirs, strict=True):
-        np.testing.assert_allclose(ours, tensor.grad, rtol=2e-5, atol=1e-6)
 
 
 def test_remat_keeps_less_for_the_backward_pass(network, ragged):
