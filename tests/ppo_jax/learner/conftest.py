@@ -137,3 +137,17 @@ def finished(rules) -> Rollout:
 def batch(compiled, finished) -> Batch:
     """What the learner with the plain settings makes of them."""
     return compiled().prepare(finished).batch
+
+
+def _minibatches(key: jax.Array, ppo: PPOConfig) -> list[np.ndarray]:
+    rows = []
+    for epoch in range(ppo.num_epochs):
+        order = jax.random.permutation(jax.random.fold_in(key, epoch), ppo.batch_size)
+        rows += np.split(np.asarray(order), ppo.num_minibatches)
+    return rows
+
+
+@pytest.fixture(scope="session")
+def minibatches() -> Callable[[jax.Array, PPOConfig], list[np.ndarray]]:
+    """The rows of each minibatch of each epoch, in the order that the key makes."""
+    return _minibatches

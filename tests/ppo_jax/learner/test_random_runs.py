@@ -1,0 +1,131 @@
+"""Whole runs under random settings against the same in PyTorch and float64.
+
+RANDOM_RUNS=200 in the environment compares that many of them.
+"""
+
+import math
+import os
+import random
+
+import pytest
+from torch_ppo import TorchPPO, as_tensors, parameters_in
+
+from ppo_jax.agent import _SHUFFLE, PPOAgent
+from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TrainConfig
+from ppo_jax.models import save_pretrained
+
+NUM_RUNS = int(os.environ.get("RANDOM_RUNS", 6))
+NUM_ITERATIONS = 3
+BATCH_SIZE = 16
+
+
+def random_config(rng: random.Random) -> TrainConfig:
+    """Settings that all change what is computed, each with its default among them."""
+    one_of = rng.choice
+    kl_coef, value_coef = one_of([0.1, 0.1, 0.5, 0.0]), one_of([0.1, 0.5, 0.5, 1.0, 0.0])
+    target_kl, kl_target = one_of([None, 1e-3, 1e-2]), one_of([None, 0.05])
+    ppo = {
+        "completions_per_prompt": one_of([1, 2, 4]),
+        "temperature": one_of([1.0, 0.7, 1.4]),
+        "top_k": one_of([None, None, 50]),
+        "top_p": one_of([None, None, 0.9]),
+        "kl_coef": kl_coef,
+        "scale_scores": one_of([False, True]),
+        "score_clip": one_of([None, 0.8]),
+        "whiten_rewards": one_of([False, True]),
+        "length_limit": one_of(["score", "bootstrap"]),
+        "gamma": one_of([1.0, 0.97, 0.5]),
+        "gae_lambda": one_of([0.95, 0.0, 1.0]),
+        "advantage_whitening": one_of(["batch", "minibatch", "none"]),
+        "num_epochs": one_of([1, 2, 3]),
+        "num_minibatches": one_of([1, 2, 4]),
+        "num_microbatches": one_of([1, 2]),
+        "num_packed_sizes": one_of([1, 2, 4]),
+        "loss_aggregation": one_of(["token", "sequence"]),
+        "clip_range": one_of([0.2, 0.02]),
+        "clip_range_high": one_of([None, 0.3, 0.01]),
+        "dual_clip": one_of([None, 1.05, 3.0]),
+        "value_coef": value_coef,
+        "entropy_coef": one_of([0.0, 0.01]),
+        "critic": one_of(["shared", "stopped"]),
+        "target_kl": target_kl,
+    }
+    optimizer = {
+        "learning_rate": one_of([1e-3, 5e-3]),
+        "schedule": one_of(["constant", "linear", "cosine"]),
+        "warmup_iterations": one_of([0, 1]),
+        "adam_b1": one_of([0.9, 0.0]),
+        "adam_b2": one_of([0.999, 0.9]),
+        "adam_eps": 1e-4,  # a smaller one would make steps of gradients that are mere rounding
+        "weight_decay": one_of([0.0, 0.1]),
+        "max_grad_norm": one_of([1.0, 0.05, math.inf]),
+        "freeze_embeddings": one_of([False, False, True]),
+        "num_frozen_layers": one_of([0, 0, 1, 2]),
+    }
+    if kl_coef:
+        ppo |= {
+            "kl_penalty": one_of(["k1", "k2", "k3"]),
+            "ref_ema_decay": one_of([None, 0.0, 0.5]),
+        }
+    if kl_coef and kl_target:
+        ppo |= {"kl_target": kl_target, "kl_horizon": one_of([20, 10_000])}
+    if target_kl:
+        ppo |= {
+            "target_kl_estimator": one_of(["k1", "k2", "k3", "reference"]),
+            "target_kl_grain": one_of(["minibatch", "epoch"]),
+        }
+    if value_coef:
+        ppo |= {
+            "critic": one_of(["shared", "stopped", "separate"]),
+            "value_clip_range": one_of([None, 0.01, 0.2]),
+        }
+        optimizer |= {
+            "critic_warmup_iterations": one_of([0, 0, 1]),
+            "critic_learning_rate": one_of([None, 2e-3]),
+        }
+    run = {
+        "seed": rng.randrange(2**32),
+        "num_devices": one_of([1, 1, 2]),
+        "remat": one_of([False, False, True]),
+    }
+    return TrainConfig(
+        ppo=PPOConfig(batch_size=BATCH_SIZE, **ppo),
+        optimizer=OptimizerConfig(**optimizer),
+        run=RunConfig(**run),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(NUM_RUNS))
+def test_a_run_equals_one_in_pytorch(seed, make_network, make_test_task, minibatches, tmp_path):
+    rng = random.Random(seed)
+    config = random_config(rng)
+    network = make_network(
+        seed, num_key_value_heads=rng.choice([1, 2, 4]), tie_word_embeddings=rng.random() < 0.5
+    )
+    task = make_test_task(min_new_tokens=rng.choice([0, 0, 3]))
+    agent = PPOAgent(network, task, config, NUM_ITERATIONS)
+    save_pretrained(network, tmp_path / "start")
+    theirs = TorchPPO(tmp_path / "start", task.rules, config.ppo, config.optimizer, NUM_ITERATIONS)
+    for iteration in range(NUM_ITERATIONS):
+        episodes, rows = agent.collect(), minibatches(agent._key(_SHUFFLE), config.ppo)
+        metrics = agent.update(episodes)
+        rollout = episodes.rollout
+        tensors = as_tensors(rollout.state, rollout.support, task.rules.vocab_size)
+        expected = theirs.iteration(tensors, episodes.scores, rows)
+        if theirs.stop_margin < 1e-5:
+            pytest.skip("the early stop hangs on rounding")
+        assert metrics["policy/first_ratio_max_error"] < 1e-5
+        assert metrics["rollout/logprob_gap_max"] < 2e-5
+        # What an iteration rounds is in the parameters of the next.
+        rounding = 1 + 5 * iteration
+        for name, value in expected.items():
+            tolerance = 3e-5 + 1e-4 * rounding * abs(value)
+            assert metrics[name] == pytest.approx(value, abs=tolerance), (iteration, name)
+        save_pretrained(agent.network, tmp_path / "now")
+        parameters = parameters_in(tmp_path / "now")
+        assert parameters.keys() == theirs.parameters.keys()
+        for name, x in parameters.items():
+            difference = (x.double() - theirs.parameters[name]).abs().max().item()
+            assert difference < 3e-5 * rounding, (iteration, name)
+    assert float(agent.state.controls.kl_coef) == pytest.approx(theirs.kl_coef, rel=1e-4)
