@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import qwen_env  # noqa: F401  (registers QwenText-v0)
 from ppo_jax import agent as agent_module
 from ppo_jax.agent import PPOAgent, TooManyNonfiniteUpdates
 from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TrainConfig
 from ppo_jax.models import with_separate_critic
+from ppo_jax.sampling import sampling_logits, truncation
+from qwen_env import mdp
 from qwen_env.errors import UsageError
 
 CONFIG = TrainConfig(
@@ -84,16 +87,6 @@ def test_no_two_uses_nor_iterations_share_a_key(make_agent):
     assert len(np.unique(keys, axis=0)) == 8
 
 
-@pytest.mark.slow
-def test_a_reference_without_memory_is_the_policy_of_each_iteration(make_agent):
-    ppo = dataclasses.replace(CONFIG.ppo, ref_ema_decay=0.0)
-    agent = make_agent(dataclasses.replace(CONFIG, ppo=ppo), num_iterations=2)
-    _, (_, metrics) = agent.learn()
-    assert metrics["objective/kl"] == pytest.approx(0, abs=1e-5)
-    moved, initial = (x["norm"]["weight"][...] for x in (agent.reference, agent.initial_backbone))
-    assert np.abs(moved - initial).max() > 0.01
-
-
 def test_choose_action_agrees_with_the_network_and_drives_the_environments(make_agent):
     agent = make_agent()
     rules = agent.task.rules
@@ -128,6 +121,35 @@ def test_choose_action_agrees_with_the_network_and_drives_the_environments(make_
     again = agent.choose_action(observations)
     assert not np.array_equal(choices.action, again.action), "each choice is a new draw"
     envs.close()
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_choose_action_says_the_separate_critics_value(make_agent, greedy):
+    """And the log-probability over what top-k and top-p leave."""
+    ppo = PPOConfig(batch_size=8, critic="separate", temperature=0.9, top_k=80, top_p=0.95)
+    agent = make_agent(TrainConfig(ppo=ppo))
+    params = agent.state.params
+    moved = jax.tree.map(lambda x: x + 0.1, params["critic"])
+    agent.state = agent.state._replace(params=nnx.State({**params, "critic": moved}))
+    task, sampling = agent.task, ppo.sampling
+    first = task.initial_state(task.prompts)
+    observation = {
+        "input_ids": first.tokens,
+        "prompt_length": first.prompt_length,
+        "length": first.length,
+    }
+    choice = agent.choose_action(observation, greedy=greedy)
+    mask = np.arange(task.rules.max_length) < first.length[:, None]
+    rows = np.arange(len(task.prompts))
+    logits, values = (
+        np.asarray(x)[rows, first.length - 1] for x in jax.jit(agent.network)(first.tokens, mask)
+    )
+    np.testing.assert_allclose(choice.value, values, atol=1e-5)
+    logits = sampling_logits(logits, mdp.action_mask(0 * rows, task.rules, np), 0.9)
+    kept = np.asarray(truncation(logits, sampling))
+    assert kept[rows, choice.action].all()
+    log_p = jax.nn.log_softmax(np.where(kept, logits, -np.inf))
+    np.testing.assert_allclose(choice.logprob, log_p[rows, choice.action], atol=1e-5)
 
 
 def test_choose_action_ends_no_response_before_min_new_tokens(make_network, make_test_task):

@@ -111,7 +111,7 @@ CUT = {"num_minibatches": 2, "num_microbatches": 2, "num_epochs": 1, "temperatur
 
 @pytest.mark.parametrize("changes", [{"optimized": True}, CUT], ids=["whole", "cut"])
 def test_the_first_ratio_is_one(compiled, finished, changes):
-    """Where sampling is truncated: see test_agent_knobs.py."""
+    """Where sampling is truncated: see test_whole_runs.py."""
     learner = compiled(**changes)
     _, metrics, _ = learner.update(learner.prepare(finished).batch)
     assert metrics["policy/first_ratio_max_error"] < 1e-5
