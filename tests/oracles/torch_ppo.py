@@ -65,20 +65,17 @@ class TorchPPO:
         self, episodes: Tensors, scores: np.ndarray, orders: Sequence[np.ndarray]
     ) -> dict[str, float]:
         """Learn from `episodes`; `orders` has the rows of each minibatch of each epoch."""
-        batch, metrics, kl_coef = self.prepare(episodes, torch.tensor(np.float64(scores)))
+        batch, metrics = self.prepare(episodes, torch.tensor(np.float64(scores)))
         metrics |= self.update(batch, orders)
         if (decay := self.ppo.ref_ema_decay) is not None:
             for old, new in zip(self.reference.parameters(), self.model.parameters(), strict=True):
                 old.data = decay * old.data + (1 - decay) * new.data
-        self.kl_coef = kl_coef
         self.num_iterations_done += 1
         return metrics
 
     @torch.no_grad()
-    def prepare(
-        self, episodes: Tensors, score: torch.Tensor
-    ) -> tuple[Tensors, dict[str, float], float]:
-        """The batch to learn from, what to say of it, and the KL coefficient of the next one."""
+    def prepare(self, episodes: Tensors, score: torch.Tensor) -> tuple[Tensors, dict[str, float]]:
+        """The batch to learn from, and what to say of it; adapts the KL coefficient."""
         ppo = self.ppo
         written = episodes["length"] - episodes["prompt_length"]
         mask = torch.arange(self.rules.max_new_tokens) < written[:, None]
@@ -124,12 +121,11 @@ class TorchPPO:
         }
         if ppo.advantage_whitening == "batch":
             advantages = whitened(advantages, mask)
-        kl_coef = self.kl_coef
         if ppo.kl_target is not None:
             error = np.clip(kl / ppo.kl_target - 1, -0.2, 0.2)
-            kl_coef *= 1 + error * len(score) / ppo.kl_horizon
+            self.kl_coef *= 1 + error * len(score) / ppo.kl_horizon
         batch = {"mask": mask, "logprobs": old, "values": values}
-        return episodes | batch | {"advantages": advantages, "returns": returns}, metrics, kl_coef
+        return episodes | batch | {"advantages": advantages, "returns": returns}, metrics
 
     def update(self, batch: Tensors, orders: Sequence[np.ndarray]) -> dict[str, float]:
         """One step a minibatch, until the KL early stop; means of what the minibatches said."""
@@ -144,7 +140,7 @@ class TorchPPO:
             gradients, norm = self._gradients(loss)
             said.append(metrics | {"policy/grad_norm": norm})
             epoch_kls = [stop_kl] if number % ppo.num_minibatches == 0 else [*epoch_kls, stop_kl]
-            kl, is_asked = stop_kl, ppo.target_kl is not None
+            kl, is_asked = stop_kl, True
             if ppo.target_kl_grain == "epoch":
                 kl, is_asked = np.mean(epoch_kls), len(epoch_kls) == ppo.num_minibatches
             if ppo.target_kl is not None and is_asked:
