@@ -32,7 +32,7 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 pocket: $(VENV)/installed
-	$(BIN)/python -m ppo_jax.pretrain_pocket
+	$(BIN)/python tools/make_pocket.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

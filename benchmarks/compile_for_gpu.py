@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from suite import Arguments, cases
 
-from ppo_jax.learner import Learner
+from ppo_jax.generation.rollout import rollout
+from ppo_jax.learning.gradients import Passes
+from ppo_jax.learning.learner import Learner
 from ppo_jax.models import PolicyValueNetwork
-from ppo_jax.passes import Passes
-from ppo_jax.rollout import rollout
 
 H100 = """
 gpu_device_info {

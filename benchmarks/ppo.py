@@ -30,9 +30,9 @@ from flax import nnx  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from ppo_jax.actor import Episodes  # noqa: E402
 from ppo_jax.agent import PPOAgent  # noqa: E402
 from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TrainConfig  # noqa: E402
+from ppo_jax.generation.actor import Episodes  # noqa: E402
 from ppo_jax.models import PolicyValueNetwork, Qwen2Config, load_pretrained  # noqa: E402
 from qwen_env.prompts import Prompt  # noqa: E402
 from qwen_env.task import TextTask, make_task  # noqa: E402

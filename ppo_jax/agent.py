@@ -15,19 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ppo_jax.actor import Actor, Episodes
 from ppo_jax.config import TrainConfig
-from ppo_jax.data_parallel import copied, make_mesh
-from ppo_jax.episode_metrics import component_means, repetition
-from ppo_jax.learner import Learner, TrainState
+from ppo_jax.generation.actor import Actor, Episodes
+from ppo_jax.generation.episode_metrics import component_means, repetition
+from ppo_jax.generation.rollout import choose_token
+from ppo_jax.learning.gradients import Passes
+from ppo_jax.learning.learner import Learner, TrainState
+from ppo_jax.mesh import copied, make_mesh
 from ppo_jax.models import PolicyValueNetwork, with_separate_critic
 from ppo_jax.models.qwen2 import last_hidden
-from ppo_jax.passes import Passes
-from ppo_jax.rollout import choose_token
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
 from qwen_env.errors import UsageError
-from qwen_env.prompt_sampling import prompt_indices
+from qwen_env.prompt_order import prompt_indices
 from qwen_env.prompts import Prompt
 from qwen_env.task import Episode, Outcome, TextTask
 
@@ -98,7 +98,9 @@ class PPOAgent:
             static_argnames="greedy",
         )
         self._num_choices = 0
-        self.distributions: dict[str, np.ndarray] = {}  # of the last update, see `ppo_jax.batch`
+        self.distributions: dict[
+            str, np.ndarray
+        ] = {}  # of the last update, see `ppo_jax.learning.batch`
 
     @property
     def iteration(self) -> int:

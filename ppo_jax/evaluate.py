@@ -13,10 +13,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from ppo_jax import cli
-from ppo_jax.actor import Actor
-from ppo_jax.episode_metrics import evaluation_means
-from ppo_jax.models import load_pretrained
-from ppo_jax.ranges import (
+from ppo_jax.config.ranges import (
     Count,
     Factor,
     Natural,
@@ -25,7 +22,10 @@ from ppo_jax.ranges import (
     Temperature,
     check_ranges,
 )
-from ppo_jax.rewards import load_training_reward
+from ppo_jax.generation.actor import Actor
+from ppo_jax.generation.episode_metrics import evaluation_means
+from ppo_jax.generation.reward_models import load_training_reward
+from ppo_jax.models import load_pretrained
 from ppo_jax.runs.progress import stderr_console
 from ppo_jax.sampling import Sampling
 from qwen_env import pocket
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def evaluate(arguments: Arguments) -> dict[str, dict[str, float]]:
-    """Means of the greedy and the sampled pass; see `ppo_jax.episode_metrics.evaluation_means`.
+    """Means of the greedy and the sampled pass; see `episode_metrics.evaluation_means`.
 
     Raises:
         UsageError: an argument, the model, the prompts or the reward is wrong.

@@ -12,9 +12,9 @@ import tyro
 from flax import nnx
 
 from ppo_jax import cli
-from ppo_jax.actor import Actor
+from ppo_jax.config.ranges import Count, Natural, Probability, Seed, Temperature, check_ranges
+from ppo_jax.generation.actor import Actor
 from ppo_jax.models import load_pretrained
-from ppo_jax.ranges import Count, Natural, Probability, Seed, Temperature, check_ranges
 from ppo_jax.sampling import Sampling
 from qwen_env import pocket
 from qwen_env.errors import UsageError

@@ -19,9 +19,9 @@ from ppo_jax.config import (
     TrainConfig,
     preset,
 )
-from ppo_jax.config_checks import check_warmups
+from ppo_jax.config.checks import check_warmups
+from ppo_jax.generation.reward_models import load_training_reward
 from ppo_jax.models import load_pretrained
-from ppo_jax.rewards import load_training_reward
 from ppo_jax.runs.folder import RunFolder, read_config
 from ppo_jax.runs.run import PROG, Run
 from qwen_env.errors import UsageError

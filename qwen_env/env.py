@@ -9,7 +9,7 @@ from gymnasium.error import InvalidAction, ResetNeeded
 from qwen_env import mdp
 from qwen_env.arguments import integer, one_of
 from qwen_env.errors import UsageError
-from qwen_env.prompt_sampling import PromptSampler
+from qwen_env.prompt_order import PromptSampler
 from qwen_env.prompts import Prompt
 from qwen_env.rendering import LiveText, render_episode
 from qwen_env.task import Outcome, episodes_of, make_task, observe, takes_task_arguments

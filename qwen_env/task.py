@@ -16,7 +16,7 @@ from gymnasium import spaces
 from qwen_env import mdp, pocket
 from qwen_env.arguments import finite, integer, one_of, token_ids
 from qwen_env.errors import UsageError
-from qwen_env.prompt_sampling import PromptSampler, PromptSampling
+from qwen_env.prompt_order import PromptSampler, PromptSampling
 from qwen_env.prompts import Overflow, Prompt, PromptDataset, PromptEncoder, load_prompts
 from qwen_env.rewards import RewardBatch, RewardFn, load_reward, score
 from qwen_env.rewards.sentiment import pocket_sentiment

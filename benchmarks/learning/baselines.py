@@ -14,7 +14,7 @@ from learning.settings import SETTINGS
 from learning.statistics import best_of_n_kl, best_of_n_weights
 from ppo_jax.agent import PPOAgent
 from ppo_jax.algorithm import masked_mean
-from ppo_jax.teacher_forcing import response_outputs
+from ppo_jax.learning.response_outputs import response_outputs
 
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 SFT_EPOCHS = 16

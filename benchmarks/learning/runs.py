@@ -15,9 +15,9 @@ from learning.settings import Setting
 from ppo_jax.agent import PPOAgent
 from ppo_jax.algorithm import masked_mean
 from ppo_jax.config import TrainConfig, preset
-from ppo_jax.episode_metrics import evaluation_means
+from ppo_jax.generation.episode_metrics import evaluation_means
+from ppo_jax.generation.reward_models import load_training_reward
 from ppo_jax.models import load_pretrained
-from ppo_jax.rewards import load_training_reward
 from ppo_jax.sampling import Sampling, truncation
 from ppo_jax.train import load_all_prompts
 from qwen_env import mdp

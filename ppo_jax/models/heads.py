@@ -60,7 +60,7 @@ class PolicyValueNetwork(nnx.Module):
     ) -> tuple[Float[Array, "B S V"], Float[Array, "B S"]]:
         """Logits and values of every position, in float32: for looking at small inputs.
 
-        Training never takes this path, see `ppo_jax.teacher_forcing`.
+        Training never takes this path, see `ppo_jax.learning.response_outputs`.
         """
         hidden, _ = self.backbone(input_ids, attention_mask)
         value_hidden = self.critic(input_ids, attention_mask)[0] if self.critic else hidden

@@ -21,11 +21,11 @@ from flax import nnx
 from jaxtyping import DTypeLike
 from safetensors.numpy import save_file
 
+from ppo_jax.files import write_json, writing
 from ppo_jax.models.config import Qwen2Config
 from ppo_jax.models.gguf import GGUFFile
 from ppo_jax.models.heads import PolicyValueNetwork, RewardModel
 from ppo_jax.models.safetensors_folder import OWN_FILES, WEIGHTS, SafetensorsFolder
-from ppo_jax.writing import write_json, writing
 from qwen_env.errors import UsageError
 from qwen_env.hub import resolve
 from qwen_env.tokenizer import Tokenizer

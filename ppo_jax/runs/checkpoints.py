@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ppo_jax.learner import TrainState
-from ppo_jax.writing import PARTIAL, write_json, writing
+from ppo_jax.files import PARTIAL, write_json, writing
+from ppo_jax.learning.learner import TrainState
 from qwen_env.errors import UsageError
 
 Facts = dict[str, Any]

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ppo_jax.algorithm import ADVANTAGE_EDGES, RATIO_EDGES
+from ppo_jax.files import whole
 from ppo_jax.runs.panels import (
     BLUE,
     GREEN,
@@ -21,7 +22,6 @@ from ppo_jax.runs.panels import (
     PathPanel,
     Records,
 )
-from ppo_jax.writing import whole
 
 
 def _scores(training: str, held_out: str) -> Sequence[Line]:

@@ -28,9 +28,9 @@ from tensorboardX import SummaryWriter
 
 from ppo_jax.algorithm import ADVANTAGE_EDGES, RATIO_EDGES
 from ppo_jax.config import TrainConfig, as_json, from_json
+from ppo_jax.files import PARTIAL, whole, write_json, writing
 from ppo_jax.runs.curves import plot_curves
 from ppo_jax.runs.panels import Records
-from ppo_jax.writing import PARTIAL, whole, write_json, writing
 from qwen_env.errors import UsageError
 
 Record = dict[str, Any]

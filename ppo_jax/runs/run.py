@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ppo_jax.agent import PPOAgent, TooManyNonfiniteUpdates
-from ppo_jax.episode_metrics import (
+from ppo_jax.generation.episode_metrics import (
     evaluation_means,
     gold_spread,
     length_counts,

@@ -1,6 +1,6 @@
 """The embedded default task: a small Qwen2 policy, a reward model, prompts, and their grammar.
 
-`python -m ppo_jax.pretrain_pocket` makes the files again.
+`python tools/make_pocket.py` makes the files again.
 """
 
 from pathlib import Path

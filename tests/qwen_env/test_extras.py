@@ -5,11 +5,11 @@ import sys
 import pytest
 from gymnasium.error import DependencyNotInstalled
 
-from qwen_env.gguf_tokenizer import load_gguf_tokenizer
 from qwen_env.rewards import load_reward, score
 from qwen_env.rewards.base import RewardBatch
 from qwen_env.rewards.reasoning_gym import ReasoningGym
 from qwen_env.rewards.sentiment import _vader, vader_compound
+from qwen_env.tokenizer.gguf import load_gguf_tokenizer
 
 EMPTY = RewardBatch([], [], [], [], [], [])
 

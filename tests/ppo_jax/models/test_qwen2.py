@@ -11,9 +11,9 @@ from flax import nnx
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
+from ppo_jax.generation.rollout import rollout
 from ppo_jax.models import PolicyValueNetwork, Qwen2Config, load_pretrained, save_pretrained
 from ppo_jax.models.qwen2 import rotary_angles
-from ppo_jax.rollout import rollout
 from qwen_env import mdp
 
 VARIANTS = {

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ppo_jax.algorithm import no_moments
-from ppo_jax.batch import Controls
-from ppo_jax.learner import TrainState
+from ppo_jax.learning.batch import Controls
+from ppo_jax.learning.learner import TrainState
 from ppo_jax.runs.checkpoints import Checkpoints
 from qwen_env.errors import UsageError
 

@@ -1,0 +1,24 @@
+"""Settings of a run: what they are, which values they may have, and presets of them."""
+
+from ppo_jax.config.presets import PRESETS, preset
+from ppo_jax.config.settings import (
+    OptimizerConfig,
+    PPOConfig,
+    RunConfig,
+    TaskConfig,
+    TrainConfig,
+    as_json,
+    from_json,
+)
+
+__all__ = [
+    "PRESETS",
+    "OptimizerConfig",
+    "PPOConfig",
+    "RunConfig",
+    "TaskConfig",
+    "TrainConfig",
+    "as_json",
+    "from_json",
+    "preset",
+]

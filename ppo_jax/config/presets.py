@@ -1,0 +1,72 @@
+"""Presets: settings that go together, by name."""
+
+from pathlib import Path
+
+from ppo_jax.config.settings import (
+    OptimizerConfig,
+    PPOConfig,
+    RunConfig,
+    TaskConfig,
+    TrainConfig,
+)
+from qwen_env.errors import UsageError
+
+DATA = Path(__file__).parents[1] / "data"
+
+PRESETS: dict[str, TrainConfig] = {
+    # The embedded task on a CPU, in a couple of minutes.
+    "pocket": TrainConfig(
+        task=TaskConfig(gold_reward="qwen_env.rewards.sentiment:pocket_sentiment"),
+        optimizer=OptimizerConfig(learning_rate=3e-4),
+        run=RunConfig(num_iterations=60),
+    ),
+    # A real language model on two CPU cores: film reviews that end well.
+    "smollm2": TrainConfig(
+        task=TaskConfig(
+            model="models/SmolLM2-135M-Instruct.Q4_1.gguf",
+            prompts=str(DATA / "film_openings.jsonl"),
+            eval_prompts=str(DATA / "film_openings_heldout.jsonl"),
+            reward="qwen_env.rewards.sentiment:vader_compound",
+            max_prompt_length=24,
+            max_new_tokens=24,
+        ),
+        ppo=PPOConfig(batch_size=32, num_epochs=1, num_minibatches=4, kl_coef=0.02),
+        optimizer=OptimizerConfig(learning_rate=5e-5, warmup_iterations=3),
+        run=RunConfig(num_iterations=40, eval_every=10, eval_size=32, save_every=20),
+    ),
+    # The hyperparameters of the reference algorithm.
+    "qwen2.5-0.5b": TrainConfig(
+        task=TaskConfig(
+            model="Qwen/Qwen2.5-0.5B",
+            prompts="prompts.jsonl",
+            eval_prompts=None,
+            reward="",  # nothing fits every task: it must be named
+            max_prompt_length=256,
+            max_new_tokens=256,
+        ),
+        ppo=PPOConfig(
+            batch_size=4,
+            gamma=0.99,
+            gae_lambda=0.95,
+            clip_range=0.2,
+            value_coef=0.5,
+            entropy_coef=0.01,
+            num_epochs=4,
+            num_packed_sizes=4,
+            target_kl=0.01,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-5, max_grad_norm=0.5),
+        run=RunConfig(num_prompt_epochs=3),
+    ),
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """The preset called `name`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name]

@@ -1,0 +1,1 @@
+"""From scored episodes to new parameters."""

@@ -1,0 +1,153 @@
+"""From scored episodes to a batch to learn from: rewards, advantages, returns.
+
+Shapes: B batch, T response limit, S = P + T, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from ppo_jax import algorithm
+from ppo_jax.config import PPOConfig
+from ppo_jax.generation.rollout import Rollout
+from ppo_jax.learning.response_outputs import ResponseOutputs
+from qwen_env import mdp
+
+Metrics = dict[str, Array]  # scalars
+Distributions = dict[str, Array]  # histograms (`algorithm.histogram`), and means by position
+
+
+class Controls(NamedTuple):
+    """What PPO adjusts from batch to batch beside the parameters."""
+
+    kl_coef: Float[Array, ""]
+    score_moments: algorithm.RunningMoments
+
+
+class Batch(NamedTuple):
+    """B episodes, ready to be learnt from; response-aligned arrays are 0 beyond the response."""
+
+    tokens: Int[Array, "B S"]
+    prompt_length: Int[Array, "B"]
+    length: Int[Array, "B"]
+    mask: Bool[Array, "B T"]
+    support: UInt8[Array, "B T V/8"] | None  # what each token was drawn from, if truncated
+    logprobs: Float[Array, "B T"]  # of the policy that wrote the responses
+    values: Float[Array, "B T"]
+    advantages: Float[Array, "B T"]
+    returns: Float[Array, "B T"]
+
+
+class Prepared(NamedTuple):
+    """What `make_batch` makes of a rollout."""
+
+    batch: Batch
+    controls: Controls  # for the next batch
+    metrics: Metrics
+    distributions: Distributions
+
+
+def make_batch(
+    rollout: Rollout,
+    score: Float[Array, "B"],
+    old: ResponseOutputs,
+    ref_logprobs: Float[Array, "B T"],
+    controls: Controls,
+    config: PPOConfig,
+) -> Prepared:
+    """Score every token, and say what to watch.
+
+        score -> scaled by the deviation of all scores so far, clipped to ± score_clip
+              -> given at the last token, less the KL penalty of every token
+              -> whitened -> GAE -> advantages whitened over the batch
+
+    Args:
+        score: the reward function's answer for each episode.
+        old: of the policy that wrote the responses.
+        ref_logprobs: of the reference model.
+        controls: as the batches before this one left them.
+    """
+    state = rollout.state
+    written = mdp.response_length(state)
+    step = jnp.arange(rollout.logprobs.shape[1])
+    mask, is_last = step < written[:, None], step == written[:, None] - 1
+    logprobs, ref_logprobs, values = (
+        jnp.where(mask, x, 0.0) for x in (old.logprobs, ref_logprobs, old.values)
+    )
+    moments = algorithm.updated_moments(controls.score_moments, score)
+    terminal_reward = score / moments.std if config.scale_scores else score
+    if config.score_clip is not None:
+        terminal_reward = jnp.clip(terminal_reward, -config.score_clip, config.score_clip)
+    bootstraps = config.length_limit == "bootstrap"
+    if bootstraps:  # the value of the state in which it was cut off stands for its score
+        terminal_reward = jnp.where(state.truncated, 0.0, terminal_reward)
+    rewards = algorithm.token_rewards(
+        terminal_reward,
+        logprobs,
+        ref_logprobs,
+        mask,
+        kl_coef=controls.kl_coef,
+        estimator=config.kl_penalty,
+    )
+    reward_sum = rewards.sum(-1).mean()
+    if config.whiten_rewards:
+        rewards = algorithm.masked_whiten(rewards, mask, shift_mean=False)
+    advantages, returns = algorithm.generalized_advantage_estimation(
+        rewards,
+        values,
+        is_last & ~(state.truncated[:, None] & bootstraps),
+        old.last_value,
+        mask=mask,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+    )
+    kl = jnp.where(mask, logprobs - ref_logprobs, 0.0)
+    unexplained = algorithm.masked_var(returns - values, mask)
+    gap = jnp.abs(rollout.logprobs - logprobs)
+    metrics = {
+        "objective/score": score.mean(),
+        "objective/score_std": score.std(),
+        "objective/kl": kl.sum(-1).mean(),
+        "objective/kl_coef": controls.kl_coef,
+        "objective/reward": reward_sum,
+        "policy/entropy": algorithm.masked_mean(old.entropy, mask),
+        "value/mean": algorithm.masked_mean(values, mask),
+        "value/explained_variance": 1
+        - unexplained / jnp.maximum(algorithm.masked_var(returns, mask), 1e-8),
+        "rollout/length_mean": written.mean(),
+        "rollout/eos_rate": state.terminated.mean(),
+        "rollout/logprob_gap_max": jnp.where(mask, gap, 0.0).max(),
+    }
+    whitened = algorithm.masked_whiten(advantages, mask)
+    distributions = {
+        "advantage": algorithm.masked_histogram(whitened, mask, algorithm.ADVANTAGE_EDGES),
+        "kl_by_position": _mean_by_position(kl, mask),
+        "entropy_by_position": _mean_by_position(old.entropy, mask),
+    }
+    batch = Batch(
+        tokens=state.tokens,
+        prompt_length=state.prompt_length,
+        length=state.length,
+        mask=mask,
+        support=rollout.support,
+        logprobs=logprobs,
+        values=values,
+        advantages=whitened if config.advantage_whitening == "batch" else advantages,
+        returns=returns,
+    )
+    kl_coef = controls.kl_coef
+    if config.kl_target is not None:
+        kl_coef = algorithm.adapted_kl_coef(
+            kl_coef,
+            metrics["objective/kl"],
+            target=config.kl_target,
+            num_episodes=score.shape[0],
+            horizon=config.kl_horizon,
+        )
+    return Prepared(batch, Controls(kl_coef, moments), metrics, distributions)
+
+
+def _mean_by_position(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "T"]:
+    """Mean over the rows that have a token there; NaN where none has."""
+    return jnp.where(mask, x, 0.0).sum(0) / mask.sum(0)

@@ -1,0 +1,91 @@
+"""Teacher forcing: what a network says of responses that are already written.
+
+The old, the new and the reference policy all pass through here, so their log-probabilities can
+differ only by their parameters. Only response positions reach the vocabulary projection.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from ppo_jax.learning.logprobs import Drawn, logprobs_and_entropy
+from ppo_jax.learning.packing import Layout, pack
+from ppo_jax.models.heads import PolicyValueNetwork
+from ppo_jax.models.qwen2 import Qwen2
+from ppo_jax.sampling import Sampling
+from qwen_env import mdp
+
+
+class ResponseOutputs(NamedTuple):
+    """Response-aligned: index 0 belongs to the first response token."""
+
+    logprobs: Float[Array, "B T"]  # of the tokens chosen, under the sampling distribution
+    entropy: Float[Array, "B T"]  # of the sampling distribution
+    values: Float[Array, "B T"]  # of the state before each token
+    last_value: Float[Array, "B"]  # of the state after the last token
+
+
+def response_outputs(
+    network: PolicyValueNetwork,
+    tokens: Int[Array, "B S"],
+    prompt_length: Int[Array, "B"],
+    length: Int[Array, "B"],
+    support: UInt8[Array, "B T V/8"] | None = None,
+    *,
+    rules: mdp.Rules,
+    sampling: Sampling,
+    stop_value_gradient: bool = False,
+    remat: bool = False,
+    layout: Layout | None = None,
+) -> ResponseOutputs:
+    """Log-probabilities, entropies and values of responses. Beyond `length` they mean nothing.
+
+    The hidden state at position p-1 predicts token p; values use the same shift.
+
+    Args:
+        support: the ids that each token was drawn from, as `rollout` recorded them.
+        stop_value_gradient: keep the gradient of the values out of the backbone.
+        layout: rows that the sequences share; None leaves each in its own (`learning.packing`).
+    """
+    (batch, width), num_steps = tokens.shape, rules.max_new_tokens
+    packed = pack(tokens, length, layout)
+    step = jnp.arange(num_steps)
+    # Clipped, because a row that ends early may have fewer than T places after its prompt.
+    index = jnp.minimum(prompt_length[:, None] + step, width - 1)
+    chosen = jnp.take_along_axis(tokens, index, axis=1)
+    before = packed.start[:, None] + jnp.minimum(index, length[:, None]) - 1
+
+    def hidden_states(backbone: Qwen2) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
+        """Before each response token, and at the end."""
+        hidden, _ = backbone(packed.tokens, packed.mask, remat=remat)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        return hidden[before], hidden[packed.start + length - 1]
+
+    hidden, last = hidden_states(network.backbone)
+    value_hidden, last = (hidden, last) if network.critic is None else hidden_states(network.critic)
+    if stop_value_gradient:
+        value_hidden, last = jax.lax.stop_gradient((value_hidden, last))
+    positions = (
+        hidden,
+        Drawn(chosen, jnp.broadcast_to(step, chosen.shape), support),
+        step < (length - prompt_length)[:, None],
+    )
+    hidden, drawn, is_response = jax.tree.map(
+        lambda x: x.reshape(batch * num_steps, *x.shape[2:]), positions
+    )
+    logprobs, entropy = logprobs_and_entropy(
+        hidden,
+        network.backbone.unembedding,
+        drawn,
+        is_response,
+        rules=rules,
+        temperature=sampling.temperature,
+    )
+    return ResponseOutputs(
+        logprobs.reshape(batch, num_steps),
+        entropy.reshape(batch, num_steps),
+        network.value_head(value_hidden),
+        network.value_head(last),
+    )

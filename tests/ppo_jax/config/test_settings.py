@@ -1,0 +1,256 @@
+import dataclasses
+import json
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from ppo_jax.config import (
+    PRESETS,
+    OptimizerConfig,
+    PPOConfig,
+    RunConfig,
+    TaskConfig,
+    TrainConfig,
+    as_json,
+    from_json,
+    preset,
+)
+from ppo_jax.config.ranges import ranges
+from ppo_jax.sampling import Sampling
+from qwen_env.errors import UsageError
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_config_json_round_trip(name: str) -> None:
+    assert from_json(json.loads(json.dumps(as_json(PRESETS[name])))) == PRESETS[name]
+
+
+def test_the_reference_algorithms_numbers() -> None:
+    config = preset("qwen2.5-0.5b")
+    assert config.task.model == "Qwen/Qwen2.5-0.5B"
+    assert config.task.max_prompt_length + config.task.max_new_tokens == 512
+    ppo, optimizer = config.ppo, config.optimizer
+    assert (ppo.batch_size, ppo.num_epochs, config.run.num_prompt_epochs) == (4, 4, 3)
+    assert (ppo.gamma, ppo.gae_lambda, ppo.clip_range) == (0.99, 0.95, 0.2)
+    assert (ppo.value_coef, ppo.entropy_coef, ppo.target_kl) == (0.5, 0.01, 0.01)
+    assert (optimizer.learning_rate, optimizer.max_grad_norm) == (1e-5, 0.5)
+
+
+def test_an_unknown_preset_lists_the_others() -> None:
+    with pytest.raises(UsageError, match=r"no preset 'tiny'; choose one of pocket.*qwen2\.5-0\.5b"):
+        preset("tiny")
+
+
+def test_no_two_fields_share_a_flag() -> None:
+    groups = (TaskConfig, PPOConfig, OptimizerConfig, RunConfig)
+    names = [field.name for group in groups for field in dataclasses.fields(group)]
+    assert len(names) == len(set(names))
+
+
+def test_every_number_has_a_range() -> None:
+    """Or it is one of those that `Sampling` checks itself."""
+    for group in (TaskConfig, PPOConfig, OptimizerConfig, RunConfig):
+        for name, kind in get_type_hints(group).items():
+            if {int, float} & {kind, *get_args(kind)} and name not in Sampling._fields:
+                assert name in ranges(group), name
+
+
+def changed(changes: dict[str, dict[str, Any]]) -> TrainConfig:
+    """The default config with some fields of its groups changed."""
+    config = TrainConfig()
+    groups = {
+        name: dataclasses.replace(getattr(config, name), **fields)
+        for name, fields in changes.items()
+    }
+    return dataclasses.replace(config, **groups)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ppo": {"batch_size": 6, "num_minibatches": 4}}, "batch_size.*num_minibatches"),
+        ({"ppo": {"batch_size": 0}}, "batch_size is 0; it must be at least 1"),
+        ({"ppo": {"completions_per_prompt": 0}}, "completions_per_prompt is 0"),
+        ({"ppo": {"num_minibatches": 0}}, "num_minibatches is 0"),
+        ({"ppo": {"num_microbatches": 0}}, "num_microbatches is 0"),
+        ({"ppo": {"num_packed_sizes": 0}}, "num_packed_sizes is 0"),
+        ({"ppo": {"num_epochs": -1}}, "num_epochs is -1"),
+        ({"ppo": {"temperature": 0.0}}, "temperature is 0.0; it must be above 0"),
+        ({"ppo": {"temperature": float("nan")}}, "temperature is nan"),
+        ({"ppo": {"temperature": float("inf")}}, "temperature is inf; .* and finite"),
+        ({"task": {"max_new_tokens": -5}}, "max_new_tokens is -5; it must be at least 1"),
+        ({"ppo": {"top_k": 0}}, "top_k is 0; it must be at least 1"),
+        ({"ppo": {"top_p": 0.0}}, "top_p is 0.0; it must be above 0 and at most 1"),
+        ({"ppo": {"top_p": 1.5}}, "top_p is 1.5"),
+        ({"ppo": {"top_p": float("nan")}}, "top_p is nan"),
+        ({"ppo": {"kl_coef": float("nan")}}, "kl_coef is nan"),
+        ({"ppo": {"kl_coef": float("inf")}}, "kl_coef is inf; it must be at least 0 and finite"),
+        ({"optimizer": {"learning_rate": float("inf")}}, "learning_rate is inf; .* and finite"),
+        ({"ppo": {"kl_coef": -0.1}}, "kl_coef is -0.1; it must be at least 0"),
+        ({"ppo": {"kl_target": 0.0}}, "kl_target is 0.0; it must be above 0"),
+        ({"ppo": {"kl_target": 6.0, "kl_horizon": 0}}, "kl_horizon is 0; it must be at least 1"),
+        ({"ppo": {"ref_ema_decay": 1.0}}, "ref_ema_decay is 1.0; .* at least 0 and below 1"),
+        ({"ppo": {"ref_ema_decay": -0.5}}, "ref_ema_decay is -0.5"),
+        ({"ppo": {"score_clip": 0.0}}, "score_clip is 0.0; it must be above 0"),
+        ({"ppo": {"gamma": 1.01}}, "gamma is 1.01; it must be between 0 and 1"),
+        ({"ppo": {"gae_lambda": -0.1}}, "gae_lambda"),
+        ({"ppo": {"clip_range": 0.0}}, "clip_range"),
+        ({"ppo": {"clip_range_high": -0.2}}, "clip_range_high is -0.2; it must be above 0"),
+        ({"ppo": {"dual_clip": 1.0}}, "dual_clip is 1.0; it must be above 1"),
+        ({"ppo": {"value_clip_range": 0.0}}, "value_clip_range"),
+        ({"ppo": {"value_coef": -1.0}}, "value_coef is -1.0"),
+        ({"ppo": {"entropy_coef": float("nan")}}, "entropy_coef is nan"),
+        ({"ppo": {"target_kl": -0.01}}, "target_kl"),
+        ({"optimizer": {"learning_rate": float("nan")}}, "learning_rate"),
+        ({"optimizer": {"learning_rate": 0.0}}, "learning_rate is 0.0; it must be above 0"),
+        ({"optimizer": {"critic_learning_rate": 0.0}}, "critic_learning_rate is 0.0"),
+        ({"optimizer": {"critic_learning_rate": float("inf")}}, "above 0 and finite"),
+        ({"optimizer": {"adam_b1": -0.1}}, "adam_b1 is -0.1"),
+        ({"optimizer": {"adam_b2": 1.0}}, "adam_b2 is 1.0; it must be at least 0 and below 1"),
+        ({"optimizer": {"adam_eps": 0.0}}, "adam_eps is 0.0; it must be above 0"),
+        ({"optimizer": {"adam_eps": float("inf")}}, "adam_eps is inf; it must be above 0"),
+        ({"optimizer": {"weight_decay": -0.1}}, "weight_decay is -0.1"),
+        ({"optimizer": {"max_grad_norm": 0.0}}, "max_grad_norm"),
+        ({"optimizer": {"warmup_iterations": -1}}, "warmup_iterations is -1"),
+        ({"optimizer": {"critic_warmup_iterations": -1}}, "critic_warmup_iterations is -1"),
+        ({"optimizer": {"num_frozen_layers": -1}}, "num_frozen_layers is -1"),
+        ({"optimizer": {"max_nonfinite_updates": 0}}, "max_nonfinite_updates"),
+        ({"task": {"missing_eos_penalty": -1.0}}, "missing_eos_penalty"),
+        ({"task": {"max_prompt_length": 0}}, "max_prompt_length is 0; it must be at least 1"),
+        ({"task": {"max_new_tokens": 0}}, "max_new_tokens is 0"),
+        ({"task": {"min_new_tokens": -1}}, "min_new_tokens is -1"),
+        ({"run": {"seed": -1}}, r"seed is -1; it must be at least 0 and below 2\*\*32"),
+        ({"run": {"seed": 2**32}}, "seed is 4294967296; it must be"),
+        ({"run": {"num_devices": 0}}, "num_devices is 0"),
+        ({"run": {"num_iterations": 0}}, "num_iterations"),
+        ({"run": {"num_prompt_epochs": 0}}, "num_prompt_epochs"),
+        ({"run": {"eval_every": 0}}, "eval_every"),
+        ({"run": {"eval_size": 0}}, "eval_size"),
+        ({"run": {"save_every": 0}}, "save_every"),
+        ({"run": {"keep_checkpoints": 0}}, "keep_checkpoints"),
+    ],
+)
+def test_values_that_cannot_be(changes: dict[str, dict[str, Any]], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        changed(changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "both"),
+    [
+        (
+            {"ppo": {"batch_size": 4, "num_minibatches": 8}},
+            r"num_minibatches \(8\) is larger than batch_size \(4\)",
+        ),
+        (
+            {"ppo": {"batch_size": 8, "num_minibatches": 4, "num_microbatches": 3}},
+            r"batch_size \(8\) must be a multiple of num_minibatches x num_microbatches \(4 x 3\)",
+        ),
+        (
+            {"ppo": {"batch_size": 8, "completions_per_prompt": 3}},
+            r"batch_size \(8\) must be a multiple of completions_per_prompt \(3\)",
+        ),
+        (
+            {"ppo": {"batch_size": 8, "num_minibatches": 4}, "run": {"num_devices": 4}},
+            r"batch_size \(8\) must be a multiple of num_minibatches x num_devices \(4 x 4\)",
+        ),
+        (
+            {"ppo": {"batch_size": 8, "completions_per_prompt": 4}, "run": {"num_devices": 4}},
+            r"must be a multiple of completions_per_prompt x num_devices \(4 x 4\)",
+        ),
+        (
+            {"task": {"min_new_tokens": 9, "max_new_tokens": 8}},
+            r"min_new_tokens \(9\) is above max_new_tokens \(8\)",
+        ),
+        (
+            {"ppo": {"length_limit": "bootstrap", "gamma": 0.0}},
+            "length_limit is 'bootstrap', but with gamma 0",
+        ),
+        (
+            {"ppo": {"length_limit": "bootstrap"}, "task": {"missing_eos_penalty": 1.0}},
+            r"missing_eos_penalty \(1.0\).*with length_limit 'bootstrap'",
+        ),
+        (
+            {"ppo": {"target_kl_estimator": "k1"}},
+            "target_kl_estimator is 'k1', but without target_kl",
+        ),
+        (
+            {"ppo": {"target_kl_grain": "epoch"}},
+            "target_kl_grain is 'epoch', but without target_kl",
+        ),
+        ({"ppo": {"kl_coef": 0.0, "kl_penalty": "k3"}}, "kl_penalty is k3, but kl_coef is 0"),
+        ({"ppo": {"kl_coef": 0.0, "kl_target": 6.0}}, "kl_target is 6.0, but kl_coef is 0"),
+        ({"ppo": {"kl_coef": 0.0, "ref_ema_decay": 0.9}}, "ref_ema_decay is 0.9, but kl_coef is 0"),
+        ({"ppo": {"kl_horizon": 5000}}, "kl_horizon is 5000, but without kl_target"),
+        # With a fifth of it, β would change its sign.
+        (
+            {"ppo": {"kl_target": 6.0, "kl_horizon": 63}},
+            r"kl_horizon .63. is below batch_size .64.",
+        ),
+        (
+            {"ppo": {"value_coef": 0.0}, "optimizer": {"critic_learning_rate": 1e-4}},
+            "critic_learning_rate is set, but value_coef is 0",
+        ),
+        (
+            {"ppo": {"value_coef": 0.0}, "optimizer": {"critic_warmup_iterations": 2}},
+            "critic_warmup_iterations is set, but value_coef is 0",
+        ),
+        (
+            {"ppo": {"value_coef": 0.0, "critic": "separate"}},
+            "critic is set, but value_coef is 0",
+        ),
+        (
+            {"ppo": {"value_coef": 0.0, "value_clip_range": 0.2}},
+            "value_clip_range is set, but value_coef is 0",
+        ),
+        (
+            {"optimizer": {"warmup_iterations": 5}, "run": {"num_iterations": 5}},
+            r"warmup_iterations \(5\) must be below num_iterations \(5\)",
+        ),
+        (
+            {"optimizer": {"critic_warmup_iterations": 7}, "run": {"num_iterations": 5}},
+            r"critic_warmup_iterations \(7\) must be below num_iterations \(5\)",
+        ),
+        (
+            {
+                "optimizer": {"critic_warmup_iterations": 2, "warmup_iterations": 3},
+                "run": {"num_iterations": 5},
+            },
+            r"critic_warmup_iterations \+ warmup_iterations \(2 \+ 3\) must be below "
+            r"num_iterations \(5\)",
+        ),
+    ],
+)
+def test_contradictions_name_both_settings(changes: dict[str, dict[str, Any]], both: str) -> None:
+    with pytest.raises(UsageError, match=both) as error:
+        changed(changes)
+    message = str(error.value)
+    assert message.endswith(".") and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ppo": {"length_limit": "bootstrap", "gamma": 0.5}},
+        {"ppo": {"target_kl": 0.01, "target_kl_estimator": "k1", "target_kl_grain": "epoch"}},
+        {"ppo": {"kl_target": 6.0, "kl_horizon": 5000, "kl_penalty": "k3", "ref_ema_decay": 0.0}},
+        {"ppo": {"kl_coef": 0.0, "value_coef": 0.0, "critic": "stopped"}},
+        {"ppo": {"batch_size": 6, "completions_per_prompt": 6, "num_minibatches": 3}},
+        {"ppo": {"top_k": 1, "top_p": 1.0}},
+        {
+            "optimizer": {"critic_warmup_iterations": 2, "warmup_iterations": 2},
+            "run": {"num_iterations": 5},
+        },
+        {"optimizer": {"max_grad_norm": float("inf")}},  # no clipping
+        {"run": {"seed": 2**32 - 1}},
+    ],
+)
+def test_what_makes_sense_is_allowed(changes: dict[str, dict[str, Any]]) -> None:
+    assert as_json(changed(changes)) != as_json(TrainConfig())
+
+
+def test_the_sampling_distribution_and_the_prompts_of_an_iteration() -> None:
+    ppo = PPOConfig(batch_size=12, completions_per_prompt=4, temperature=0.7, top_k=20, top_p=0.9)
+    assert ppo.sampling == Sampling(temperature=0.7, top_k=20, top_p=0.9)
+    assert ppo.prompts_per_batch == 3
+    assert not PPOConfig().sampling.is_truncated

@@ -1,0 +1,267 @@
+"""AdamW against PyTorch's, the learning rate's schedule, and which parameters learn."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from ppo_jax.config import OptimizerConfig
+from ppo_jax.learning.optimizer import (
+    adamw_step,
+    global_norm,
+    init_adam,
+    learning_rate_schedule,
+    learning_share,
+)
+from ppo_jax.models import with_separate_critic
+
+OPTIMIZER = OptimizerConfig(
+    learning_rate=1e-2, schedule="constant", weight_decay=0.1, max_grad_norm=0.5
+)
+
+
+@pytest.fixture(scope="module")
+def params(make_network):
+    return nnx.state(make_network())
+
+
+def by_name(params):
+    return {
+        ".".join(map(str, path)): variable.get_value()
+        for path, variable in nnx.to_flat_state(params)
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"adam_b1": 0.8, "adam_b2": 0.95, "adam_eps": 1e-8, "max_grad_norm": 2.0}],
+    ids=["defaults", "others"],
+)
+def test_twenty_steps_equal_those_of_pytorch(changes):
+    """Gradients of very different sizes, so that the clip acts on some steps and not on others."""
+    config = dataclasses.replace(OPTIMIZER, **changes)
+    rng = np.random.default_rng(0)
+    shapes = {"weight": (4, 3), "bias": (4,), "norm": (3,)}
+    start = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    theirs = {name: torch.nn.Parameter(torch.tensor(x)) for name, x in start.items()}
+    adam = torch.optim.AdamW(
+        [
+            {"params": [theirs["weight"]], "weight_decay": config.weight_decay},
+            {"params": [theirs["bias"], theirs["norm"]], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(config.adam_b1, config.adam_b2),
+        eps=config.adam_eps,
+    )
+
+    @jax.jit
+    def step(params, state, gradients):
+        return adamw_step(
+            params,
+            state,
+            gradients,
+            global_norm(gradients),
+            config,
+            learning_rate=config.learning_rate,
+            share=jax.tree.map(lambda _: 1.0, params),
+            applied=True,
+        )
+
+    ours, state = start, init_adam(start)
+    norms = []
+    for _ in range(20):
+        scale = 10.0 ** rng.uniform(-3, 1)
+        gradients = {
+            name: scale * rng.normal(size=s).astype(np.float32) for name, s in shapes.items()
+        }
+        ours, state = step(ours, state, gradients)
+        for name, parameter in theirs.items():
+            parameter.grad = torch.tensor(gradients[name])
+        norms.append(torch.nn.utils.clip_grad_norm_(theirs.values(), config.max_grad_norm).item())
+        adam.step()
+        for name, parameter in theirs.items():
+            np.testing.assert_allclose(
+                ours[name], parameter.detach(), rtol=2e-6, atol=2e-7, err_msg=name
+            )
+    assert min(norms) < config.max_grad_norm < max(norms)
+    assert np.abs(ours["weight"] - start["weight"]).max() > 0.05
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (16,), (5, 7), (3, 16, 4)])
+def test_the_norm_is_that_of_all_numbers_together(shape):
+    """Whether or not an array divides into sixteenths."""
+    rng = np.random.default_rng(0)
+    tree = {"a": rng.normal(size=shape), "b": {"c": rng.normal(size=(40, 9))}}
+    expected = np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(tree)))
+    tree = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+    np.testing.assert_allclose(global_norm(tree), expected, rtol=1e-6)
+    halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+    assert global_norm(halves).dtype == jnp.float32
+    np.testing.assert_allclose(global_norm(halves), expected, rtol=1e-2)
+
+
+def test_a_step_keeps_the_types_it_finds():
+    params = {"weight": jnp.ones((4, 3), jnp.bfloat16), "norm": jnp.ones(3, jnp.float32)}
+    state = init_adam(params)
+    after, state_after = adamw_step(
+        params,
+        state,
+        jax.tree.map(jnp.ones_like, params),
+        jnp.float32(1.0),
+        OPTIMIZER,
+        learning_rate=jnp.float32(0.1),
+        share=jax.tree.map(lambda _: 1.0, params),
+        applied=jnp.asarray(True),
+    )
+    chex.assert_trees_all_equal_dtypes((after, state_after), (params, state))
+    assert after["weight"][0, 0] < 1
+
+
+def test_the_second_moment_of_bfloat16_parameters_decays():
+    """By a thousandth a step, less than half of what bfloat16 can tell."""
+    params = {"weight": jnp.ones((4, 3), jnp.bfloat16)}
+    state = init_adam(params)
+    state = state._replace(nu=jax.tree.map(jnp.ones_like, state.nu))
+
+    @jax.jit
+    def step(state):
+        return adamw_step(
+            params,
+            state,
+            jax.tree.map(jnp.zeros_like, params),
+            jnp.zeros(()),
+            OPTIMIZER,
+            learning_rate=0.1,
+            share=jax.tree.map(lambda _: 1.0, params),
+            applied=True,
+        )[1]
+
+    for _ in range(20):
+        state = step(state)
+    np.testing.assert_allclose(state.nu["weight"], OPTIMIZER.adam_b2**20, rtol=1e-6)
+
+
+def test_norms_and_biases_do_not_decay(params):
+    config = dataclasses.replace(OPTIMIZER, weight_decay=1.0)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    moved, _ = jax.jit(
+        lambda params: adamw_step(
+            params,
+            init_adam(params),
+            zeros,
+            jnp.zeros(()),
+            config,
+            learning_rate=1.0,
+            share=jax.tree.map(lambda _: 1.0, params),
+            applied=True,
+        )
+    )(params)
+    updates = jax.tree.map(lambda new, old: new - old, moved, params)
+    for (path, update), (_, param) in zip(
+        nnx.to_flat_state(updates), nnx.to_flat_state(params), strict=True
+    ):
+        decays = "bias" not in path and not any("norm" in str(part) for part in path)
+        expected = -param.get_value() if decays else jnp.zeros_like(param.get_value())
+        np.testing.assert_allclose(update.get_value(), expected, err_msg=str(path))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "held", "warmup", "expected"),
+    [
+        ("constant", 0, 0, {0: 1.0, 9: 1.0}),
+        ("linear", 0, 0, {0: 1.0, 5: 0.5, 9: 0.1}),
+        ("cosine", 0, 0, {0: 1.0, 5: 0.5, 9: (1 + np.cos(0.9 * np.pi)) / 2}),
+        ("linear", 0, 2, {0: 0.5, 1: 1.0, 2: 1.0, 6: 0.5, 9: 0.125}),
+        ("constant", 0, 1, {0: 1.0, 1: 1.0}),
+        ("linear", 2, 0, {0: 1.0, 1: 1.0, 2: 1.0, 6: 0.5, 9: 0.125}),
+        ("cosine", 2, 0, {0: 1.0, 2: 1.0, 6: 0.5, 9: (1 + np.cos(7 / 8 * np.pi)) / 2}),
+        ("linear", 3, 2, {0: 1.0, 2: 1.0, 3: 0.5, 4: 1.0, 5: 1.0, 7: 0.6, 9: 0.2}),
+        ("constant", 2, 4, {0: 1.0, 1: 1.0, 2: 0.25, 5: 1.0, 9: 1.0}),
+    ],
+)
+def test_learning_rate_by_iteration(schedule, held, warmup, expected):
+    config = OptimizerConfig(
+        learning_rate=1.0,
+        schedule=schedule,
+        critic_warmup_iterations=held,
+        warmup_iterations=warmup,
+    )
+    rate = learning_rate_schedule(config, num_iterations=10)
+    for iteration, value in expected.items():
+        np.testing.assert_allclose(rate(iteration), value, atol=1e-6)
+
+
+def shares(params, iteration=0, **changes):
+    """What `learning_share` says of each parameter, broadcast to its shape."""
+    config = dataclasses.replace(OPTIMIZER, **changes)
+    share = by_name(learning_share(params, config, jnp.asarray(iteration)))
+    return {
+        name: np.broadcast_to(np.asarray(share[name]), x.shape)
+        for name, x in by_name(params).items()
+    }
+
+
+def test_by_default_everything_learns(params):
+    assert all((share == 1).all() for share in shares(params).values())
+
+
+def test_frozen_embeddings_take_the_tied_projection_with_them(params, make_network):
+    for name, share in shares(params, freeze_embeddings=True).items():
+        assert (share == (name != "backbone.embed_tokens")).all(), name
+    untied = shares(nnx.state(make_network(tie_word_embeddings=False)), freeze_embeddings=True)
+    assert not untied["backbone.embed_tokens"].any()
+    assert untied["backbone.lm_head"].all()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_lowest_layers_freeze_first(params, count):
+    for name, share in shares(params, num_frozen_layers=count).items():
+        if name.startswith("backbone.layers."):
+            assert not share[:count].any() and (share[count:] == 1).all(), name
+        else:
+            assert (share == 1).all(), name
+
+
+def test_the_critics_warm_up_ends(params):
+    for iteration, learns in ((0, 0), (2, 0), (3, 1), (9, 1)):
+        for name, share in shares(params, iteration, critic_warmup_iterations=3).items():
+            assert (share == (1 if name.startswith("value_head") else learns)).all(), name
+
+
+def test_a_separate_critic_is_neither_frozen_nor_held_back(make_network):
+    params = nnx.state(with_separate_critic(make_network()))
+    settings = {
+        "critic_warmup_iterations": 3,
+        "freeze_embeddings": True,
+        "num_frozen_layers": 2,
+    }
+    for name, share in shares(params, **settings).items():
+        assert (share == name.startswith(("critic.", "value_head."))).all(), name
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_critic_has_a_learning_rate_of_its_own(make_network, separate):
+    """Adam's first step is as long as the learning rate, whatever the gradient."""
+    network = make_network()
+    params = nnx.state(with_separate_critic(network) if separate else network)
+    config = OptimizerConfig(learning_rate=1e-3, critic_learning_rate=3e-3, max_grad_norm=1e9)
+    moved, _ = adamw_step(
+        params,
+        init_adam(params),
+        jax.tree.map(jnp.ones_like, params),
+        jnp.float32(1.0),
+        config,
+        learning_rate=jnp.float32(0.5e-3),  # half way down the schedule
+        share=jax.tree.map(lambda _: 1.0, params),
+        applied=jnp.asarray(True),
+    )
+    before, after = by_name(params), by_name(moved)
+    assert any(name.startswith("critic.") for name in before) == separate
+    for name, x in before.items():
+        rate = 1.5e-3 if name.startswith(("critic.", "value_head.")) else 0.5e-3
+        np.testing.assert_allclose(x - after[name], rate, rtol=1e-2, err_msg=name)

@@ -1,0 +1,156 @@
+"""A tiny run of the command that makes the pocket task's files."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import jax
+import make_pocket
+import numpy as np
+import pytest
+from flax import nnx
+
+from ppo_jax.models import PolicyValueNetwork, Qwen2Config, load_pretrained
+from ppo_jax.models.huggingface import load_reward_model
+from qwen_env.errors import UsageError
+from qwen_env.pocket import corpus, grammar
+from qwen_env.tokenizer import Tokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return corpus.train_tokenizer(corpus.reviews(np.random.default_rng(0), 2000))
+
+
+@pytest.fixture
+def small_model(monkeypatch: pytest.MonkeyPatch) -> Qwen2Config:
+    """One narrow layer in the place of MODEL."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
+    config = dataclasses.replace(make_pocket.MODEL, **sizes)
+    monkeypatch.setattr(make_pocket, "MODEL", config)
+    monkeypatch.setattr(make_pocket, "SAMPLE_BATCH", 32)
+    return config
+
+
+def test_the_reward_model_prefers_what_wins(small_model: Qwen2Config, tokenizer: Tokenizer) -> None:
+    good, bad = "I loved the music.", "The plot was dull."
+    assert grammar.sentiment(good) > 0 > grammar.sentiment(bad)
+    settings = make_pocket.Settings(
+        reward_steps=30, reward_batch=8, reward_learning_rate=5e-3, report_samples=128
+    )
+    policy = PolicyValueNetwork(small_model, rngs=nnx.Rngs(0))
+    samples = [good, bad] * 64
+    reward = make_pocket.train_reward(
+        settings, policy, tokenizer, samples, np.random.default_rng(0)
+    )
+    scores = make_pocket.scores_of(reward, tokenizer, samples)
+    assert scores[0] > scores[1]
+    assert scores.std() == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_tiny_run_learns_and_writes_folders_that_load(
+    small_model: Qwen2Config, tmp_path: Path
+) -> None:
+    settings = make_pocket.Settings(
+        output_dir=tmp_path / "pocket",
+        tokenizer_reviews=2000,
+        num_train_prompts=40,
+        num_heldout_prompts=10,
+        policy_steps=30,
+        policy_batch=16,
+        policy_learning_rate=1e-2,
+        reward_samples=64,
+        reward_steps=3,
+        reward_batch=8,
+        report_samples=64,
+    )
+    report = make_pocket.run(settings)
+    assert report["policy/cross_entropy_floor"] < report["policy/cross_entropy"] < 5.0 < np.log(768)
+    assert 0 <= report["reward/pair_accuracy"] <= 1
+
+    folder = settings.output_dir
+    prompts = [
+        json.loads(line)["prompt"]
+        for name in ("train", "heldout")
+        for line in (folder / f"{name}_prompts.jsonl").read_text().splitlines()
+    ]
+    assert len(set(prompts)) == 50
+    tokenizer = load_tokenizer(folder / "policy")
+    texts = make_pocket.encode(tokenizer, prompts, ends=False)
+    logits, _ = load_pretrained(folder / "policy")(texts.ids, texts.mask)
+    assert logits.shape == (50, 36, 768)
+    scores = load_reward_model(folder / "reward")(texts.ids, texts.mask)
+    assert np.isfinite(scores).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("policy_steps", 0, "at least 1"),
+        ("seed", -1, "at least 0"),
+        ("preference_beta", float("nan"), "above 0 and finite"),
+        ("reward_learning_rate", 0.0, "above 0 and finite"),
+    ],
+)
+def test_settings_out_of_range(name: str, value: float, words: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} is {value}; it must be {words}"):
+        make_pocket.Settings(**{name: value})
+
+
+def test_texts_are_padded_behind_their_end(tokenizer: Tokenizer) -> None:
+    texts = make_pocket.encode(tokenizer, ["I loved the music.", "Although"], [True, False])
+    ended = [*tokenizer.encode("I loved the music."), corpus.EOS_ID]
+    assert texts.ids[0, : len(ended)].tolist() == ended
+    assert texts.mask.sum(axis=1).tolist() == [len(ended), len(tokenizer.encode("Although"))]
+    trimmed = make_pocket.trim(texts)
+    assert trimmed.ids.shape == trimmed.mask.shape == (2, 12)
+    assert trimmed.mask.sum() == texts.mask.sum()
+
+
+def test_token_losses_are_the_log_probabilities_of_what_comes_next(
+    small_model: Qwen2Config, tokenizer: Tokenizer
+) -> None:
+    policy = PolicyValueNetwork(small_model, rngs=nnx.Rngs(0))
+    texts = make_pocket.encode(tokenizer, ["I loved the music.", "It was a bad film."], True)
+    losses = np.asarray(make_pocket.token_losses(policy, texts))
+    logits, _ = policy(texts.ids, texts.mask)
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    for row, length in enumerate(texts.mask.sum(axis=1)):
+        for i in range(length - 1):
+            assert losses[row, i] == pytest.approx(-log_p[row, i, texts.ids[row, i + 1]], abs=1e-5)
+        assert (losses[row, length - 1 :] == 0).all()
+
+
+@pytest.mark.slow
+def test_samples_continue_their_prompts(small_model: Qwen2Config, tokenizer: Tokenizer) -> None:
+    policy = PolicyValueNetwork(small_model, rngs=nnx.Rngs(0))
+    prompts = ["Although the plot", "It was a"]
+    key = jax.random.key(0)
+    samples = make_pocket.draw_samples(policy, tokenizer, prompts, 5, key)
+    assert len(set(samples)) == 5
+    for i, sample in enumerate(samples):
+        assert sample.startswith(prompts[i % 2])
+        assert grammar.sentiment(sample) == grammar.OFF_GRAMMAR  # an untrained policy babbles
+
+
+def test_help_explains_every_setting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as exit:
+        make_pocket.main(["--help"])
+    assert exit.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(make_pocket.Settings):
+        flag = field.name.replace("_", "-")
+        assert re.search(rf"--{flag} [A-Z]+ (?!\()[^(]+ \(default: ", text), flag
+    assert "--reward-steps INT Optimizer steps of the reward model. (default: 1000)" in text
