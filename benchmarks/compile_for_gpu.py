@@ -83,9 +83,9 @@ def programs(work: Work, on_gpu: NamedSharding) -> Any:
     learner = Learner(Passes(graphdef, rules, config.ppo), config.optimizer, num_iterations=1000)
 
     def respond(params: nnx.State, ids: Any, length: Any, key: Any) -> Any:
-        shrinks = config.ppo.num_packed_sizes > 1
+        compacts_rows = config.ppo.num_packed_sizes > 1
         network = nnx.merge(graphdef, params)
-        return rollout(network, ids, length, key, rules=rules, shrinks=shrinks)
+        return rollout(network, ids, length, key, rules=rules, compacts_rows=compacts_rows)
 
     params = placed(params)
     state = placed(jax.eval_shape(lambda params: learner.init(params, 0), params))

@@ -32,7 +32,7 @@ from rich.table import Table  # noqa: E402
 
 from ppo_jax.agent import PPOAgent  # noqa: E402
 from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TrainConfig  # noqa: E402
-from ppo_jax.generation.actor import Episodes  # noqa: E402
+from ppo_jax.generation.actor import Experience  # noqa: E402
 from ppo_jax.models import PolicyValueNetwork, Qwen2Config, load_pretrained  # noqa: E402
 from qwen_env.prompts import Prompt  # noqa: E402
 from qwen_env.task import TextTask, make_task  # noqa: E402
@@ -231,8 +231,8 @@ def one_iteration(
     return {"seconds": seconds, "lengths": lengths_of(episodes)}
 
 
-def lengths_of(episodes: Episodes) -> list[tuple[int, int]]:
-    return [(len(e.prompt.ids), len(e.completion_ids)) for e in episodes.episodes]
+def lengths_of(experience: Experience) -> list[tuple[int, int]]:
+    return [(len(e.prompt.ids), len(e.completion_ids)) for e in experience.episodes]
 
 
 def time_decoding(

@@ -16,17 +16,17 @@ import numpy as np
 from flax import nnx
 
 from ppo_jax.config import TrainConfig
-from ppo_jax.generation.actor import Actor, Episodes
+from ppo_jax.generation.actor import Actor, Experience
 from ppo_jax.generation.episode_metrics import component_means, repetition
 from ppo_jax.generation.rollout import choose_token
 from ppo_jax.learning.gradients import Passes
 from ppo_jax.learning.learner import Learner, TrainState
-from ppo_jax.mesh import copied, make_mesh
+from ppo_jax.mesh import make_mesh, replicate
 from ppo_jax.models import PolicyValueNetwork, with_separate_critic
 from ppo_jax.models.qwen2 import last_hidden
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
-from qwen_env.errors import UsageError
+from qwen_env.errors import RunError, UsageError
 from qwen_env.prompt_order import prompt_indices
 from qwen_env.prompts import Prompt
 from qwen_env.task import Episode, Outcome, TextTask
@@ -43,7 +43,7 @@ class Choice(NamedTuple):
     value: np.ndarray  # float32 [...]
 
 
-class TooManyNonfiniteUpdates(UsageError):
+class TooManyNonfiniteUpdates(RunError):
     """Loss or gradient was not finite too many times in a row, and nothing was learnt from them."""
 
 
@@ -82,15 +82,19 @@ class PPOAgent:
         self.config = config
         self.num_iterations = num_iterations
         self.actor = Actor(
-            network, task, config.ppo.sampling, shrinks=config.ppo.num_packed_sizes > 1, mesh=mesh
+            network,
+            task,
+            config.ppo.sampling,
+            compacts_rows=config.ppo.num_packed_sizes > 1,
+            mesh=mesh,
         )
         passes = Passes(graphdef, task.rules, config.ppo, remat=config.run.remat, mesh=mesh)
         self.learner = Learner(passes, config.optimizer, num_iterations)
-        params = copied(params, mesh)
+        params = replicate(params, mesh)
         self.initial_backbone = params["backbone"]
         # Updates donate the state's buffers, so the policy must not share the reference's.
         start = self.learner.init(jax.tree.map(jnp.copy, params), config.run.seed)
-        self.state: TrainState = copied(start, mesh)
+        self.state: TrainState = replicate(start, mesh)
         self._prepare = jax.jit(self.learner.prepare)
         self._update = jax.jit(self.learner.update, donate_argnums=0)
         self._act = jax.jit(
@@ -150,7 +154,7 @@ class PPOAgent:
             on_batch=on_batch,
         )
 
-    def collect(self) -> Episodes:
+    def collect(self) -> Experience:
         """This iteration's episodes: its share of the prompts, answered by the present policy."""
         num_prompts = self.config.ppo.prompts_per_batch
         indices = prompt_indices(
@@ -164,8 +168,8 @@ class PPOAgent:
             completions_per_prompt=self.config.ppo.completions_per_prompt,
         )
 
-    def update(self, episodes: Episodes) -> dict[str, float]:
-        """Learn from `episodes`, which the present policy wrote; returns the metrics.
+    def update(self, experience: Experience) -> dict[str, float]:
+        """Learn from `experience`, which the present policy wrote; returns the metrics.
 
         `distributions` then holds what single numbers would hide of this update.
         """
@@ -175,8 +179,8 @@ class PPOAgent:
             state.params,
             self.reference,
             state.controls,
-            episodes.rollout,
-            jnp.asarray(episodes.scores),
+            experience.rollout,
+            jnp.asarray(experience.scores),
         )
         self.state, updated, more = self._update(
             state._replace(controls=controls), batch, self._key(_SHUFFLE)
@@ -188,8 +192,8 @@ class PPOAgent:
             "time/update_s": time.perf_counter() - start,
         }
 
-    def learn(self) -> Iterator[tuple[Episodes, dict[str, float]]]:
-        """Iterate until `num_iterations` are done in all; yields each one's episodes and metrics.
+    def learn(self) -> Iterator[tuple[Experience, dict[str, float]]]:
+        """Iterate until `num_iterations` are done in all; yields each one's experience and metrics.
 
         Raises:
             TooManyNonfiniteUpdates: see `OptimizerConfig.max_nonfinite_updates`.
@@ -198,21 +202,21 @@ class PPOAgent:
         limit = self.config.optimizer.max_nonfinite_updates
         while self.iteration < self.num_iterations:
             start = time.perf_counter()
-            episodes = self.collect()
-            metrics = self.update(episodes)
+            experience = self.collect()
+            metrics = self.update(experience)
             seconds = time.perf_counter() - start
-            components = component_means(episodes.outcomes)
+            components = component_means(experience.outcomes)
             metrics = {
                 "iteration": self.iteration,
                 **metrics,
                 **{f"reward/{name}": mean for name, mean in components.items()},
-                **repetition([episode.completion_ids for episode in episodes.episodes]),
-                "time/rollout_s": episodes.rollout_s,
-                "time/score_s": episodes.score_s,
+                **repetition([episode.completion_ids for episode in experience.episodes]),
+                "time/rollout_s": experience.rollout_s,
+                "time/score_s": experience.score_s,
                 "time/iteration_s": seconds,
-                "throughput/tokens_per_s": episodes.num_tokens / seconds,
+                "throughput/tokens_per_s": experience.num_tokens / seconds,
             }
-            yield episodes, metrics
+            yield experience, metrics
             if (in_a_row := int(self.state.nonfinite_in_a_row)) >= limit:
                 raise TooManyNonfiniteUpdates(
                     f"The loss or its gradient was not finite in {in_a_row} updates in a row, up "

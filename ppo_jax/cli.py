@@ -15,7 +15,7 @@ import tyro
 from gymnasium.error import DependencyNotInstalled
 
 from ppo_jax.runs.interruption import EXIT_STATUS
-from qwen_env.errors import UsageError
+from qwen_env.errors import UsageError, UserFacingError
 from qwen_env.prompts import PromptDataset
 
 Arguments = TypeVar("Arguments")
@@ -57,7 +57,7 @@ def errors_as_sentences() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
-    except (UsageError, DependencyNotInstalled) as error:
+    except (UserFacingError, DependencyNotInstalled) as error:
         _fail(str(error))
     except BrokenPipeError:  # of `| head`, which has seen enough
         _drop_output()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwen_env.errors import UsageError
+from qwen_env.errors import RunError
 
 PARTIAL = ".partial"
 
@@ -17,11 +17,11 @@ _CODE = re.compile(r"os[ _]error(?:_code)?[ =]'?(\d+)")
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Within the block, an error of the operating system is a failure to write `path`.
 
     Raises:
-        UsageError: there was one; it names the path and says what is wrong.
+        RunError: there was one; it names the path and says what is wrong.
     """
     try:
         yield
@@ -30,16 +30,16 @@ def writing(path: Path) -> Iterator[None]:
         if not isinstance(error, OSError) and not code:
             raise
         reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or error
-        raise UsageError(
+        raise RunError(
             f"{path} cannot be written: {reason}; fix that, or choose another folder."
         ) from error
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` when the block ends without an error."""
     partial = path.with_name(path.name + PARTIAL)
-    with writing(path):
+    with disk_errors(path):
         yield partial
         partial.replace(path)
 

@@ -41,7 +41,7 @@ def make_mesh(num_devices: int) -> Mesh | None:
     return jax.make_mesh((num_devices,), (ROWS,), (AxisType.Auto,), devices=devices[:num_devices])
 
 
-def copied(tree: Tree, mesh: Mesh | None) -> Tree:
+def replicate(tree: Tree, mesh: Mesh | None) -> Tree:
     """With a copy of every array on every device; outside of compiled functions."""
     return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
@@ -54,7 +54,7 @@ def on_own_rows(
     Args:
         function: of what every device has a copy of, and of arrays whose first axis is cut.
         gives_rows: its results are put together along their first axis; otherwise they are the
-            same on every device, as those of `summed` are.
+            same on every device, as those of `psum` are.
     """
     if mesh is None:
         return function
@@ -71,12 +71,12 @@ def on_own_rows(
 # These are for use inside of `on_own_rows`.
 
 
-def summed(tree: Tree, mesh: Mesh | None) -> Tree:
+def psum(tree: Tree, mesh: Mesh | None) -> Tree:
     """The sum over the devices."""
     return tree if mesh is None else jax.lax.psum(tree, ROWS)
 
 
-def greatest(tree: Tree, mesh: Mesh | None) -> Tree:
+def pmax(tree: Tree, mesh: Mesh | None) -> Tree:
     """The maximum over the devices."""
     return tree if mesh is None else jax.lax.pmax(tree, ROWS)
 

@@ -4,9 +4,9 @@ Temperature, top-k and top-p make another distribution of the network's logits. 
 probabilities means something only if old, new and reference policy are changed alike, so:
 
 - the temperature divides the logits of all three;
-- the ids that top-k and top-p left to the sampler, the token's *support*, are recorded with the
-  rollout, and all three are normalised over that same set. Were each to choose a set of its own,
-  a token drawn could have probability 0 under the policy that is being trained.
+- the ids that top-k and top-p left to the sampler, the token's *sampling mask*, are recorded with
+  the rollout, and all three are normalised over that same set. Were each to choose a set of its
+  own, a token drawn could have probability 0 under the policy that is being trained.
 
 Shapes: N rows, V vocabulary.
 """
@@ -57,11 +57,11 @@ def truncation(logits: Float[Array, "N V"], sampling: Sampling) -> Bool[Array, "
     return (logits >= least) & (logits > -jnp.inf)
 
 
-def pack_bits(support: Bool[Array, "N V"]) -> UInt8[Array, "N V/8"]:
+def pack_bits(sampling_mask: Bool[Array, "N V"]) -> UInt8[Array, "N V/8"]:
     """Eight ids a byte."""
-    return jnp.packbits(support, axis=-1)
+    return jnp.packbits(sampling_mask, axis=-1)
 
 
-def unpack_bits(support: UInt8[Array, "N V/8"], vocab_size: int) -> Bool[Array, "N V"]:
+def unpack_bits(sampling_mask: UInt8[Array, "N V/8"], vocab_size: int) -> Bool[Array, "N V"]:
     """The inverse of `pack_bits`."""
-    return jnp.unpackbits(support, axis=-1, count=vocab_size).astype(bool)
+    return jnp.unpackbits(sampling_mask, axis=-1, count=vocab_size).astype(bool)

@@ -9,7 +9,7 @@ from gymnasium.error import InvalidAction, ResetNeeded
 from qwen_env import mdp
 from qwen_env.arguments import integer, one_of
 from qwen_env.errors import UsageError
-from qwen_env.prompt_order import PromptSampler
+from qwen_env.prompt_order import PromptCursor
 from qwen_env.prompts import Prompt
 from qwen_env.rendering import LiveText, render_episode
 from qwen_env.task import Outcome, episodes_of, make_task, observe, takes_task_arguments
@@ -64,8 +64,8 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     | `prompt_length`  | `Box`, int32, shape ()         | tokens of the prompt                 |
 
     ## Starting State
-    A prompt and an empty response. The prompt is drawn as `sampling` says, or named by one of the
-    options of `reset`:
+    A prompt and an empty response. `prompt_order` says which prompt comes next, unless one of the
+    options of `reset` names it:
 
     - `{"prompt": text}`: this text, treated as those of `prompts` are;
     - `{"messages": [{"role": ..., "content": ...}, ...]}`: this chat, in the chat template;
@@ -134,7 +134,7 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     - `system_prompt=None`: goes before every chat without a system message.
     - `prompt_overflow="error"`: what to do with a prompt over the limit; or `"drop"`, or
       `"truncate_left"`.
-    - `sampling="uniform"`: how prompts are drawn; or `"shuffle"` (a new permutation in each
+    - `prompt_order="uniform"`: how prompts are drawn; or `"shuffle"` (a new permutation in each
       round), or `"sequential"`.
     - `min_new_tokens=0`: no end-of-sequence token can be chosen before the response has this many
       tokens.
@@ -165,7 +165,7 @@ class QwenTextEnv(gym.Env[Observation, Any]):
         self.task = make_task(**task_arguments)
         self.action_space = self.task.action_space
         self.observation_space = self.task.observation_space
-        self._sampler = PromptSampler(len(self.task.prompts), self.task.sampling)
+        self._prompt_cursor = PromptCursor(len(self.task.prompts), self.task.prompt_order)
         self._live_text = LiveText()
         self._state: mdp.State | None = None
         self._prompt: Prompt
@@ -187,9 +187,9 @@ class QwenTextEnv(gym.Env[Observation, Any]):
         prompt = self.task.prompt_from_options(options)
         super().reset(seed=seed)
         if seed is not None:
-            self._sampler.restart()
+            self._prompt_cursor.restart()
         if prompt is None:
-            prompt = self.task.draw(self._sampler, self.np_random)
+            prompt = self.task.draw(self._prompt_cursor, self.np_random)
         self._prompt = prompt
         self._outcome = None
         self._state = mdp.State(*(field[0] for field in self.task.initial_state([prompt])))

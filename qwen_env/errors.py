@@ -1,9 +1,21 @@
-"""The one exception for a mistake that the user can fix."""
+"""Errors that a user can act on.
+
+The message of each is one sentence that names the thing, the place and the way out. Entry points
+print it on stderr and exit with status 2, without a traceback.
+"""
 
 
-class UsageError(ValueError):
-    """A wrong input: its message names the thing, the place and the way out.
+class UserFacingError(Exception):
+    """What all of them have in common; raised only as one of the kinds below."""
 
-    Entry points print the message on stderr and exit with status 2, without a traceback. It is a
-    `ValueError`, so library users need not know about it.
-    """
+
+class UsageError(UserFacingError, ValueError):
+    """A wrong input: an argument, a setting or a file. A `ValueError` to those who look for one."""
+
+
+class RewardError(UserFacingError, RuntimeError):
+    """A reward function raised, or returned something that cannot be a reward."""
+
+
+class RunError(UserFacingError, RuntimeError):
+    """A run that cannot go on, whatever its settings: a full disk, damage, updates that diverge."""

@@ -4,19 +4,19 @@ from typing import Literal
 
 import numpy as np
 
-PromptSampling = Literal["uniform", "shuffle", "sequential"]
+PromptOrder = Literal["uniform", "shuffle", "sequential"]
 
 
-class PromptSampler:
+class PromptCursor:
     """Draws indices below `count`.
 
     `"uniform"` draws each independently, `"shuffle"` goes through a new permutation in each round,
     `"sequential"` through 0, 1, 2, ... in every round.
     """
 
-    def __init__(self, count: int, sampling: PromptSampling) -> None:
+    def __init__(self, count: int, prompt_order: PromptOrder) -> None:
         self._count = count
-        self._sampling = sampling
+        self._sampling = prompt_order
         self.restart()
 
     def restart(self) -> None:

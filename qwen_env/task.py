@@ -16,7 +16,7 @@ from gymnasium import spaces
 from qwen_env import mdp, pocket
 from qwen_env.arguments import finite, integer, one_of, token_ids
 from qwen_env.errors import UsageError
-from qwen_env.prompt_order import PromptSampler, PromptSampling
+from qwen_env.prompt_order import PromptCursor, PromptOrder
 from qwen_env.prompts import Overflow, Prompt, PromptDataset, PromptEncoder, load_prompts
 from qwen_env.rewards import RewardBatch, RewardFn, load_reward, score
 from qwen_env.rewards.sentiment import pocket_sentiment
@@ -49,7 +49,7 @@ class TextTask:
     tokenizer: Tokenizer
     prompts: PromptDataset
     prompt_encoder: PromptEncoder
-    sampling: PromptSampling
+    prompt_order: PromptOrder
     rules: mdp.Rules
     reward: RewardFn
     missing_eos_penalty: float
@@ -140,9 +140,9 @@ class TextTask:
             )
         return self._prompts_by_index[index]
 
-    def draw(self, sampler: PromptSampler, rng: np.random.Generator) -> Prompt:
-        """The next prompt of `sampler`."""
-        return self.prompts[sampler.draw(rng)]
+    def draw(self, cursor: PromptCursor, rng: np.random.Generator) -> Prompt:
+        """The next prompt of `cursor`."""
+        return self.prompts[cursor.draw(rng)]
 
     def completion(self, state: mdp.State) -> str:
         """The text written so far in `state`, which has no batch axis."""
@@ -227,7 +227,7 @@ def make_task(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     system_prompt: str | None = None,
     prompt_overflow: Overflow = "error",
-    sampling: PromptSampling = "uniform",
+    prompt_order: PromptOrder = "uniform",
     min_new_tokens: int = 0,
     forbidden_token_ids: Sequence[int] = (),
     missing_eos_penalty: float = 0.0,
@@ -237,7 +237,7 @@ def make_task(
     Raises:
         UsageError: an argument is wrong.
     """
-    one_of("sampling", sampling, get_args(PromptSampling))
+    one_of("prompt_order", prompt_order, get_args(PromptOrder))
     missing_eos_penalty = finite("missing_eos_penalty", missing_eos_penalty)
     if missing_eos_penalty < 0:
         raise UsageError(
@@ -283,7 +283,7 @@ def make_task(
         tokenizer=tokenizer,
         prompts=load_prompts(pocket.TRAIN_PROMPTS if prompts is None else prompts, encoder),
         prompt_encoder=encoder,
-        sampling=sampling,
+        prompt_order=prompt_order,
         rules=rules,
         reward=load_reward(reward),
         missing_eos_penalty=missing_eos_penalty,

@@ -14,7 +14,7 @@ from qwen_env import mdp
 from qwen_env.arguments import integer, one_of
 from qwen_env.env import Observation
 from qwen_env.errors import UsageError
-from qwen_env.prompt_order import PromptSampler
+from qwen_env.prompt_order import PromptCursor
 from qwen_env.prompts import Prompt
 from qwen_env.rendering import render_episode
 from qwen_env.task import Outcome, episodes_of, make_task, observe, takes_task_arguments
@@ -63,7 +63,9 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
 
         num_prompts = len(self.task.prompts)
-        self._samplers = [PromptSampler(num_prompts, self.task.sampling) for _ in range(num_envs)]
+        self._prompt_cursors = [
+            PromptCursor(num_prompts, self.task.prompt_order) for _ in range(num_envs)
+        ]
         self._rngs = [seeding.np_random() for _ in range(num_envs)]
         self._state: mdp.State | None = None
         self._prompts: dict[int, Prompt] = {}  # by row, as are the outcomes
@@ -104,7 +106,7 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         seeded = {i: seeding.np_random(seeds[i]) for i in rows.tolist() if seeds[i] is not None}
         for i, rng in seeded.items():
             self._rngs[i] = rng
-            self._samplers[i].restart()
+            self._prompt_cursors[i].restart()
         infos = self._start(rows, prompt)
         return observe(self._started_state()), infos
 
@@ -182,7 +184,9 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         if not len(rows):
             return {}
         indices = rows.tolist()
-        prompts = [prompt or self.task.draw(self._samplers[i], self._rngs[i][0]) for i in indices]
+        prompts = [
+            prompt or self.task.draw(self._prompt_cursors[i], self._rngs[i][0]) for i in indices
+        ]
         fresh = self.task.initial_state(prompts)
         if self._state is None:
             self._state = mdp.State(*(field.copy() for field in fresh))

@@ -12,7 +12,6 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from ppo_jax.algorithm.masking import masked_mean, zero_invalid
-from qwen_env.errors import UsageError
 
 KlEstimator = Literal["k1", "k2", "k3", "reference"]
 
@@ -36,7 +35,7 @@ def kl_estimate(
         log_q: its log-probability under the other one.
 
     Raises:
-        UsageError: `estimator` has another name.
+        ValueError: `estimator` has another name.
     """
     k1 = jnp.asarray(log_p, jnp.float32) - jnp.asarray(log_q, jnp.float32)
     match estimator:
@@ -48,7 +47,7 @@ def kl_estimate(
             return jnp.expm1(-k1) + k1
         case "reference":
             return k1 * jnp.exp(-k1)
-    raise UsageError(
+    raise ValueError(
         f"There is no KL estimator {estimator!r}; choose one of {', '.join(get_args(KlEstimator))}."
     )
 

@@ -13,7 +13,6 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from ppo_jax.algorithm.masking import masked_mean, zero_invalid
-from qwen_env.errors import UsageError
 
 
 class PolicyLoss(NamedTuple):
@@ -97,13 +96,13 @@ def value_loss(
         weights: see the top of this file.
 
     Raises:
-        UsageError: only one of `old_values` and `clip_range` is given.
+        ValueError: only one of `old_values` and `clip_range` is given.
     """
     chex.assert_equal_shape([values, returns, mask])
     values, returns = zero_invalid(values, mask), zero_invalid(returns, mask)
     error = jnp.square(values - returns)
     if (old_values is None) != (clip_range is None):
-        raise UsageError("Value clipping needs both old_values and clip_range; give both or none.")
+        raise ValueError("Value clipping needs both old_values and clip_range; give both or none.")
     if old_values is not None and clip_range is not None:
         old_values = zero_invalid(old_values, mask)
         clipped_values = jnp.clip(values, old_values - clip_range, old_values + clip_range)

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from qwen_env.errors import UsageError
-
 Aggregation = Literal["token", "sequence"]
 
 _WHITEN_EPSILON = 1e-8
@@ -69,7 +67,7 @@ def token_weights(
         float32 [B, T]; 0 where `mask` is False.
 
     Raises:
-        UsageError: `aggregation` has another name.
+        ValueError: `aggregation` has another name.
     """
     chex.assert_rank(mask, 2)
     mask = jnp.asarray(mask, bool)
@@ -80,7 +78,7 @@ def token_weights(
             length = jnp.sum(mask, axis=1, keepdims=True)
             share = length * jnp.sum(length > 0)
         case _:
-            raise UsageError(
+            raise ValueError(
                 f"There is no aggregation {aggregation!r}; choose one of "
                 f"{', '.join(get_args(Aggregation))}."
             )

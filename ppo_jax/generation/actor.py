@@ -22,7 +22,7 @@ from qwen_env.task import Episode, Outcome, TextTask, episodes_of
 
 
 @dataclass(frozen=True)
-class Episodes:
+class Experience:
     """B finished episodes and what they came to."""
 
     rollout: Rollout  # arrays on the device
@@ -50,7 +50,7 @@ class Actor:
         network: fixes the architecture; its parameters are given at each call.
         task: prompts, rules and reward; its vocabulary is the network's.
         sampling: how tokens are drawn.
-        shrinks: see `ppo_jax.generation.rollout.rollout`.
+        compacts_rows: see `ppo_jax.generation.rollout.rollout`.
         mesh: that the prompts of a call are cut over; they must be a multiple of its devices.
 
     Raises:
@@ -63,7 +63,7 @@ class Actor:
         task: TextTask,
         sampling: Sampling,
         *,
-        shrinks: bool = False,
+        compacts_rows: bool = False,
         mesh: Mesh | None = None,
     ):
         if task.rules.vocab_size != network.config.vocab_size:
@@ -100,7 +100,7 @@ class Actor:
                     sampling=sampling,
                     completions_per_prompt=completions_per_prompt,
                     greedy=greedy,
-                    shrinks=shrinks,
+                    compacts_rows=compacts_rows,
                 )
 
             return on_own_rows(of_rows, mesh)((params, key), (ids, length))
@@ -115,7 +115,7 @@ class Actor:
         *,
         completions_per_prompt: int = 1,
         greedy: bool = False,
-    ) -> Episodes:
+    ) -> Experience:
         """Respond to each prompt and score the responses in one call of the reward function.
 
         The completions of one prompt follow each other; it is read once for all of them.
@@ -139,7 +139,7 @@ class Actor:
         episodes = episodes_of(rows, end)
         outcomes = self.task.evaluate(episodes)
         scored = time.perf_counter()
-        return Episodes(result, episodes, outcomes, rolled_out - start, scored - rolled_out)
+        return Experience(result, episodes, outcomes, rolled_out - start, scored - rolled_out)
 
     def respond_to_all(
         self,

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ppo_jax.generation.actor import Episodes
+from ppo_jax.generation.actor import Experience
 from qwen_env.task import Episode, Outcome
 
 
@@ -30,15 +30,15 @@ def component_means(outcomes: Sequence[Outcome]) -> dict[str, float]:
     return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
 
 
-def length_counts(episodes: Episodes, limit: int) -> np.ndarray:
+def length_counts(experience: Experience, limit: int) -> np.ndarray:
     """int [T]: how many responses have 1, 2, ..., T = `limit` tokens."""
-    lengths = [len(episode.completion_ids) for episode in episodes.episodes]
+    lengths = [len(episode.completion_ids) for episode in experience.episodes]
     return np.bincount(lengths, minlength=limit + 1)[1:]
 
 
-def gold_spread(episodes: Episodes) -> dict[str, float]:
+def gold_spread(experience: Experience) -> dict[str, float]:
     """The standard deviation of the gold score in a batch, where there is a gold score."""
-    components = [outcome.info["reward_components"] for outcome in episodes.outcomes]
+    components = [outcome.info["reward_components"] for outcome in experience.outcomes]
     if "gold" not in components[0]:
         return {}
     return {"reward/gold_std": float(np.std([row["gold"] for row in components]))}

@@ -9,7 +9,7 @@ from flax import nnx
 from gymnasium.error import DependencyNotInstalled
 
 from ppo_jax.models import load_reward_model
-from qwen_env.errors import UsageError
+from qwen_env.errors import UsageError, UserFacingError
 from qwen_env.rewards import RewardBatch, RewardError, RewardFn, Scores, load_reward, score
 from qwen_env.rewards.base import place, row_name
 from qwen_env.tokenizer import Tokenizer, load_tokenizer
@@ -33,7 +33,7 @@ def load_training_reward(spec: str, tokenizer: Tokenizer, gold: str | None = Non
     def load(spec: str) -> RewardFn:
         try:
             return load_reward(spec, {"flax": lambda folder: FlaxReward(folder, tokenizer)})
-        except (UsageError, DependencyNotInstalled):
+        except (UserFacingError, DependencyNotInstalled):
             raise
         except (Exception, SystemExit) as error:  # whatever the user's module may raise
             raise UsageError(

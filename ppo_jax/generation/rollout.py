@@ -26,7 +26,7 @@ class Rollout(NamedTuple):
 
     state: mdp.State
     logprobs: Float[Array, "B T"]  # of the tokens as they were drawn; 0 beyond the response
-    support: UInt8[Array, "B T V/8"] | None = None  # what they were drawn from, if truncated
+    sampling_mask: UInt8[Array, "B T V/8"] | None = None  # what they were drawn from, if truncated
 
 
 class _Carry(NamedTuple):
@@ -35,7 +35,7 @@ class _Carry(NamedTuple):
     state: mdp.State
     cache: tuple[KeyValue, ...]
     logprobs: Float[Array, "B T"]
-    support: UInt8[Array, "B T V/8"] | None
+    sampling_mask: UInt8[Array, "B T V/8"] | None
 
 
 def rollout(
@@ -48,7 +48,7 @@ def rollout(
     sampling: Sampling = Sampling(),  # noqa: B008  (immutable)
     completions_per_prompt: int = 1,
     greedy: bool = False,
-    shrinks: bool = False,
+    compacts_rows: bool = False,
 ) -> Rollout:
     """Write `completions_per_prompt` responses to every prompt, in rows that follow each other.
 
@@ -57,7 +57,7 @@ def rollout(
     are read once for all their completions.
 
     Args:
-        shrinks: once three quarters of the rows have ended, go on without them. Saves time on
+        compacts_rows: once three quarters of the rows have ended, go on without them. Saves time on
             ragged responses, takes longer to compile, and draws other tokens from then on.
     """
     network = _in_compute_type(network)
@@ -66,7 +66,7 @@ def rollout(
     def choose(hidden: Array, carry: _Carry) -> _Carry:
         """Draw token number `carry.step` of the response from its predecessor's hidden state."""
         has_ended = mdp.has_ended(carry.state)
-        token, logprob, support = choose_token(
+        token, logprob, sampling_mask = choose_token(
             network,
             hidden,
             mdp.response_length(carry.state),
@@ -76,17 +76,17 @@ def rollout(
             greedy=greedy,
         )
         logprob = jnp.where(has_ended, 0.0, logprob)
-        supports = carry.support
-        if supports is not None and support is not None:
-            support = jnp.where(has_ended[:, None], _EVERYTHING, pack_bits(support))
-            supports = _written(supports, support, carry.step)
+        sampling_masks = carry.sampling_mask
+        if sampling_masks is not None and sampling_mask is not None:
+            sampling_mask = jnp.where(has_ended[:, None], _EVERYTHING, pack_bits(sampling_mask))
+            sampling_masks = _written(sampling_masks, sampling_mask, carry.step)
         return _Carry(
             step=carry.step + 1,
             token=token,
             state=mdp.step(carry.state, token, rules, jnp),
             cache=carry.cache,
             logprobs=_written(carry.logprobs, logprob, carry.step),
-            support=supports,
+            sampling_mask=sampling_masks,
         )
 
     def write_on(carry: _Carry, until: int) -> _Carry:
@@ -111,19 +111,19 @@ def rollout(
         state=state,
         cache=cache,
         logprobs=jnp.zeros(shape, jnp.float32),
-        support=jnp.full((*shape, -(-rules.vocab_size // 8)), _EVERYTHING)
+        sampling_mask=jnp.full((*shape, -(-rules.vocab_size // 8)), _EVERYTHING)
         if sampling.is_truncated
         else None,
     )
-    fewer = shape[0] // 4 if shrinks else 0
+    fewer = shape[0] // 4 if compacts_rows else 0
     carry = write_on(choose(hidden, start), until=fewer)
-    result = Rollout(carry.state, carry.logprobs, carry.support)
+    result = Rollout(carry.state, carry.logprobs, carry.sampling_mask)
     if not fewer:
         return result
     rows = jnp.argsort(mdp.has_ended(carry.state))[:fewer]  # those that go on come first
     rest = jax.tree.map(lambda x: x[rows] if x.ndim else x, carry)
     rest = write_on(rest, until=0)
-    rest = Rollout(rest.state, rest.logprobs, rest.support)
+    rest = Rollout(rest.state, rest.logprobs, rest.sampling_mask)
     return jax.tree.map(lambda all, some: all.at[rows].set(some), result, rest)
 
 
@@ -158,15 +158,15 @@ def choose_token(
     """
     allowed = mdp.action_mask(num_written, rules, jnp)
     logits = sampling_logits(network.logits(hidden), allowed, sampling.temperature)
-    support = None
+    sampling_mask = None
     if sampling.is_truncated:
-        support = truncation(logits, sampling)
-        logits = jnp.where(support, logits, -jnp.inf)
+        sampling_mask = truncation(logits, sampling)
+        logits = jnp.where(sampling_mask, logits, -jnp.inf)
     # The greatest of logits plus Gumbel noise is a draw from their softmax.
     noise = 0.0 if greedy else jax.random.gumbel(key, logits.shape, logits.dtype)
     token = argmax(logits + noise)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token, chosen - jax.nn.logsumexp(logits, axis=-1), support
+    return token, chosen - jax.nn.logsumexp(logits, axis=-1), sampling_mask
 
 
 def argmax(x: Float[Array, "B V"]) -> Int[Array, "B"]:

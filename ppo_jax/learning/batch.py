@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     prompt_length: Int[Array, "B"]
     length: Int[Array, "B"]
     mask: Bool[Array, "B T"]
-    support: UInt8[Array, "B T V/8"] | None  # what each token was drawn from, if truncated
+    sampling_mask: UInt8[Array, "B T V/8"] | None  # what each token was drawn from, if truncated
     logprobs: Float[Array, "B T"]  # of the policy that wrote the responses
     values: Float[Array, "B T"]
     advantages: Float[Array, "B T"]
@@ -130,7 +130,7 @@ def make_batch(
         prompt_length=state.prompt_length,
         length=state.length,
         mask=mask,
-        support=rollout.support,
+        sampling_mask=rollout.sampling_mask,
         logprobs=logprobs,
         values=values,
         advantages=whitened if config.advantage_whitening == "batch" else advantages,

@@ -24,7 +24,7 @@ from ppo_jax.learning.batch import Batch, Metrics
 from ppo_jax.learning.optimizer import Params
 from ppo_jax.learning.packing import Layout, in_fewest_rows
 from ppo_jax.learning.response_outputs import ResponseOutputs, response_outputs
-from ppo_jax.mesh import greatest, on_own_rows, summed
+from ppo_jax.mesh import on_own_rows, pmax, psum
 from qwen_env import mdp
 
 
@@ -75,7 +75,7 @@ class Passes:
             results = jax.lax.map(outputs, _cut(rows, pieces))
             return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
-        rows = (state.tokens, state.prompt_length, state.length, rollout.support)
+        rows = (state.tokens, state.prompt_length, state.length, rollout.sampling_mask)
         return on_own_rows(of_own_rows, self.mesh)(params, rows)
 
     def gradients(self, params: Params, minibatch: Batch) -> tuple[Params, Stats]:
@@ -86,8 +86,8 @@ class Passes:
             gradients, stats = self._gradients_of_rows(params, rows)
             if self.mesh is not None:
                 gradients = _widened(gradients)
-            worst = greatest(stats.ratio_max_error, self.mesh)
-            gradients, stats = summed((gradients, stats), self.mesh)
+            worst = pmax(stats.ratio_max_error, self.mesh)
+            gradients, stats = psum((gradients, stats), self.mesh)
             return gradients, stats._replace(ratio_max_error=worst)
 
         of_all_rows = on_own_rows(of_own_rows, self.mesh, gives_rows=False)
@@ -131,7 +131,7 @@ class Passes:
             batch.tokens,
             batch.prompt_length,
             batch.length,
-            batch.support,
+            batch.sampling_mask,
             layout=layout,
         )
         policy = algorithm.clipped_policy_loss(
@@ -191,7 +191,7 @@ class Passes:
         tokens: Array,
         prompt_length: Array,
         length: Array,
-        support: Array | None,
+        sampling_mask: Array | None,
         *,
         layout: Layout | None,
     ) -> ResponseOutputs:
@@ -200,7 +200,7 @@ class Passes:
             tokens,
             prompt_length,
             length,
-            support,
+            sampling_mask,
             rules=self.rules,
             sampling=self.config.sampling,
             stop_value_gradient=self.config.critic == "stopped",

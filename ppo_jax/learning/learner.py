@@ -28,7 +28,7 @@ from ppo_jax.learning.optimizer import (
     global_norm,
     init_adam,
     learning_rate_schedule,
-    learning_share,
+    trainable_share,
 )
 
 
@@ -108,7 +108,7 @@ class Learner:
         num_steps = config.num_epochs * num_minibatches
         schedule = learning_rate_schedule(self.optimizer_config, self.num_iterations)
         learning_rate = jnp.asarray(schedule(state.iteration), jnp.float32)
-        share = learning_share(state.params, self.optimizer_config, state.iteration)
+        share = trainable_share(state.params, self.optimizer_config, state.iteration)
 
         def is_running(carry: _UpdateCarry) -> Array:
             return (carry.num_seen < num_steps) & ~carry.stopped

@@ -32,7 +32,7 @@ class Drawn(NamedTuple):
 
     token: Int[Array, "N"]
     step: Int[Array, "N"]  # its number in the response: the rules allow some ids later than others
-    support: UInt8[Array, "N V/8"] | None  # what top-k and top-p left, if they are in use
+    sampling_mask: UInt8[Array, "N V/8"] | None  # what top-k and top-p left, if they are in use
 
 
 def logprobs_and_entropy(
@@ -188,8 +188,8 @@ def _logits(
 ) -> Float[Array, "N V"]:
     """Of the sampling distribution: tempered, those of forbidden ids at -inf."""
     allowed = mdp.action_mask(drawn.step, rules, jnp)
-    if drawn.support is not None:
-        allowed &= unpack_bits(drawn.support, rules.vocab_size)
+    if drawn.sampling_mask is not None:
+        allowed &= unpack_bits(drawn.sampling_mask, rules.vocab_size)
     return sampling_logits(project(hidden, projection), allowed, temperature)
 
 

@@ -44,7 +44,7 @@ def adamw_step(
     Args:
         norm: of all gradients together.
         learning_rate: of the policy; the critic's is in the same proportion as in `config`.
-        share: of the learning rate, for each parameter, see `learning_share`.
+        share: of the learning rate, for each parameter, see `trainable_share`.
     """
     b1, b2 = config.adam_b1, config.adam_b2
     count = state.count + applied
@@ -107,7 +107,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_iterations: int) -> opta
     return optax.join_schedules([level, rising, falling], [held, held + warmup])
 
 
-def learning_share(params: Params, config: OptimizerConfig, iteration: Int[Array, ""]) -> Any:
+def trainable_share(params: Params, config: OptimizerConfig, iteration: Int[Array, ""]) -> Any:
     """1 for what learns in an iteration, 0 for what does not, broadcastable to each parameter.
 
     Embeddings and the lowest layers may be frozen for good. During the critic's warm-up only the

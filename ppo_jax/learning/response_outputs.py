@@ -32,7 +32,7 @@ def response_outputs(
     tokens: Int[Array, "B S"],
     prompt_length: Int[Array, "B"],
     length: Int[Array, "B"],
-    support: UInt8[Array, "B T V/8"] | None = None,
+    sampling_mask: UInt8[Array, "B T V/8"] | None = None,
     *,
     rules: mdp.Rules,
     sampling: Sampling,
@@ -45,7 +45,7 @@ def response_outputs(
     The hidden state at position p-1 predicts token p; values use the same shift.
 
     Args:
-        support: the ids that each token was drawn from, as `rollout` recorded them.
+        sampling_mask: the ids that each token was drawn from, as `rollout` recorded them.
         stop_value_gradient: keep the gradient of the values out of the backbone.
         layout: rows that the sequences share; None leaves each in its own (`learning.packing`).
     """
@@ -69,7 +69,7 @@ def response_outputs(
         value_hidden, last = jax.lax.stop_gradient((value_hidden, last))
     positions = (
         hidden,
-        Drawn(chosen, jnp.broadcast_to(step, chosen.shape), support),
+        Drawn(chosen, jnp.broadcast_to(step, chosen.shape), sampling_mask),
         step < (length - prompt_length)[:, None],
     )
     hidden, drawn, is_response = jax.tree.map(

@@ -35,7 +35,7 @@ _LAYER_NAMES = {
 }
 
 
-class GGUFFile:
+class GGUFTensors:
     """Tensors by Hugging Face name, and `config` as a `config.json` would hold it.
 
     Raises:

@@ -21,9 +21,9 @@ from flax import nnx
 from jaxtyping import DTypeLike
 from safetensors.numpy import save_file
 
-from ppo_jax.files import write_json, writing
+from ppo_jax.files import disk_errors, write_json
 from ppo_jax.models.config import Qwen2Config
-from ppo_jax.models.gguf import GGUFFile
+from ppo_jax.models.gguf import GGUFTensors
 from ppo_jax.models.heads import PolicyValueNetwork, RewardModel
 from ppo_jax.models.safetensors_folder import OWN_FILES, WEIGHTS, SafetensorsFolder
 from qwen_env.errors import UsageError
@@ -79,7 +79,7 @@ def load_pretrained(
     """
     source: TensorSource
     if str(folder_or_hub_id_or_gguf).endswith(".gguf"):
-        source = GGUFFile(folder_or_hub_id_or_gguf)
+        source = GGUFTensors(folder_or_hub_id_or_gguf)
     else:
         source = SafetensorsFolder(resolve(folder_or_hub_id_or_gguf, allow_patterns=HUB_PATTERNS))
     has_critic = any(name.startswith("critic.") for name in source.names)
@@ -237,12 +237,12 @@ def _replacing(folder: Path) -> Iterator[Path]:
             f"{folder} holds something that is not a model and would be replaced; name another "
             "folder to save the model in."
         )
-    with writing(folder):
+    with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     new, old = scratch / "new", scratch / "old"
     try:
-        with writing(folder):
+        with disk_errors(folder):
             new.mkdir()
             yield new
         if folder.exists():

@@ -1,7 +1,7 @@
 """Checkpoints from which a run continues exactly: one folder each, complete or not there.
 
 checkpoints/25/arrays/          the state's arrays, by Orbax, under the names of their places
-               checkpoint.json  format, facts other than arrays (the best score), array shapes
+               checkpoint.json  format, metadata other than arrays (the best score), array shapes
                manifest.json    a digest of every other file
 
 A checkpoint is written under another name and renamed once it is complete. Its digests are checked
@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ppo_jax.files import PARTIAL, write_json, writing
+from ppo_jax.files import PARTIAL, disk_errors, write_json
 from ppo_jax.learning.learner import TrainState
-from qwen_env.errors import UsageError
+from qwen_env.errors import RunError, UsageError
 
-Facts = dict[str, Any]
+Metadata = dict[str, Any]
 
 _FORMAT = 2  # goes up when a state holds other arrays than before
 
@@ -49,11 +49,11 @@ class Checkpoints:
         """Iterations that were saved, ascending."""
         return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
 
-    def save(self, state: TrainState, facts: Facts) -> None:
+    def save(self, state: TrainState, metadata: Metadata) -> None:
         """Save under the state's iteration; nothing happens if that is saved already.
 
         Raises:
-            UsageError: it cannot be written; what was saved before is still there.
+            RunError: it cannot be written; what was saved before is still there.
         """
         complete = self.folder / str(int(state.iteration))
         if complete.exists():
@@ -61,9 +61,9 @@ class Checkpoints:
         arrays = _by_name(state)
         shapes = {name: list(array.shape) for name, array in arrays.items()}
         partial = complete.with_name(complete.name + PARTIAL)
-        content = {"format": _FORMAT, "facts": facts, "shapes": shapes}
+        content = {"format": _FORMAT, "metadata": metadata, "shapes": shapes}
         try:
-            with writing(complete):
+            with disk_errors(complete):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 # Known before, for Orbax prints a dozen tracebacks when it fails.
                 size = sum(array.nbytes for array in arrays.values())
@@ -74,7 +74,7 @@ class Checkpoints:
                 write_json(partial / "checkpoint.json", content)
                 write_json(partial / "manifest.json", _digests(partial))
                 partial.rename(complete)
-        except UsageError:
+        except RunError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         for iteration in self.iterations()[: -self.keep]:
@@ -82,7 +82,7 @@ class Checkpoints:
 
     def restore(
         self, like: TrainState, say: Callable[[str], None] = print
-    ) -> tuple[TrainState, Facts] | None:
+    ) -> tuple[TrainState, Metadata] | None:
         """The latest undamaged checkpoint, or None where none was ever saved.
 
         Args:
@@ -90,7 +90,8 @@ class Checkpoints:
             say: is told of a damaged checkpoint, which is removed once an earlier one is found.
 
         Raises:
-            UsageError: all checkpoints are damaged, or the latest is of another model or version.
+            RunError: all checkpoints are damaged.
+            UsageError: the latest is of another model or version.
         """
         saved = self.iterations()
         damaged: list[int] = []
@@ -98,7 +99,7 @@ class Checkpoints:
             say(f"The checkpoint {self.folder / str(saved[-1])} is damaged: {what}.")
             damaged.append(saved.pop())
         if damaged and not saved:
-            raise UsageError(
+            raise RunError(
                 f"Every checkpoint in {self.folder} is damaged, so the run cannot be resumed; "
                 "start another one in another --output-dir."
             )
@@ -111,7 +112,7 @@ class Checkpoints:
         return _read(self.folder / str(saved[-1]), like)
 
 
-def _read(folder: Path, like: TrainState) -> tuple[TrainState, Facts]:
+def _read(folder: Path, like: TrainState) -> tuple[TrainState, Metadata]:
     content = json.loads((folder / "checkpoint.json").read_text())
     if (format := content.get("format", 1)) != _FORMAT:
         raise UsageError(
@@ -139,7 +140,7 @@ def _read(folder: Path, like: TrainState) -> tuple[TrainState, Facts]:
         arrays[name] if x.committed else jnp.array(np.asarray(arrays[name]))
         for name, x in _by_name(like).items()
     ]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves), content["facts"]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), content["metadata"]
 
 
 def _by_name(state: TrainState) -> dict[str, jax.Array]:

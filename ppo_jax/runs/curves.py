@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ppo_jax.algorithm import ADVANTAGE_EDGES, RATIO_EDGES
-from ppo_jax.files import whole
+from ppo_jax.files import atomic
 from ppo_jax.runs.panels import (
     BLUE,
     GREEN,
@@ -182,5 +182,5 @@ def draw_grid(
 def save_png(figure: Figure, path: Path) -> None:
     """Write the whole file or, if the process is killed meanwhile, nothing."""
     FigureCanvasAgg(figure)
-    with whole(path) as partial:
+    with atomic(path) as partial:
         figure.savefig(partial, dpi=110, format="png")

@@ -28,7 +28,7 @@ from tensorboardX import SummaryWriter
 
 from ppo_jax.algorithm import ADVANTAGE_EDGES, RATIO_EDGES
 from ppo_jax.config import TrainConfig, as_json, from_json
-from ppo_jax.files import PARTIAL, whole, write_json, writing
+from ppo_jax.files import PARTIAL, atomic, disk_errors, write_json
 from ppo_jax.runs.curves import plot_curves
 from ppo_jax.runs.panels import Records
 from qwen_env.errors import UsageError
@@ -71,7 +71,7 @@ class RunFolder:
         Raises:
             UsageError: another process has it, or has left a run in it meanwhile.
         """
-        with writing(self.path):
+        with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         try:
             import fcntl
@@ -97,7 +97,7 @@ class RunFolder:
     def create(self) -> None:
         """Make the folder and write `config.json`."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with whole(self.path / "config.json") as partial:
+        with atomic(self.path / "config.json") as partial:
             write_json(partial, as_json(self._config))
 
     def is_blank(self) -> bool:
@@ -120,7 +120,7 @@ class RunFolder:
             path = self.path / name
             old = [] if starts_anew else _read_jsonl(path)
             kept = [record for record in old if record["iteration"] <= iteration]
-            with whole(path) as partial:
+            with atomic(path) as partial:
                 partial.write_text("".join(map(_as_line, kept)), encoding="utf-8")
             self._files[name] = path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=iteration + 1)
@@ -163,7 +163,7 @@ class RunFolder:
     def plot(self) -> Path:
         """Draw `curves.png` anew."""
         path = self.path / "curves.png"
-        with writing(path):
+        with disk_errors(path):
             plot_curves(read_records(self.path), path)
         return path
 
@@ -176,7 +176,7 @@ class RunFolder:
             self._tensorboard.close()
 
     def _append(self, name: str, records: Sequence[Record]) -> None:
-        with writing(self.path / name):
+        with disk_errors(self.path / name):
             self._files[name].write("".join(map(_as_line, records)))
             self._files[name].flush()
 

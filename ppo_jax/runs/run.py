@@ -22,7 +22,7 @@ from ppo_jax.runs.checkpoints import Checkpoints
 from ppo_jax.runs.folder import Record, RunFolder, distributions_record
 from ppo_jax.runs.interruption import EXIT_STATUS, stop_on_signal
 from ppo_jax.runs.progress import Progress
-from qwen_env.errors import UsageError
+from qwen_env.errors import RunError, UsageError, UserFacingError
 from qwen_env.prompts import PromptDataset
 
 PROG = "python -m ppo_jax.train"
@@ -38,7 +38,7 @@ class Run:
         self.settings = agent.config.run
         self.plotted_at = -SECONDS_BETWEEN_PLOTS
         # What is saved beside the agent's state.
-        self.facts: dict[str, Any] = {
+        self.metadata: dict[str, Any] = {
             "model_fingerprint": fingerprint(agent.initial_backbone),
             "prompts_fingerprint": fingerprint(ids_and_lengths(agent.task.prompts)),
             "best_score": None,
@@ -50,7 +50,7 @@ class Run:
         """Train from the start, or from the last checkpoint, to the end or an interruption.
 
         Raises:
-            UsageError: the run cannot go on; what was saved before is still there, and named.
+            UserFacingError: the run cannot go on; what was saved before is still there, and named.
             SystemExit: it was interrupted, and is saved.
         """
         agent = self.agent
@@ -64,7 +64,7 @@ class Run:
             if resume:
                 self._restore()
             self.folder.create()
-            recorded = agent.iteration - (self.facts["unfinished"] is not None)
+            recorded = agent.iteration - (self.metadata["unfinished"] is not None)
             self.folder.open(recorded, starts_anew=agent.iteration == 0)
             try:
                 self._learn(should_stop)
@@ -81,9 +81,9 @@ class Run:
                 if not self.checkpoints.iterations():
                     raise
                 if isinstance(error, TooManyNonfiniteUpdates) and self.folder.best.exists():
-                    error = UsageError(f"{error} It can begin with --model {self.folder.best}.")
-                if isinstance(error, UsageError):
-                    raise UsageError(f"{error} {self._where_saved()}") from error
+                    error = RunError(f"{error} It can begin with --model {self.folder.best}.")
+                if isinstance(error, UserFacingError):
+                    raise RunError(f"{error} {self._where_saved()}") from error
                 self.progress.say(self._where_saved())
                 raise
 
@@ -95,13 +95,13 @@ class Run:
             baseline = {f"baseline/{name}": mean for name, mean in means.items()}
             self.progress.samples("Before training", samples)
             self.progress.doing("compiling ...")
-        if self.facts["unfinished"] is not None:
+        if self.metadata["unfinished"] is not None:
             self._finish_iteration()
-        for episodes, metrics in self.agent.learn():
-            lengths = length_counts(episodes, self.agent.task.rules.max_new_tokens)
+        for experience, metrics in self.agent.learn():
+            lengths = length_counts(experience, self.agent.task.rules.max_new_tokens)
             distributions = self.agent.distributions | {"length": lengths}
-            self.facts["unfinished"] = {
-                "metrics": metrics | gold_spread(episodes) | baseline,
+            self.metadata["unfinished"] = {
+                "metrics": metrics | gold_spread(experience) | baseline,
                 "distributions": distributions_record(self.agent.iteration, distributions),
             }
             baseline = {}
@@ -112,14 +112,14 @@ class Run:
     def _finish_iteration(self) -> None:
         """Evaluate, record and save what falls due after an iteration's update."""
         iteration, settings = self.agent.iteration, self.settings
-        metrics: Record = self.facts["unfinished"]["metrics"]
+        metrics: Record = self.metadata["unfinished"]["metrics"]
         evaluates = iteration % settings.eval_every == 0 or iteration >= self.agent.num_iterations
         if evaluates:
             means, _ = self._evaluate()
             metrics = metrics | {f"eval/{name}": mean for name, mean in means.items()}
-        self.folder.write_distributions(self.facts["unfinished"]["distributions"])
+        self.folder.write_distributions(self.metadata["unfinished"]["distributions"])
         self.folder.write_metrics(metrics)
-        self.facts["unfinished"] = None
+        self.metadata["unfinished"] = None
         self.progress.iterated(metrics)
         if evaluates and time.monotonic() - self.plotted_at > SECONDS_BETWEEN_PLOTS:
             self.folder.plot()
@@ -146,9 +146,9 @@ class Run:
             ]
         self.folder.write_samples(samples["greedy"] + samples["sampled"])
         self.progress.evaluated(iteration, means)
-        best, score = self.facts["best_score"], means["sampled/score"]
+        best, score = self.metadata["best_score"], means["sampled/score"]
         if iteration and self._is_sound() and (best is None or score > best):
-            self.facts |= {"best_score": score, "best_iteration": iteration}
+            self.metadata |= {"best_score": score, "best_iteration": iteration}
             save_pretrained(self.agent.network, self.folder.best, self.agent.task.tokenizer)
         return means, samples["sampled"]
 
@@ -156,7 +156,7 @@ class Run:
         save_pretrained(self.agent.network, self.folder.final, self.agent.task.tokenizer)
         self.progress.samples("After training", self.folder.last_samples())
         best = (
-            f"the best one (iteration {self.facts['best_iteration']}) in {self.folder.best}, "
+            f"the best one (iteration {self.metadata['best_iteration']}) in {self.folder.best}, "
             if self.folder.best.exists()
             else ""
         )
@@ -175,14 +175,14 @@ class Run:
                 )
             self.progress.say("Nothing was saved before the interruption: starting again.")
             return
-        state, facts = restored
-        facts = self.facts | facts  # an earlier version may not have noted all of them
-        if facts["model_fingerprint"] != self.facts["model_fingerprint"]:
+        state, metadata = restored
+        metadata = self.metadata | metadata  # an earlier version may not have noted all of them
+        if metadata["model_fingerprint"] != self.metadata["model_fingerprint"]:
             raise UsageError(
                 f"{self.agent.config.task.model} is not the model that the run in "
                 f"{self.folder.path} was started with: its weights have changed."
             )
-        if facts["prompts_fingerprint"] != self.facts["prompts_fingerprint"]:
+        if metadata["prompts_fingerprint"] != self.metadata["prompts_fingerprint"]:
             raise UsageError(
                 f"{self.agent.config.task.prompts} does not hold the prompts that the run in "
                 f"{self.folder.path} was started with; put those back, or start another run."
@@ -193,7 +193,7 @@ class Run:
                 f"num_iterations is {total}, but the run in {self.folder.path} has done "
                 f"{iteration}; raise it, or leave it out."
             )
-        self.agent.state, self.facts = state, facts
+        self.agent.state, self.metadata = state, metadata
         self.progress.done = iteration
         self.progress.say(
             f"Continuing after iteration {iteration} of {total}, with the settings of the start."
@@ -207,7 +207,7 @@ class Run:
 
     def _save(self) -> None:
         if self._is_sound():  # or what is saved already is the better place to go on from
-            self.checkpoints.save(self.agent.state, self.facts)
+            self.checkpoints.save(self.agent.state, self.metadata)
 
     def _where_saved(self) -> str:
         saved = self.checkpoints.iterations()

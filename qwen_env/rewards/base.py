@@ -20,7 +20,7 @@ from typing import Any, Protocol, SupportsFloat
 import numpy as np
 from gymnasium.error import DependencyNotInstalled
 
-from qwen_env.errors import UsageError
+from qwen_env.errors import RewardError
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,6 @@ class RewardFn(Protocol):
     def __call__(
         self, batch: RewardBatch, /
     ) -> Numbers | tuple[Numbers, Mapping[str, Numbers]]: ...
-
-
-class RewardError(UsageError):
-    """A reward function raised, or returned something that cannot be a reward."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from qwen_env.arguments import finite, integer
-from qwen_env.errors import UsageError
-from qwen_env.rewards.base import RewardBatch, RewardError
+from qwen_env.errors import RewardError, UsageError
+from qwen_env.rewards.base import RewardBatch
 from qwen_env.rewards.progress import with_progress
 
 _WORTH_RETRYING = (408, 425, 429, 500, 502, 503, 504)

@@ -171,8 +171,8 @@ class TorchPPO:
         eos = torch.zeros(self.rules.vocab_size, dtype=torch.bool)
         eos[list(self.rules.eos_token_ids)] = True
         allowed &= ~(eos & (steps < self.rules.min_new_tokens)[:, None])
-        if "support" in episodes:
-            allowed &= episodes["support"]
+        if "sampling_mask" in episodes:
+            allowed &= episodes["sampling_mask"]
         logits = model.lm_head(hidden[places]) / self.ppo.temperature
         log_p = logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
         entropy = -(log_p.exp() * log_p.masked_fill(~allowed, 0.0)).sum(-1)
@@ -300,15 +300,17 @@ def parameters_in(folder: Path) -> Tensors:
     return named
 
 
-def as_tensors(arrays: NamedTuple, support: np.ndarray | None, vocab_size: int) -> Tensors:
+def as_tensors(arrays: NamedTuple, sampling_mask: np.ndarray | None, vocab_size: int) -> Tensors:
     """The arrays of a rollout's state or of a batch, and the ids that its tokens were drawn from.
 
     Args:
-        support: uint8 [B, T, V/8], eight ids a byte.
+        sampling_mask: uint8 [B, T, V/8], eight ids a byte.
     """
     named = {name: np.asarray(x) for name, x in arrays._asdict().items() if x is not None}
-    if support is not None:
-        named["support"] = np.unpackbits(support, axis=-1, count=vocab_size).astype(bool)
+    if sampling_mask is not None:
+        named["sampling_mask"] = np.unpackbits(sampling_mask, axis=-1, count=vocab_size).astype(
+            bool
+        )
     return {name: torch.tensor(x) for name, x in named.items()}
 
 

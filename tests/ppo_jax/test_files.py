@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ppo_jax.files import whole, writing
-from qwen_env.errors import UsageError
+from ppo_jax.files import atomic, disk_errors
+from qwen_env.errors import RunError
 
 NO_ROOM = "runs/x cannot be written: No space left on device; "
 
@@ -20,21 +20,21 @@ NO_ROOM = "runs/x cannot be written: No space left on device; "
     ],
 )
 def test_an_error_of_the_systems_is_a_sentence(error: Exception) -> None:
-    with pytest.raises(UsageError, match=NO_ROOM), writing(Path("runs/x")):
+    with pytest.raises(RunError, match=NO_ROOM), disk_errors(Path("runs/x")):
         raise error
 
 
 def test_other_errors_are_left_alone() -> None:
-    with pytest.raises(ValueError, match=r"^odd$"), writing(Path("runs/x")):
+    with pytest.raises(ValueError, match=r"^odd$"), disk_errors(Path("runs/x")):
         raise ValueError("odd")
 
 
 def test_a_file_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "config.json"
-    with whole(path) as partial:
+    with atomic(path) as partial:
         partial.write_text("old")
     monkeypatch.setattr(Path, "replace", lambda *_: os.rmdir("/dev/null"))
     message = r"config.json cannot be written: Not a directory"
-    with pytest.raises(UsageError, match=message), whole(path) as partial:
+    with pytest.raises(RunError, match=message), atomic(path) as partial:
         partial.write_text("new")
     assert path.read_text() == "old"

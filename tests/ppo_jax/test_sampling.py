@@ -1,4 +1,4 @@
-"""Top-k and top-p against the warpers of `transformers`, and the supports that are recorded."""
+"""Top-k and top-p against the warpers of `transformers`, and the sampling masks they leave."""
 
 import jax
 import numpy as np
@@ -112,11 +112,11 @@ def test_temperature_divides_and_what_is_not_allowed_is_gone():
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 37])
 def test_a_packed_support_unpacks_to_itself(size):
-    support = np.random.default_rng(size).random((3, 5, size)) < 0.5
-    bits = pack_bits(support)
+    sampling_mask = np.random.default_rng(size).random((3, 5, size)) < 0.5
+    bits = pack_bits(sampling_mask)
     assert bits.dtype == np.uint8
     assert bits.shape == (3, 5, -(-size // 8))
-    np.testing.assert_array_equal(unpack_bits(bits, size), support)
+    np.testing.assert_array_equal(unpack_bits(bits, size), sampling_mask)
 
 
 def test_it_is_truncated_only_where_ids_are_left_out():

@@ -70,9 +70,9 @@ def test_make_by_module_name():
     assert isinstance(gym.make("qwen_env:QwenText-v0").unwrapped, QwenTextEnv)
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "shuffle", "sequential"])
-def test_two_environments_with_one_seed_agree(sampling):
-    first, second = (gym.make("QwenText-v0", sampling=sampling) for _ in range(2))
+@pytest.mark.parametrize("prompt_order", ["uniform", "shuffle", "sequential"])
+def test_two_environments_with_one_seed_agree(prompt_order):
+    first, second = (gym.make("QwenText-v0", prompt_order=prompt_order) for _ in range(2))
     assert first.observation_space == second.observation_space
     assert first.action_space == second.action_space
     actions = np.random.default_rng(0).integers(0, first.action_space.n, 120)
@@ -84,7 +84,8 @@ def test_two_environments_with_one_seed_agree(sampling):
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
 @pytest.mark.parametrize(
-    "make", [QwenTextEnv, lambda: gym.make("QwenText-v0", sampling="shuffle", render_mode="ansi")]
+    "make",
+    [QwenTextEnv, lambda: gym.make("QwenText-v0", prompt_order="shuffle", render_mode="ansi")],
 )
 def test_a_copy_goes_on_equally(clone, make):
     env = make()
@@ -99,7 +100,7 @@ def test_a_copy_goes_on_equally(clone, make):
 
 
 def test_spec_survives_json():
-    env = gym.make("QwenText-v0", max_new_tokens=5, forbidden_token_ids=[3], sampling="shuffle")
+    env = gym.make("QwenText-v0", max_new_tokens=5, forbidden_token_ids=[3], prompt_order="shuffle")
     text = env.spec.to_json()
     json.loads(text)
     again = gym.make(EnvSpec.from_json(text))

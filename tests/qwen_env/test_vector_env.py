@@ -28,13 +28,13 @@ def random_actions(env, steps=60):
     return np.random.default_rng(0).integers(0, env.single_action_space.n, (steps, N))
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "shuffle", "sequential"])
+@pytest.mark.parametrize("prompt_order", ["uniform", "shuffle", "sequential"])
 @pytest.mark.parametrize("mode", [mode.value for mode in AutoresetMode])
-def test_it_says_exactly_what_sync_vector_env_says(mode, sampling):
-    ours = make_ours(autoreset_mode=mode, sampling=sampling)
+def test_it_says_exactly_what_sync_vector_env_says(mode, prompt_order):
+    ours = make_ours(autoreset_mode=mode, prompt_order=prompt_order)
     sync = gym.make_vec(
         "QwenText-v0", num_envs=N, vectorization_mode="sync",
-        vector_kwargs={"autoreset_mode": mode}, sampling=sampling, **SHORT,
+        vector_kwargs={"autoreset_mode": mode}, prompt_order=prompt_order, **SHORT,
     )  # fmt: skip
     assert type(ours.unwrapped) is QwenTextVectorEnv
     assert ours.metadata["autoreset_mode"] is sync.metadata["autoreset_mode"]
@@ -293,7 +293,7 @@ def test_wrong_options(options, message):
         ({"autoreset_mode": None}, "autoreset_mode is None"),
         ({"autoreset_mode": "Never"}, "'NextStep', 'SameStep', 'Disabled'"),
         ({"render_mode": "human"}, "render_mode is 'human'"),
-        ({"sampling": "random"}, "sampling is 'random'"),
+        ({"prompt_order": "random"}, "prompt_order is 'random'"),
     ],
 )
 def test_wrong_arguments(arguments, message):

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppo_jax.algorithm import clipped_policy_loss, masked_mean, token_weights
-from qwen_env.errors import UsageError
 
 SHAPE = (4, 5)
 compiled_weights = jax.jit(token_weights, static_argnames="aggregation")
@@ -87,5 +86,5 @@ def test_a_mask_that_is_no_matrix_is_refused():
 
 
 def test_an_unknown_aggregation_lists_the_others():
-    with pytest.raises(UsageError, match="no aggregation 'tokens'; choose one of token, sequence"):
+    with pytest.raises(ValueError, match="no aggregation 'tokens'; choose one of token, sequence"):
         token_weights(np.ones(SHAPE, bool), "tokens")

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from ppo_jax.algorithm import kl_estimate, token_rewards
-from qwen_env.errors import UsageError
 
 SCORE = np.array([10.0, 20.0, 30.0], np.float32)
 MASK = np.array([[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]], bool)
@@ -83,5 +82,5 @@ def test_the_coefficient_can_be_traced_without_recompiling():
 def test_wrong_input_is_refused():
     with pytest.raises(AssertionError, match="shape"):
         token_rewards(SCORE[:2], LOGPROBS, REF_LOGPROBS, MASK, kl_coef=0.1)
-    with pytest.raises(UsageError, match="KL estimator"):
+    with pytest.raises(ValueError, match="KL estimator"):
         token_rewards(SCORE, LOGPROBS, REF_LOGPROBS, MASK, kl_coef=0.1, estimator="kl")

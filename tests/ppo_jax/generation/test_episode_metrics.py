@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppo_jax.generation.actor import Episodes
+from ppo_jax.generation.actor import Experience
 from ppo_jax.generation.episode_metrics import (
     component_means,
     evaluation_means,
@@ -43,7 +43,7 @@ OUTCOMES = [
 ]
 
 
-def episodes_of(outcomes: list[Outcome]) -> Episodes:
+def episodes_of(outcomes: list[Outcome]) -> Experience:
     """Of which no arrays are looked at."""
     nothing: Any = None
     prompt = Prompt("So", np.array([9], np.int32), {}, 0)
@@ -51,7 +51,7 @@ def episodes_of(outcomes: list[Outcome]) -> Episodes:
         Episode(prompt, np.zeros(o.info["completion_length"], np.int32), o.info["finish_reason"])
         for o in outcomes
     ]
-    return Episodes(nothing, episodes, outcomes, 0.0, 0.0)
+    return Experience(nothing, episodes, outcomes, 0.0, 0.0)
 
 
 def test_evaluation_means() -> None:

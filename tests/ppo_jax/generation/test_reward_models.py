@@ -153,7 +153,7 @@ def test_the_failing_one_of_two_is_named(tokenizer: Tokenizer, rewards: ModuleTy
     reward = load_training_reward(
         "qwen_env.rewards.sentiment:pocket_sentiment", tokenizer, "rewards_of_tests:scripted"
     )
-    with pytest.raises(UsageError, match=r"rewards_of_tests\.scripted returned nan for row 0"):
+    with pytest.raises(RewardError, match=r"rewards_of_tests\.scripted returned nan for row 0"):
         score(reward, batch(tokenizer))
 
 

@@ -208,7 +208,7 @@ def test_decoding_stops_when_every_row_has_ended(make_network, make_test_task, r
 def test_decoding_goes_on_in_a_quarter_of_the_rows(make_network, make_test_task, rows_decoded):
     task = make_test_task()
     prompts = [*task.prompts, *task.prompts[:3]]
-    result = run(make_network(), task, prompts=prompts, shrinks=True)
+    result = run(make_network(), task, prompts=prompts, compacts_rows=True)
     jax.effects_barrier()
     *_, third, _, longest = np.sort(mdp.response_length(result.state))
     assert longest > third, "or none went on alone"
@@ -249,10 +249,12 @@ def test_no_step_casts_a_weight(make_network, make_test_task, tmp_path):
 def test_in_fewer_rows_it_writes_what_it_would_have_written(make_network, make_test_task):
     network, task = make_network(), make_test_task(eos_token_ids=range(400))
     options = {"prompts": [*task.prompts, *task.prompts[:3]], "sampling": Sampling(top_k=5)}
-    shrunk = run(network, task, **options, greedy=True, shrinks=True)
+    shrunk = run(network, task, **options, greedy=True, compacts_rows=True)
     whole = run(network, task, **options, greedy=True)
     np.testing.assert_allclose(shrunk.logprobs, whole.logprobs, rtol=0, atol=1e-5)
-    chex.assert_trees_all_equal((shrunk.state, shrunk.support), (whole.state, whole.support))
+    chex.assert_trees_all_equal(
+        (shrunk.state, shrunk.sampling_mask), (whole.state, whole.sampling_mask)
+    )
     lengths = np.sort(mdp.response_length(whole.state))
     assert lengths[-3] < lengths[-1], "or none went on alone"
 

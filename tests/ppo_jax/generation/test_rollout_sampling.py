@@ -44,18 +44,18 @@ def compile_teacher_forcing(network, task, sampling):
     graphdef, params = nnx.split(network)
 
     @quick_jit
-    def compiled(params, state, support):
+    def compiled(params, state, sampling_mask):
         return response_outputs(
             nnx.merge(graphdef, params),
             state.tokens,
             state.prompt_length,
             state.length,
-            support,
+            sampling_mask,
             rules=task.rules,
             sampling=sampling,
         )
 
-    return lambda result: jax.device_get(compiled(params, result.state, result.support))
+    return lambda result: jax.device_get(compiled(params, result.state, result.sampling_mask))
 
 
 def written(result, task):
@@ -91,14 +91,16 @@ def test_draws_and_logprobs_belong_to_the_recorded_support(network, task, trunca
     for seed in range(4):
         result = truncated(seed)
         mask = written(result, task)
-        support = np.asarray(unpack_bits(result.support, task.rules.vocab_size))
-        drawn = np.take_along_axis(support, response(result, task)[..., None], axis=-1)[..., 0]
+        sampling_mask = np.asarray(unpack_bits(result.sampling_mask, task.rules.vocab_size))
+        drawn = np.take_along_axis(sampling_mask, response(result, task)[..., None], axis=-1)[
+            ..., 0
+        ]
         assert drawn[mask].all()
-        assert support[~mask].all(), "nothing is left out where nothing is drawn"
-        kept = support[mask]
+        assert sampling_mask[~mask].all(), "nothing is left out where nothing is drawn"
+        kept = sampling_mask[mask]
         assert kept.sum(-1).max() <= 60
         assert not kept[:, list(task.rules.forbidden_token_ids)].any()
-        early = (mask & (np.arange(mask.shape[1]) < 2))[..., None] & support
+        early = (mask & (np.arange(mask.shape[1]) < 2))[..., None] & sampling_mask
         assert not early[..., list(task.rules.eos_token_ids)].any()
         again = teacher_forced(result)
         np.testing.assert_allclose(result.logprobs[mask], again.logprobs[mask], atol=1e-5)
@@ -139,7 +141,7 @@ def test_top_k_of_one_is_greedy_and_certain(network, task):
     greedy = compile_rollout(network, task, greedy=True)()
     np.testing.assert_array_equal(one.state.tokens, greedy.state.tokens)
     np.testing.assert_array_equal(one.logprobs, 0)
-    assert greedy.support is None
+    assert greedy.sampling_mask is None
 
 
 def test_limits_that_leave_nothing_out_change_nothing(network, task):

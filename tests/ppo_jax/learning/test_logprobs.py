@@ -31,14 +31,14 @@ def inputs(*, truncated):
     rng = np.random.default_rng(2)
     hidden, projection = (jnp.asarray(rng.normal(size=(n, D)), jnp.float32) for n in (N, V))
     allowed = np.array(mdp.action_mask(STEP, RULES, np))
-    support = None
+    sampling_mask = None
     if truncated:
-        support = (rng.random((N, V)) < 0.3) & allowed
-        support[:, 10] = True
-        allowed &= support
-        support = pack_bits(jnp.asarray(support))
+        sampling_mask = (rng.random((N, V)) < 0.3) & allowed
+        sampling_mask[:, 10] = True
+        allowed &= sampling_mask
+        sampling_mask = pack_bits(jnp.asarray(sampling_mask))
     token = np.array([rng.choice(np.flatnonzero(row)) for row in allowed])
-    return hidden, projection, allowed, Drawn(jnp.asarray(token), jnp.asarray(STEP), support)
+    return hidden, projection, allowed, Drawn(jnp.asarray(token), jnp.asarray(STEP), sampling_mask)
 
 
 def plain(hidden, projection, drawn, allowed):
@@ -111,7 +111,7 @@ def test_a_forbidden_token_beyond_a_response_does_no_harm(chunks_of, rows):
 def test_an_id_alone_is_certain():
     hidden, projection, _, drawn = inputs(truncated=False)
     alone = np.arange(V) == drawn.token[:, None]
-    drawn = drawn._replace(support=pack_bits(jnp.asarray(alone)))
+    drawn = drawn._replace(sampling_mask=pack_bits(jnp.asarray(alone)))
     (_, (logprob, entropy)), gradient = jax.value_and_grad(loss, argnums=1, has_aux=True)(
         ours, hidden, projection, drawn
     )

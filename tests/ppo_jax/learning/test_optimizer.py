@@ -16,7 +16,7 @@ from ppo_jax.learning.optimizer import (
     global_norm,
     init_adam,
     learning_rate_schedule,
-    learning_share,
+    trainable_share,
 )
 from ppo_jax.models import with_separate_critic
 
@@ -197,9 +197,9 @@ def test_learning_rate_by_iteration(schedule, held, warmup, expected):
 
 
 def shares(params, iteration=0, **changes):
-    """What `learning_share` says of each parameter, broadcast to its shape."""
+    """What `trainable_share` says of each parameter, broadcast to its shape."""
     config = dataclasses.replace(OPTIMIZER, **changes)
-    share = by_name(learning_share(params, config, jnp.asarray(iteration)))
+    share = by_name(trainable_share(params, config, jnp.asarray(iteration)))
     return {
         name: np.broadcast_to(np.asarray(share[name]), x.shape)
         for name, x in by_name(params).items()

@@ -97,26 +97,26 @@ def test_old_and_reference_are_normalised_over_what_was_drawn_from(
     )
     state = finished.state
     rng = np.random.default_rng(1)
-    support = rng.random((B, T, rules.vocab_size)) < 0.05
-    support &= allowed_ids(rules)
+    sampling_mask = rng.random((B, T, rules.vocab_size)) < 0.05
+    sampling_mask &= allowed_ids(rules)
     index = np.minimum(np.asarray(state.prompt_length)[:, None] + np.arange(T), P + T - 1)
     tokens = np.take_along_axis(np.asarray(state.tokens), index, axis=1)
-    np.put_along_axis(support, tokens[..., None], True, axis=-1)
+    np.put_along_axis(sampling_mask, tokens[..., None], True, axis=-1)
     batch, _, metrics, distributions = learner.prepare(
-        finished._replace(support=pack_bits(jnp.asarray(support)))
+        finished._replace(sampling_mask=pack_bits(jnp.asarray(sampling_mask)))
     )
     logits, values = full_logits(state)
-    logprobs, log_p = response_logprobs(logits, state, support, 0.7)
+    logprobs, log_p = response_logprobs(logits, state, sampling_mask, 0.7)
     ref_logits, _ = full_logits(state, learner.reference)
-    ref_logprobs, _ = response_logprobs(ref_logits, state, support, 0.7)
+    ref_logprobs, _ = response_logprobs(ref_logits, state, sampling_mask, 0.7)
     np.testing.assert_allclose(np.asarray(batch.logprobs)[MASK], logprobs[MASK], atol=1e-5)
     kl = np.where(MASK, logprobs - ref_logprobs, 0)
     np.testing.assert_allclose(distributions["kl_by_position"], kl.sum(0) / MASK.sum(0), atol=1e-5)
     np.testing.assert_allclose(metrics["objective/kl"], kl.sum(1).mean(), atol=1e-5)
-    entropy = -np.where(support, np.exp(log_p) * np.where(support, log_p, 0), 0).sum(-1)
+    entropy = -np.where(sampling_mask, np.exp(log_p) * np.where(sampling_mask, log_p, 0), 0).sum(-1)
     np.testing.assert_allclose(metrics["policy/entropy"], entropy[MASK].mean(), rtol=1e-5)
     whole, _ = response_logprobs(logits, state, allowed_ids(rules), 0.7)
-    assert (logprobs - whole)[MASK].min() > 1, "the supports must leave much out"
+    assert (logprobs - whole)[MASK].min() > 1, "the sampling masks must leave much out"
     # Row 0 was cut off: behind its last token lies the value of the state that it ended in.
     last = RESPONSE_LENGTHS[0] - 1
     behind = values[0, state.length[0] - 1]

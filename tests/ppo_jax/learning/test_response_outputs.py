@@ -83,18 +83,18 @@ def tokens():
 
 
 @pytest.fixture(scope="module")
-def support(tokens):
+def sampling_mask(tokens):
     """For each step some of the allowed ids, the chosen one among them; everything behind the end.
 
     Of the longest responses' last step, the chosen id alone.
     """
-    support = np.random.default_rng(3).random((5, T, RULES.vocab_size)) < 0.2
-    support[0, T - 1] = False
-    support &= allowed_ids(RULES)
+    sampling_mask = np.random.default_rng(3).random((5, T, RULES.vocab_size)) < 0.2
+    sampling_mask[0, T - 1] = False
+    sampling_mask &= allowed_ids(RULES)
     index = np.minimum(PROMPT_LENGTH[:, None] + np.arange(T), S - 1)
     chosen = np.take_along_axis(tokens, index, axis=1)
-    np.put_along_axis(support, chosen[..., None], True, axis=-1)
-    return support | ~IS_RESPONSE[..., None]
+    np.put_along_axis(sampling_mask, chosen[..., None], True, axis=-1)
+    return sampling_mask | ~IS_RESPONSE[..., None]
 
 
 def allowed_ids(rules):
@@ -104,26 +104,28 @@ def allowed_ids(rules):
     return allowed
 
 
-def chunked(network, tokens, support=None, rules=RULES, temperature=TEMPERATURE, num_rows=None):
+def chunked(
+    network, tokens, sampling_mask=None, rules=RULES, temperature=TEMPERATURE, num_rows=None
+):
     return response_outputs(
         network,
         tokens,
         jnp.asarray(PROMPT_LENGTH),
         jnp.asarray(LENGTH),
-        None if support is None else pack_bits(support),
+        None if sampling_mask is None else pack_bits(sampling_mask),
         rules=rules,
         sampling=Sampling(temperature),
         layout=Layout(num_rows, first_fit(jnp.asarray(LENGTH), S)[0]) if num_rows else None,
     )
 
 
-def plain(network, tokens, support=None, rules=RULES, temperature=TEMPERATURE):
+def plain(network, tokens, sampling_mask=None, rules=RULES, temperature=TEMPERATURE):
     """The same numbers, from the logits of every position at once."""
     logits, values = network(tokens, np.arange(S) < LENGTH[:, None])
     step = np.arange(T)
     before = np.minimum(PROMPT_LENGTH[:, None] + step, S - 1) - 1  # logits there predict the token
     rows = np.arange(5)[:, None]
-    allowed = allowed_ids(rules) if support is None else allowed_ids(rules) & support
+    allowed = allowed_ids(rules) if sampling_mask is None else allowed_ids(rules) & sampling_mask
     log_p = jax.nn.log_softmax(jnp.where(allowed, logits[rows, before] / temperature, -1e30))
     chosen = tokens[rows, before + 1]
     entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
@@ -150,9 +152,9 @@ def masked_sum(outputs):
     compiler_options={"xla_backend_optimization_level": 0},
 )
 @partial(jax.value_and_grad, argnums=2, has_aux=True)
-def differentiated(function, graphdef, state, tokens, support=None, **options):
+def differentiated(function, graphdef, state, tokens, sampling_mask=None, **options):
     """((loss, outputs), gradients)"""
-    outputs = function(nnx.merge(graphdef, state), tokens, support, **options)
+    outputs = function(nnx.merge(graphdef, state), tokens, sampling_mask, **options)
     return masked_sum(outputs), outputs
 
 
@@ -195,7 +197,7 @@ def test_equals_the_computation_over_full_logits(split, tokens, chunks_of, rows)
     ("num_rows", "chunk", "critic"), [(3, 50, "separate"), (4, 1000, "shared")]
 )
 def test_over_a_support_in_packed_rows_it_is_normalised_over_that(
-    split, tokens, support, chunks_of, num_rows, chunk, critic
+    split, tokens, sampling_mask, chunks_of, num_rows, chunk, critic
 ):
     """Lengths of 47, 9, 5, 24 and 46 fit into three rows of 47; 112 of 205 places are responses.
 
@@ -207,12 +209,14 @@ def test_over_a_support_in_packed_rows_it_is_normalised_over_that(
         embeddings = network.critic.embed_tokens
         embeddings[...] = 0.7 * embeddings[...]  # no longer a copy of the policy's
         split = nnx.split(network)
-    (_, ours), our_gradients = differentiated(chunked, *split, tokens, support, num_rows=num_rows)
-    (_, expected), gradients = differentiated(plain, *split, tokens, support)
+    (_, ours), our_gradients = differentiated(
+        chunked, *split, tokens, sampling_mask, num_rows=num_rows
+    )
+    (_, expected), gradients = differentiated(plain, *split, tokens, sampling_mask)
     assert_equal_outputs(ours, expected)
     assert_equal_gradients(our_gradients, gradients)
     assert ours.logprobs[0, T - 1] == ours.entropy[0, T - 1] == 0  # one id, and it was chosen
-    assert (ours.entropy[IS_RESPONSE] <= np.log(support.sum(-1)[IS_RESPONSE]) + 1e-5).all()
+    assert (ours.entropy[IS_RESPONSE] <= np.log(sampling_mask.sum(-1)[IS_RESPONSE]) + 1e-5).all()
 
 
 def assert_equal_gradients(our_gradients, gradients):

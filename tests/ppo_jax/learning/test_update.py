@@ -40,17 +40,17 @@ def moved(batch, rules):
     """The batch, as if the policy and its values had moved since; drawn from parts of the ids."""
     rng = np.random.default_rng(2)
     noise, more = rng.normal(0, 0.4, (2, B, T)).astype(np.float32) * np.asarray(batch.mask)
-    support = rng.random((B, T, rules.vocab_size)) < 0.3
-    support[..., list(rules.forbidden_token_ids)] = False
+    sampling_mask = rng.random((B, T, rules.vocab_size)) < 0.3
+    sampling_mask[..., list(rules.forbidden_token_ids)] = False
     index = np.minimum(np.asarray(batch.prompt_length)[:, None] + np.arange(T), P + T - 1)
     tokens = np.take_along_axis(np.asarray(batch.tokens), index, axis=1)
-    np.put_along_axis(support, tokens[..., None], True, axis=-1)
+    np.put_along_axis(sampling_mask, tokens[..., None], True, axis=-1)
     return batch._replace(
         # At temperature 0.8 and over a third of the ids, a token is about e times as probable.
         logprobs=jnp.where(batch.mask, batch.logprobs + 1 + noise, 0),
         values=batch.values + more,
         advantages=3 * batch.advantages + 1,
-        support=pack_bits(jnp.asarray(support)),
+        sampling_mask=pack_bits(jnp.asarray(sampling_mask)),
     )
 
 
@@ -71,7 +71,7 @@ def test_updates_equal_those_in_pytorch(
     ppo = learner.ppo
     save_pretrained(learner.network, tmp_path / "before")
     theirs = TorchPPO(tmp_path / "before", rules, ppo, learner.optimizer, num_iterations=10)
-    tensors = as_tensors(batch, batch.support, rules.vocab_size)
+    tensors = as_tensors(batch, batch.sampling_mask, rules.vocab_size)
     expected = theirs.update(tensors, minibatches(jax.random.key(0), ppo))
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
@@ -90,7 +90,12 @@ def test_everything_acts_in_that_batch(compiled, moved):
     learner = compiled(**EVERYTHING)
     start = learner.start
     new = learner.compile(learner.learner.passes._response_outputs, static_argnames="layout")(
-        start.params, moved.tokens, moved.prompt_length, moved.length, moved.support, layout=None
+        start.params,
+        moved.tokens,
+        moved.prompt_length,
+        moved.length,
+        moved.sampling_mask,
+        layout=None,
     )
     ratio = np.exp(new.logprobs - moved.logprobs)[mask]
     falls = np.asarray(moved.advantages < moved.advantages[moved.mask].mean())[mask]

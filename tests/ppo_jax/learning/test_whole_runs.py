@@ -154,7 +154,7 @@ def test_a_run_equals_one_in_pytorch(seed, make_network, make_test_task, minibat
         episodes, rows = agent.collect(), minibatches(agent._key(_SHUFFLE), config.ppo)
         metrics = agent.update(episodes)
         rollout = episodes.rollout
-        tensors = as_tensors(rollout.state, rollout.support, task.rules.vocab_size)
+        tensors = as_tensors(rollout.state, rollout.sampling_mask, task.rules.vocab_size)
         expected = theirs.iteration(tensors, episodes.scores, rows)
         if theirs.stop_margin < 1e-5:
             pytest.skip("the early stop hangs on rounding")

@@ -10,7 +10,7 @@ from ppo_jax.algorithm import no_moments
 from ppo_jax.learning.batch import Controls
 from ppo_jax.learning.learner import TrainState
 from ppo_jax.runs.checkpoints import Checkpoints
-from qwen_env.errors import UsageError
+from qwen_env.errors import RunError, UsageError
 
 FACTS = {"best_score": 0.1, "best_iteration": None}
 
@@ -114,7 +114,7 @@ def test_every_damage_is_noticed_and_the_one_before_is_used(
 def test_all_damaged(saved: Checkpoints) -> None:
     for iteration in (6, 9):
         (saved.folder / str(iteration) / "checkpoint.json").write_text("")
-    with pytest.raises(UsageError, match=r"Every checkpoint in .* is damaged"):
+    with pytest.raises(RunError, match=r"Every checkpoint in .* is damaged"):
         saved.restore(state(0), lambda _: None)
     assert saved.iterations() == [6, 9], "evidence is not removed"
 

@@ -1,4 +1,4 @@
-"""The sampler, the recogniser and the sentiment against each other and against a plain parser."""
+"""The cursor, the recogniser and the sentiment against each other and against a plain parser."""
 
 import functools
 import itertools
