@@ -7,12 +7,13 @@ XLA needs a description of the GPU, not the GPU. What it cannot do without one i
 and choose the fastest, so programs differ a little from those that a GPU would run.
 """
 
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from suite import Arguments, cases
 
+from ppo_jax import flags
 from ppo_jax.generation.rollout import rollout
 from ppo_jax.learning.gradients import Passes
 from ppo_jax.learning.learner import Learner
@@ -45,12 +47,16 @@ runtime_version { major: 12 minor: 8 patch: 0 }
 """As XLA describes it, a protocol buffer in text."""
 
 
-def main(dump: Path | None = None) -> None:
-    """Compile the works of `suite.py --machine gpu`.
+@dataclass(frozen=True)
+class Flags:
+    """Compile the workloads of `suite.py --machine gpu`."""
 
-    Args:
-        dump: a folder for the compiled programs, as text.
-    """
+    dump: Path | None = None
+    """Folder for the compiled programs, as text."""
+
+
+def main() -> None:
+    dump = flags.parse(Flags(), sys.argv[1:], prog="python benchmarks/compile_for_gpu.py").dump
     topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
     mesh = topologies.make_mesh(topology, (1,), ("device",))
     on_gpu = NamedSharding(mesh, PartitionSpec())
@@ -107,4 +113,4 @@ def programs(work: Work, on_gpu: NamedSharding) -> Any:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

@@ -12,6 +12,7 @@ read over the speed at which a large array is read. Compilation is reported apar
 
 import json
 import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,11 +26,11 @@ import jax  # noqa: E402  (the clock starts before the imports)
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import tokenizers  # noqa: E402
-import tyro  # noqa: E402
 from flax import nnx  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from ppo_jax import flags  # noqa: E402
 from ppo_jax.agent import PPOAgent  # noqa: E402
 from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TrainConfig  # noqa: E402
 from ppo_jax.generation.actor import Experience  # noqa: E402
@@ -66,7 +67,7 @@ SHAPES = {
 class Work:
     """What is timed."""
 
-    model: str
+    model: str = "random:tiny"
     """A folder in Hugging Face layout, a .gguf file, or one of SHAPES, such as random:tiny."""
     batch_size: int = 8
     """B."""
@@ -98,7 +99,7 @@ class Work:
 
 
 def main() -> None:
-    work = tyro.cli(Work, description=__doc__)
+    work = flags.parse(Work(), sys.argv[1:], prog="python benchmarks/ppo.py")
     report = measure(work)
     print(json.dumps(report)) if work.json else show(report)
 

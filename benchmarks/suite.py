@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Table
+
+from ppo_jax import flags
 
 HERE = Path(__file__).parent
 Report = dict[str, Any]
@@ -113,7 +114,7 @@ def cases(arguments: Arguments) -> list[Case]:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = flags.parse(Arguments(), sys.argv[1:], prog="python benchmarks/suite.py")
     console = Console()
     results: dict[str, Report] = {}
     for case in cases(arguments):

@@ -8,13 +8,14 @@ It touches no files: entry points save what it yields.
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ppo_jax.assembly import assemble
 from ppo_jax.config import TrainConfig
 from ppo_jax.generation.actor import Actor, Experience
 from ppo_jax.generation.episode_metrics import component_means, repetition
@@ -54,7 +55,8 @@ class PPOAgent:
         network: the policy to train; as it is now it is also the reference model.
         task: prompts, rules and reward; its vocabulary is the network's.
         config: the settings.
-        num_iterations: iterations of the whole run, over which the learning rate is scheduled.
+        num_iterations: iterations of the whole run, over which the learning rate is scheduled;
+            None makes it what the settings and the number of prompts come to.
 
     Raises:
         UsageError: the network does not fit the task or the settings, or the settings do not fit
@@ -62,8 +64,14 @@ class PPOAgent:
     """
 
     def __init__(
-        self, network: PolicyValueNetwork, task: TextTask, config: TrainConfig, num_iterations: int
+        self,
+        network: PolicyValueNetwork,
+        task: TextTask,
+        config: TrainConfig,
+        num_iterations: int | None = None,
     ):
+        if num_iterations is None:
+            num_iterations = config.total_iterations(len(task.prompts))
         if (frozen := config.optimizer.num_frozen_layers) > network.config.num_hidden_layers:
             raise UsageError(
                 f"num_frozen_layers is {frozen}, but the model has only "
@@ -105,6 +113,30 @@ class PPOAgent:
         self.distributions: dict[
             str, np.ndarray
         ] = {}  # of the last update, see `ppo_jax.learning.batch`
+
+    @classmethod
+    def from_config(cls, config: TrainConfig, *, prompts: Any = None, reward: Any = None) -> Self:
+        """An agent on what the settings name, or on other prompts or another reward.
+
+            agent = PPOAgent.from_config(preset("pocket"), prompts=["The plot"], reward=my_reward)
+
+        Args:
+            prompts: texts, rows or the path of a .jsonl file, as the environment takes them.
+            reward: a function of a `RewardBatch`, or the name of one.
+
+        Raises:
+            UsageError: a setting, or a file that it names, is wrong.
+            gymnasium.error.DependencyNotInstalled: an optional package is missing.
+        """
+        run = config.run
+        network, task, _ = assemble(
+            config.task,
+            prompts=prompts,
+            reward=reward,
+            dtype=run.dtype,
+            param_dtype=run.param_dtype,
+        )
+        return cls(network, task, config)
 
     @property
     def iteration(self) -> int:

@@ -1,54 +1,20 @@
-"""What the entry points share: flags, and errors as one sentence with exit status 2."""
+"""What the entry points share: errors as one sentence with exit status 2, and JAX's start."""
 
 import contextlib
 import errno
-import io
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NoReturn, TypeVar
+from collections.abc import Iterator
+from typing import NoReturn
 
 import jax
-import tyro
 from gymnasium.error import DependencyNotInstalled
 
 from ppo_jax.runs.interruption import EXIT_STATUS
 from qwen_env.errors import UsageError, UserFacingError
-from qwen_env.prompts import PromptDataset
-
-Arguments = TypeVar("Arguments")
 
 _SIGPIPE = 141  # 128 + its number, as in shells
-_SUGGESTION = re.compile(r"^│ {5}(--\S+)", re.MULTILINE)
-
-
-def parse(
-    kind: type[Arguments], argv: Sequence[str], *, prog: str, default: Arguments | None = None
-) -> Arguments:
-    """Parse flags into the dataclass `kind`; `default` holds the defaults, or None for its own.
-
-    Raises:
-        UsageError: an unknown flag, a missing one, or a value of the wrong type.
-    """
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                kind,
-                prog=prog,
-                args=list(argv),
-                default=tyro.MISSING_NONPROP if default is None else default,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit as exit:
-        if exit.code in (0, None):
-            raise
-        box = said.getvalue()
-        meant = _SUGGESTION.findall(box) if "Unrecognized options" in box else ()
-        hint = f" Perhaps you meant {' or '.join(meant)}." if meant else ""
-        raise UsageError(f"{_first_paragraph(box)}{hint} See {prog} --help.") from None
 
 
 @contextlib.contextmanager
@@ -130,33 +96,6 @@ def find_devices() -> None:
         ) from error
 
 
-def say_dropped(prompts: PromptDataset, name: str, limit: int) -> None:
-    """Report on stderr how many prompts `--prompt-overflow drop` left out, if any."""
-    if dropped := prompts.num_dropped:
-        total = dropped + len(prompts)
-        message = f"Dropped {dropped} of {total} prompts of {name}: more than {limit} tokens."
-        print(message, file=sys.stderr)
-
-
-def refuse_run_folder(model: str) -> None:
-    """Raises:
-    UsageError: `model` is the folder of a run, which contains models but is not one.
-    """
-    folder = Path(model).expanduser()
-    models = [str(folder / name) for name in ("final", "best") if (folder / name).is_dir()]
-    if models and (folder / "metrics.jsonl").exists():
-        raise UsageError(f"{model} is a run, not a model; name {' or '.join(models)}.")
-
-
-def _first_paragraph(box: str) -> str:
-    """The words at the top of one of tyro's boxes, above its first horizontal line."""
-    words: list[str] = []
-    for line in box.splitlines():
-        text = line.strip("│╭╮╰╯─ ").strip()
-        if line.startswith("╭") or (not text and not words):
-            continue
-        if not text or line.startswith("╰"):
-            break
-        words.append(text)
-    sentence = " ".join(" ".join(words).split()) or box.strip()
-    return sentence if sentence.endswith(".") else sentence + "."
+def say(message: str) -> None:
+    """Print a line on stderr."""
+    print(message, file=sys.stderr)

@@ -1,9 +1,10 @@
-"""Score a model: `python -m ppo_jax.evaluate --model FOLDER --prompts FILE --reward SPEC`."""
+"""Score a model: `ppo-evaluate --run runs/pocket`, or `--model FOLDER --reward SPEC ...`."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import jax
 from flax import nnx
@@ -12,124 +13,131 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
-from ppo_jax import cli
-from ppo_jax.config.ranges import (
-    Count,
-    Factor,
-    Natural,
-    Probability,
-    Seed,
-    Temperature,
-    check_ranges,
-)
+from ppo_jax import cli, flags
+from ppo_jax.assembly import assemble
+from ppo_jax.config import SamplingConfig, TaskConfig
+from ppo_jax.config.fields import Count, Seed, check_fields
 from ppo_jax.generation.actor import Actor
 from ppo_jax.generation.episode_metrics import evaluation_means
-from ppo_jax.generation.reward_models import load_training_reward
-from ppo_jax.models import load_pretrained
 from ppo_jax.runs.progress import stderr_console
-from ppo_jax.sampling import Sampling
+from ppo_jax.runs.trained import TrainedRun, named_run, sampling_of
 from qwen_env import pocket
-from qwen_env.prompts import Overflow, PromptEncoder, load_prompts
-from qwen_env.task import make_task
-from qwen_env.tokenizer import load_tokenizer
+from qwen_env.errors import UsageError
 
-PROG = "python -m ppo_jax.evaluate"
+PROG = "ppo-evaluate"
+
+_MAY_DIFFER = {
+    "model",
+    "prompts",
+    "max_prompt_length",
+    "prompt_overflow",
+    "reward",
+    "gold_reward",
+}
+"""What another evaluation of a run may change; the rest says how its model writes and is scored."""
+
+
+@dataclass(frozen=True)
+class EvaluatedTask(TaskConfig):
+    """What the model is asked, and what its answers are worth."""
+
+    prompts: str | None = str(pocket.HELDOUT_PROMPTS)
+    """Prompts: a .jsonl file whose objects hold "prompt" (text) or "messages" (a chat). With --run,
+    None takes those that the run held out."""
+    eval_prompts: str | None = flags.hidden(None)
+    max_prompt_length: Count | None = None
+    """Longest prompt, in tokens; None takes prompts of any length."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Score a Qwen2's completions of prompts, both greedy and sampled."""
+    """Score a model's responses to prompts, both greedy and sampled.
 
-    model: str = str(pocket.POLICY_FOLDER)
-    """A folder in Hugging Face layout, a .gguf file, or a hub id."""
-    prompts: str = str(pocket.HELDOUT_PROMPTS)
-    """Prompts: a .jsonl file whose objects hold "prompt" (text) or "messages" (a chat)."""
-    reward: str = f"flax:{pocket.REWARD_FOLDER}"
-    """Reward: "package.module:callable", "hf:MODEL", "flax:FOLDER", or a weighted sum."""
-    gold_reward: str | None = None
-    """A second reward, reported beside the first."""
-    max_prompt_length: Count | None = None
-    """P, the prompt limit, in tokens; None takes prompts of any length."""
-    max_new_tokens: Count = pocket.MAX_NEW_TOKENS
-    """T, the response limit, in tokens."""
-    min_new_tokens: Natural = 0
-    """No end-of-sequence token before this many tokens."""
-    prompt_overflow: Overflow = "error"
-    """What to do with a prompt over the limit."""
-    chat: bool = False
-    """Wrap each prompt in the model's chat template, as a user's message."""
-    system_prompt: str | None = None
-    """System message of every chat that has none of its own."""
-    missing_eos_penalty: Factor = 0.0
-    """Taken off the score of a response that the limit cut off."""
-    temperature: Temperature = 1.0
-    """Of the sampled pass."""
-    top_k: Count | None = None
-    """Sample from the k most probable tokens alone."""
-    top_p: Probability | None = None
-    """Sample from the fewest most probable tokens that have this probability together."""
+    With a run, the settings are those that it was trained with.
+    """
+
+    run: str | None = None
+    """Folder of a training run that gives the model, its held-out prompts, rewards and all other
+    settings."""
+    which: str | None = None
+    """Model of the run: final or best; None takes the final one if the run has finished."""
+    task: EvaluatedTask = field(default_factory=EvaluatedTask)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     batch_size: Count = 16
-    """Prompts decoded at a time."""
+    """Responses generated at a time."""
     seed: Seed = 0
-    """Of the sampled pass."""
+    """Seed of the sampled responses."""
     json: bool = False
     """Print one JSON object instead of a table."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with cli.errors_as_sentences():
-        arguments = cli.parse(Arguments, sys.argv[1:] if argv is None else argv, prog=PROG)
+        arguments, run = parse_arguments(sys.argv[1:] if argv is None else argv)
         cli.keep_compiled_programs()
         cli.find_devices()
-        passes = evaluate(arguments)
+        means = evaluate(arguments, run)
         if arguments.json:
-            print(json.dumps(passes))
+            print(json.dumps(means))
             return
-        table = Table("", *passes, box=box.SIMPLE_HEAD)
-        for name in passes["greedy"]:
-            table.add_row(name, *(f"{means[name]:.4f}" for means in passes.values()))
+        table = Table("", *means, box=box.SIMPLE_HEAD)
+        for name in means["greedy"]:
+            table.add_row(name, *(f"{column[name]:.4f}" for column in means.values()))
         Console().print(table)
 
 
-def evaluate(arguments: Arguments) -> dict[str, dict[str, float]]:
-    """Means of the greedy and the sampled pass; see `episode_metrics.evaluation_means`.
+def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainedRun | None]:
+    """The flags, over the settings of the run where they name one.
 
     Raises:
-        UsageError: an argument, the model, the prompts or the reward is wrong.
+        UsageError: a wrong flag, no such run, or a flag that contradicts the run's settings.
     """
-    check_ranges(arguments)
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    cli.refuse_run_folder(arguments.model)
-    limit = sys.maxsize if arguments.max_prompt_length is None else arguments.max_prompt_length
-    tokenizer = load_tokenizer(arguments.model)
-    encoder = PromptEncoder(
-        tokenizer,
-        limit,
-        overflow=arguments.prompt_overflow,
-        chat_template=True if arguments.chat else None,
-        system_prompt=arguments.system_prompt,
-    )
-    prompts = load_prompts(arguments.prompts, encoder)
-    cli.say_dropped(prompts, arguments.prompts, limit)
-    reward = load_training_reward(arguments.reward, tokenizer, arguments.gold_reward)
-    network = load_pretrained(arguments.model)
-    task = make_task(
-        tokenizer=tokenizer,
-        prompts=prompts,
-        reward=reward,
-        max_prompt_length=max(len(prompt.ids) for prompt in prompts),
-        max_new_tokens=arguments.max_new_tokens,
-        vocab_size=network.config.vocab_size,
-        min_new_tokens=arguments.min_new_tokens,
-        missing_eos_penalty=arguments.missing_eos_penalty,
-    )
-    actor = Actor(network, task, sampling)
+    run = named_run(argv)
+    if run is None:
+        return flags.parse(Arguments(), argv, prog=PROG), None
+    theirs = dataclasses.asdict(run.config.task) | {"prompts": None, "max_prompt_length": None}
+    default = Arguments(task=EvaluatedTask(**theirs), sampling=sampling_of(run.config.ppo))
+    arguments = flags.parse(default, argv, prog=PROG)
+    for given, trained_with in (
+        (arguments.task, default.task),
+        (arguments.sampling, default.sampling),
+    ):
+        for name in dataclasses.asdict(given):
+            value, theirs = getattr(given, name), getattr(trained_with, name)
+            if value != theirs and name not in _MAY_DIFFER:
+                raise UsageError(
+                    f"{name} is {value!r}, but the run was trained with {theirs!r}; leave the flag "
+                    f"out, or evaluate the model on its own: --model {run.model}."
+                )
+    task = replace(arguments.task, model=str(run.model))
+    return replace(arguments, task=task), run
+
+
+def evaluate(arguments: Arguments, run: TrainedRun | None = None) -> dict[str, dict[str, float]]:
+    """Means of the greedy and the sampled responses; see `episode_metrics.evaluation_means`.
+
+    Args:
+        run: whose held-out prompts are answered where the arguments name none.
+
+    Raises:
+        UserFacingError: an argument, the model, the prompts or the reward is wrong.
+    """
+    settings, prompts, dtype = arguments.task, arguments.task.prompts, "float32"
+    if run is not None:
+        settings = replace(settings, prompts=run.config.task.prompts)
+        dtype = run.config.run.dtype
+    network, task, held_out = assemble(settings, prompts=prompts, dtype=dtype, say=cli.say)
+    asked = task.prompts if held_out is None else held_out
+    actor = Actor(network, task, arguments.sampling.sampling)
 
     def means(decoding: str) -> dict[str, float]:
-        bar = progress.add_task(decoding, total=len(prompts))
+        bar = progress.add_task(decoding, total=len(asked))
         _, outcomes = actor.respond_to_all(
             nnx.state(network),
-            prompts,
+            asked,
             jax.random.key(arguments.seed),
             batch_size=arguments.batch_size,
             greedy=decoding == "greedy",

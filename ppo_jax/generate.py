@@ -1,118 +1,106 @@
-"""Talk to a model: `python -m ppo_jax.generate --model runs/pocket/final "The plot was"`."""
+"""Talk to a model: `ppo-generate --run runs/pocket "The plot was"`, or `--model FOLDER "..."`."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
-import tyro
 from flax import nnx
 
-from ppo_jax import cli
-from ppo_jax.config.ranges import Count, Natural, Probability, Seed, Temperature, check_ranges
+from ppo_jax import cli, flags
+from ppo_jax.assembly import assemble
+from ppo_jax.config import ResponseConfig, SamplingConfig, TaskConfig
+from ppo_jax.config.fields import Seed, check_fields
 from ppo_jax.generation.actor import Actor
-from ppo_jax.models import load_pretrained
-from ppo_jax.sampling import Sampling
-from qwen_env import pocket
+from ppo_jax.runs.trained import named_run, sampling_of
 from qwen_env.errors import UsageError
-from qwen_env.prompts import PromptEncoder, load_prompts
 from qwen_env.rewards import RewardBatch
-from qwen_env.task import make_task
-from qwen_env.tokenizer import load_tokenizer
 
-PROG = "python -m ppo_jax.generate"
+PROG = "ppo-generate"
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Complete prompts with a Qwen2."""
+    """Complete prompts with a language model. With a run, in the way that it was trained."""
 
-    prompts: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT ...")]
+    prompts: tuple[str, ...] = flags.positional("PROMPT")
     """What to complete."""
-    model: str = str(pocket.POLICY_FOLDER)
-    """A folder in Hugging Face layout, a .gguf file, or a hub id."""
-    max_new_tokens: Count = 64
-    """Response limit, in tokens."""
-    min_new_tokens: Natural = 0
-    """No end-of-sequence token before this many tokens."""
+    run: str | None = None
+    """Folder of a training run that gives the model and the defaults of the other flags."""
+    which: str | None = None
+    """Model of the run: final or best; None takes the final one if the run has finished."""
+    response: ResponseConfig = field(default_factory=lambda: ResponseConfig(max_new_tokens=64))
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     greedy: bool = False
-    """Always take the most probable token."""
-    temperature: Temperature | None = None
-    """Of sampling; by default 1."""
-    top_k: Count | None = None
-    """Sample from the k most probable tokens alone."""
-    top_p: Probability | None = None
-    """Sample from the fewest most probable tokens that have this probability together."""
+    """Take the most probable token each time instead of sampling."""
     seed: Seed = 0
-    """Of sampling."""
-    chat: bool = False
-    """Wrap each prompt in the model's chat template, as a user's message."""
-    system_prompt: str | None = None
-    """System message of every chat."""
+    """Seed of the sampled responses."""
     json: bool = False
-    """Print one object per line: prompt, completion, finish_reason."""
+    """Print one JSON object per line: prompt, completion, finish_reason."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with cli.errors_as_sentences():
-        arguments = cli.parse(Arguments, sys.argv[1:] if argv is None else argv, prog=PROG)
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         cli.keep_compiled_programs()
         cli.find_devices()
         for record in generate(arguments):
             if arguments.json:
                 print(json.dumps(record, ensure_ascii=False))
-            elif arguments.chat:
+            elif arguments.response.chat:
                 print(record["completion"])
             else:
                 print(record["prompt"] + record["completion"])
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """The flags, over the settings of the run where they name one.
+
+    Raises:
+        UsageError: a wrong flag, no such run, or flags that exclude each other.
+    """
+    default = Arguments()
+    if (run := named_run(argv)) is not None:
+        task, names = run.config.task, dataclasses.fields(ResponseConfig)
+        response = ResponseConfig(**{field.name: getattr(task, field.name) for field in names})
+        default = replace(default, response=response, sampling=sampling_of(run.config.ppo))
+    arguments = flags.parse(default, argv, prog=PROG)
+    if run is not None:
+        response = replace(arguments.response, model=str(run.model))
+        arguments = replace(arguments, response=response)
+    for name, value in dataclasses.asdict(arguments.sampling).items():
+        if arguments.greedy and value != getattr(default.sampling, name):
+            raise UsageError(f"greedy and {name} exclude each other; leave one of them out.")
+    return arguments
 
 
 def generate(arguments: Arguments) -> list[dict[str, str]]:
     """One record per prompt: `prompt`, `completion`, `finish_reason`.
 
     Raises:
-        UsageError: an argument or the model is wrong.
+        UserFacingError: an argument or the model is wrong.
     """
-    check_ranges(arguments)
-    if arguments.system_prompt is not None and not arguments.chat:
+    response = arguments.response
+    if response.system_prompt is not None and not response.chat:
         raise UsageError(
-            "system_prompt is set, but only a chat has a system message; add --chat, or drop it."
+            "system_prompt is set, but only a chat has a system message; add --chat, or leave "
+            "system_prompt out."
         )
-    sampling = _sampling(arguments)
-    cli.refuse_run_folder(arguments.model)
     if not arguments.prompts:
-        raise UsageError(f"There is no prompt; give one or more: {PROG} --model FOLDER 'The plot'.")
-    tokenizer = load_tokenizer(arguments.model)
-    encoder = PromptEncoder(
-        tokenizer,
-        sys.maxsize,
-        chat_template=True if arguments.chat else None,
-        system_prompt=arguments.system_prompt,
-    )
-    prompts = load_prompts(arguments.prompts, encoder)
-    longest = max(len(prompt.ids) for prompt in prompts)
-    network = load_pretrained(arguments.model)
-    if longest + arguments.max_new_tokens > network.config.max_position_embeddings:
-        raise UsageError(
-            f"The longest prompt has {longest} tokens; with max_new_tokens "
-            f"({arguments.max_new_tokens}) that is more than the model's "
-            f"{network.config.max_position_embeddings} positions; lower max_new_tokens, or "
-            "shorten the prompt."
-        )
-    task = make_task(
-        tokenizer=tokenizer,
-        prompts=prompts,
-        reward=_nothing,
-        max_prompt_length=longest,
-        max_new_tokens=arguments.max_new_tokens,
-        vocab_size=network.config.vocab_size,
-        min_new_tokens=arguments.min_new_tokens,
-    )
-    done = Actor(network, task, sampling).respond(
-        nnx.state(network), prompts, jax.random.key(arguments.seed), greedy=arguments.greedy
+        raise UsageError(f"There is no prompt; give one or more: {PROG} 'The plot'.")
+    settings = TaskConfig(**dataclasses.asdict(response), max_prompt_length=None)
+    network, task, _ = assemble(settings, prompts=arguments.prompts, reward=_nothing)
+    done = Actor(network, task, arguments.sampling.sampling).respond(
+        nnx.state(network),
+        task.prompts,
+        jax.random.key(arguments.seed),
+        greedy=arguments.greedy,
     )
     return [
         {
@@ -122,16 +110,6 @@ def generate(arguments: Arguments) -> list[dict[str, str]]:
         }
         for prompt, outcome in zip(arguments.prompts, done.outcomes, strict=True)
     ]
-
-
-def _sampling(arguments: Arguments) -> Sampling:
-    given = {name: getattr(arguments, name) for name in Sampling._fields}
-    given = {name: value for name, value in given.items() if value is not None}
-    if arguments.greedy and given:
-        raise UsageError(
-            f"greedy and {next(iter(given))} exclude each other; leave one of them out."
-        )
-    return Sampling(**given)
 
 
 def _nothing(batch: RewardBatch) -> np.ndarray:

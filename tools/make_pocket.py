@@ -28,8 +28,9 @@ from jaxtyping import Array, Float
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ppo_jax.cli import errors_as_sentences, find_devices, parse
-from ppo_jax.config.ranges import Count, Rate, Seed, check_ranges
+from ppo_jax import flags
+from ppo_jax.cli import errors_as_sentences, find_devices
+from ppo_jax.config.fields import Count, Rate, Seed, check_fields
 from ppo_jax.generation.rollout import rollout
 from ppo_jax.models import (
     PolicyValueNetwork,
@@ -103,7 +104,7 @@ class Settings:
         """Raises:
         UsageError: a field is out of its range.
         """
-        check_ranges(self)
+        check_fields(self)
 
 
 class Texts(NamedTuple):
@@ -372,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     with errors_as_sentences():
         arguments = sys.argv[1:] if argv is None else argv
-        settings = parse(Settings, arguments, prog="python tools/make_pocket.py")
+        settings = flags.parse(Settings(), arguments, prog="python tools/make_pocket.py")
         find_devices()
         report = run(settings)
     for name, value in report.items():

@@ -14,16 +14,13 @@ from jaxtyping import Array, Float
 from learning.settings import Setting
 from ppo_jax.agent import PPOAgent
 from ppo_jax.algorithm import masked_mean
+from ppo_jax.assembly import assemble
 from ppo_jax.config import TrainConfig, preset
 from ppo_jax.generation.episode_metrics import evaluation_means
-from ppo_jax.generation.reward_models import load_training_reward
-from ppo_jax.models import load_pretrained
 from ppo_jax.sampling import Sampling, truncation
-from ppo_jax.train import load_all_prompts
 from qwen_env import mdp
 from qwen_env.pocket import grammar
-from qwen_env.task import Episode, Outcome, make_task
-from qwen_env.tokenizer import load_tokenizer
+from qwen_env.task import Episode, Outcome
 
 Record = dict[str, Any]
 
@@ -48,18 +45,9 @@ class Bench:
     """
 
     def __init__(self) -> None:
-        config = preset("pocket")
-        tokenizer = load_tokenizer(config.task.model)
-        self.prompts, self.held_out = load_all_prompts(config, tokenizer)
-        self.network = load_pretrained(config.task.model)
-        self.task = make_task(
-            tokenizer=tokenizer,
-            prompts=self.prompts,
-            reward=load_training_reward(config.task.reward, tokenizer, config.task.gold_reward),
-            max_prompt_length=config.task.max_prompt_length,
-            max_new_tokens=config.task.max_new_tokens,
-            vocab_size=self.network.config.vocab_size,
-        )
+        self.network, self.task, held_out = assemble(preset("pocket").task)
+        assert held_out is not None
+        self.prompts, self.held_out = self.task.prompts, held_out
         self._last: tuple[TrainConfig, PPOAgent, nnx.State] | None = None
 
     def agent(self, config: TrainConfig) -> PPOAgent:

@@ -1,16 +1,17 @@
 """Every setting of a run.
 
-One frozen dataclass a concern; each field is a flag of `python -m ppo_jax.train` under its own
-name, and its comment is the flag's help.
+One frozen dataclass a concern, which refuses what its fields cannot be; `TrainConfig` refuses what
+two concerns contradict each other in. Each field is a flag of `ppo-train` under its own name, and
+the text below it is the flag's help.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ppo_jax.algorithm import Aggregation, KlEstimator
-from ppo_jax.config.checks import check_config
-from ppo_jax.config.ranges import (
+from ppo_jax.config.fields import (
     Count,
     Decay,
     Factor,
@@ -22,9 +23,11 @@ from ppo_jax.config.ranges import (
     Seed,
     Share,
     Temperature,
+    check_fields,
 )
 from ppo_jax.sampling import Sampling
 from qwen_env import pocket
+from qwen_env.errors import UsageError
 from qwen_env.prompts import Overflow
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -32,112 +35,194 @@ ComputeType = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class TaskConfig:
-    """What is trained on what."""
+class ResponseConfig:
+    """Which model answers, and how it is asked."""
 
     model: str = str(pocket.POLICY_FOLDER)
-    """Model to train: a folder in Hugging Face layout, a hub id, or a .gguf file."""
-    prompts: str = str(pocket.TRAIN_PROMPTS)
-    """Training prompts: a .jsonl file whose objects hold "prompt" (text) or "messages" (a chat)."""
-    eval_prompts: str | None = str(pocket.HELDOUT_PROMPTS)
-    """Held-out prompts (.jsonl); None sets the last tenth of the training prompts aside."""
-    reward: str = f"flax:{pocket.REWARD_FOLDER}"
-    """Reward: "package.module:callable", "hf:MODEL", "flax:FOLDER" (a Qwen2 reward model, run on
-    the device), "http://..." (a reward server), or a weighted sum: "1.0 * a.b:c + 0.5 * d.e:f"."""
-    gold_reward: str | None = None
-    """A second reward that is reported and never trained on."""
-    max_prompt_length: Count = pocket.MAX_PROMPT_LENGTH
-    """P, the prompt limit, in tokens."""
+    """The model: a folder in Hugging Face layout, a hub id, or a .gguf file."""
     max_new_tokens: Count = pocket.MAX_NEW_TOKENS
-    """T, the response limit, in tokens."""
+    """Longest response, in tokens."""
     min_new_tokens: Natural = 0
-    """No end-of-sequence token before this many tokens."""
-    prompt_overflow: Overflow = "error"
-    """What to do with a prompt over the limit."""
+    """Forbid the end-of-sequence token before a response has this many tokens."""
     chat: bool = False
     """Wrap each prompt in the tokenizer's chat template, as a user's message."""
     system_prompt: str | None = None
-    """System message of every chat that has none of its own."""
-    missing_eos_penalty: Factor = 0.0
-    """Taken off the score of a response that the limit cut off."""
+    """System message for every chat that has none of its own."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UsageError(
+                f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens "
+                f"({self.max_new_tokens}); lower it."
+            )
 
 
 @dataclass(frozen=True)
-class PPOConfig:
+class TaskConfig(ResponseConfig):
+    """What the model is asked, and what its answers are worth."""
+
+    prompts: str | None = str(pocket.TRAIN_PROMPTS)
+    """Prompts to train on: a .jsonl file whose objects hold "prompt" (text) or "messages" (a
+    chat)."""
+    eval_prompts: str | None = str(pocket.HELDOUT_PROMPTS)
+    """Held-out prompts (.jsonl); None sets the last tenth of the training prompts aside."""
+    reward: str | None = f"flax:{pocket.REWARD_FOLDER}"
+    """Reward function: "package.module:callable", "hf:MODEL" (run by transformers), "flax:FOLDER"
+    (a Qwen2 reward model, run on the device), "http://..." (a reward server), or a weighted sum,
+    "1.0 * a.b:c + 0.5 * d.e:f"."""
+    gold_reward: str | None = None
+    """A second reward, reported beside the first and never trained on."""
+    max_prompt_length: Count | None = pocket.MAX_PROMPT_LENGTH
+    """Longest prompt, in tokens; None makes it that of the longest prompt there is."""
+    prompt_overflow: Overflow = "error"
+    """What to do with a longer prompt: refuse it, drop it, or cut off its beginning."""
+    missing_eos_penalty: Factor = 0.0
+    """Subtract this from the score of a response that the length limit cut off."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are drawn."""
+
+    temperature: Temperature = 1.0
+    """Divide the logits by this before sampling, and in every log-probability."""
+    top_k: Count | None = None
+    """Sample from the k most probable tokens only."""
+    top_p: Probability | None = None
+    """Sample from the smallest set of most probable tokens that together have this probability."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def sampling(self) -> Sampling:
+        """The same, for compiled functions."""
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
+
+@dataclass(frozen=True)
+class PPOConfig(SamplingConfig):
     """The algorithm."""
 
     batch_size: Count = 64
-    """B, episodes per iteration."""
+    """Episodes per iteration (B)."""
     completions_per_prompt: Count = 1
-    """Episodes that start from one prompt; an iteration has batch_size / this many prompts."""
-    temperature: Temperature = 1.0
-    """Of sampling, and so of every log-probability."""
-    top_k: Count | None = None
-    """Sample from the k most probable tokens alone; log-probabilities are over the same ones."""
-    top_p: Probability | None = None
-    """Sample from the fewest most probable tokens that have this probability together."""
+    """Responses to each prompt; an iteration has batch_size / this many prompts."""
 
     kl_coef: Factor = 0.05
-    """β: weight of the per-token KL penalty against the reference model; at first, if it adapts."""
+    """Weight β of the per-token KL penalty against the reference model; where it adapts, its first
+    value."""
     kl_penalty: Literal["k1", "k2", "k3"] = "k1"
     """Estimator of the KL penalty in the reward."""
     kl_target: Limit | None = None
-    """Adapt kl_coef towards this KL from the reference, in nats per response; None keeps it."""
+    """Adapt kl_coef so that the KL from the reference approaches this, in nats per response; None
+    keeps kl_coef constant."""
     kl_horizon: Count = 10_000
-    """Episodes, at least batch_size, over which an adaptive kl_coef changes by about a fifth."""
+    """Episodes over which an adaptive kl_coef changes by about a fifth; at least batch_size."""
     ref_ema_decay: Decay | None = None
-    """Let the reference follow the policy: after each iteration it keeps this share of itself."""
+    """Let the reference model follow the policy: after each iteration it keeps this share of
+    itself. None keeps it as it was at the start."""
     scale_scores: bool = False
     """Divide scores by the standard deviation of all scores so far."""
     score_clip: Limit | None = None
-    """Clip scores, scaled ones if they are scaled, to ± this."""
+    """Clip scores (after scaling, if they are scaled) to ± this."""
     whiten_rewards: bool = False
-    """Scale the rewards of a batch's tokens to variance 1; their mean stays."""
+    """Scale the token rewards of a batch to variance 1, keeping their mean."""
     length_limit: Literal["score", "bootstrap"] = "score"
-    """What a response that the limit cuts off earns: its score, or the value of its last state."""
+    """What a response that the length limit cut off earns: its score, or the value of its last
+    state."""
     gamma: Share = 1.0
-    """γ, the discount per token."""
+    """Discount γ per token."""
     gae_lambda: Share = 0.95
     """λ of generalized advantage estimation."""
     advantage_whitening: Literal["batch", "minibatch", "none"] = "batch"
-    """Scale the advantages of the whole batch, or of each minibatch, to mean 0, variance 1."""
+    """Scale advantages to mean 0 and variance 1, over the batch or over each minibatch."""
 
     num_epochs: Count = 4
     """Passes over the batch per iteration, unless the KL early stop ends them."""
     num_minibatches: Count = 1
     """Optimizer steps per pass."""
     num_microbatches: Count = 1
-    """Parts a minibatch is computed in, to save memory; the result does not depend on it."""
+    """Compute each minibatch in this many parts, to save memory; the result does not change."""
     num_packed_sizes: Count = 1
-    """Sizes that a micro-batch may shrink to when short sequences share rows: with 4, one that fits
-    into half its rows costs half. With more than 1, generation as well goes on in fewer rows once
-    most have ended. More sizes follow the lengths more closely, and compile longer."""
+    """Let short sequences share rows, in programs compiled for this many sizes: with 4, a
+    micro-batch that fits into half its rows costs half. Above 1, generation too goes on in fewer
+    rows once most have ended. More sizes follow the lengths more closely and compile longer."""
     loss_aggregation: Aggregation = "token"
-    """What counts alike in the mean loss of a minibatch: every token, or every sequence."""
+    """What counts equally in the mean loss of a minibatch: every token, or every sequence."""
     clip_range: Limit = 0.2
-    """ε: the ratio is clipped to 1 ± ε."""
+    """Clip the probability ratio to 1 ± this (ε)."""
     clip_range_high: Limit | None = None
-    """ε above 1, where it differs from that below; None makes it clip_range."""
+    """Clip the ratio to 1 + this from above; None makes it clip_range."""
     dual_clip: LimitAboveOne | None = None
-    """Bound of the ratio's weight where the advantage is negative; None does not bound it."""
+    """Bound the ratio's weight by this where the advantage is negative; None does not bound it."""
     value_clip_range: Limit | None = None
-    """Clip of the value's change, in units of value; None does not clip."""
+    """Clip the change of the value to ± this, in units of value; None does not clip."""
     value_coef: Factor = 0.1
-    """Weight of the value loss."""
+    """Weight of the value loss, the mean of (V - G)². It has no factor 1/2: 0.1 here is 0.2 where
+    the loss has one."""
     entropy_coef: Factor = 0.0
     """Weight of the entropy bonus."""
     critic: Literal["shared", "stopped", "separate"] = "shared"
-    """The value head's backbone: the policy's, the same without a gradient into it, or its own."""
+    """Backbone of the value head: the policy's, the policy's without a gradient into it, or one of
+    its own."""
     target_kl: Limit | None = None
-    """End the updates of an iteration once KL(old ‖ new) exceeds this many nats per token."""
+    """End an iteration's updates once KL(old‖new) exceeds this, in nats per token."""
     target_kl_estimator: KlEstimator = "k3"
-    """Estimator of that KL."""
+    """Estimator of KL(old‖new) for target_kl."""
     target_kl_grain: Literal["minibatch", "epoch"] = "minibatch"
     """Stop before the minibatch that exceeds target_kl, or after the epoch whose mean does."""
 
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_minibatches > self.batch_size:
+            raise UsageError(
+                f"num_minibatches ({self.num_minibatches}) is larger than batch_size "
+                f"({self.batch_size}): a minibatch would have no episode; lower num_minibatches."
+            )
+        if self.top_k == 1:
+            raise UsageError(
+                "top_k is 1, so every token is certain and there is no gradient to learn from; "
+                "raise top_k, or leave it out."
+            )
+        if self.length_limit == "bootstrap":
+            for name, meaning in (("gamma", "counts for nothing"), ("value_coef", "is untrained")):
+                if getattr(self, name) == 0:
+                    raise UsageError(
+                        f"length_limit is 'bootstrap', but with {name} 0 the value of the last "
+                        f"state {meaning}; raise {name}, or set length_limit to 'score'."
+                    )
+        if self.target_kl is None:
+            self._refuse_set(
+                ("target_kl_estimator", "target_kl_grain"),
+                "without target_kl nothing stops early; set target_kl",
+            )
+        if self.kl_coef == 0:
+            self._refuse_set(
+                ("kl_penalty", "kl_target", "ref_ema_decay"),
+                "kl_coef is 0, so the reference model has no influence; raise kl_coef",
+            )
+        if self.value_coef == 0:
+            self._refuse_set(
+                ("critic", "value_clip_range"),
+                "value_coef is 0, so the value function never learns; raise value_coef",
+            )
+        if self.kl_target is None:
+            self._refuse_set(
+                ("kl_horizon",), "without kl_target kl_coef does not adapt; set kl_target"
+            )
+        elif self.kl_horizon < self.batch_size:
+            raise UsageError(
+                f"kl_horizon ({self.kl_horizon}) is below batch_size ({self.batch_size}), so "
+                "kl_coef would change by more than a fifth in one iteration; raise kl_horizon."
+            )
+
+    def _refuse_set(self, names: tuple[str, ...], why: str) -> None:
+        """Refuse fields that differ from their defaults, since they would change nothing."""
+        for name in names:
+            if (value := getattr(self, name)) != getattr(type(self), name):
+                raise UsageError(f"{name} is {value!r}, but {why}, or leave {name} out.")
 
     @property
     def prompts_per_batch(self) -> int:
@@ -152,30 +237,56 @@ class OptimizerConfig:
     learning_rate: Rate = 1e-5
     """Peak learning rate."""
     critic_learning_rate: Rate | None = None
-    """That of the value head, and of its backbone if separate; None makes it learning_rate."""
+    """Peak learning rate of the value head, and of its backbone if separate; None makes it
+    learning_rate."""
     schedule: Schedule = "linear"
-    """The learning rate over the run: it stays, or falls to zero in a line or along a cosine."""
+    """How the learning rate falls over the run: not at all, to zero linearly, or to zero along a
+    cosine."""
     warmup_iterations: Natural = 0
-    """Iterations over which the learning rate rises from zero, from when the policy learns."""
+    """Iterations over which the learning rate rises from zero, counted from when the policy
+    learns."""
     adam_b1: Decay = 0.9
-    """Decay of the first moment."""
+    """Decay of Adam's first moment."""
     adam_b2: Decay = 0.999
-    """Decay of the second moment."""
+    """Decay of Adam's second moment."""
     adam_eps: Rate = 1e-5
-    """Added to the root of the second moment."""
+    """Adam's ε, added to the root of the second moment."""
     weight_decay: Factor = 0.0
     """Decoupled weight decay of the matrices; norms and biases have none."""
     max_grad_norm: Limit = 1.0
-    """Global norm that gradients are clipped to."""
+    """Clip gradients to this global norm."""
     critic_warmup_iterations: Natural = 0
-    """First iterations, in which only the value function learns, at the peak learning rate; its
+    """First iterations in which only the value function learns, at the peak learning rate; the
     schedule begins after them."""
     freeze_embeddings: bool = False
     """Do not train the token embeddings (nor the output projection, where the two are tied)."""
     num_frozen_layers: Natural = 0
     """Do not train this many of the lowest layers."""
     max_nonfinite_updates: Count = 5
-    """Non-finite losses or gradients in a row (each is skipped) that stop the run."""
+    """Stop the run after this many losses or gradients in a row that were not finite; each is
+    skipped."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def check_warmups(self, num_iterations: int) -> None:
+        """Refuse warm-ups that would last for a whole run.
+
+        Raises:
+            UsageError: names the warm-up.
+        """
+        if self.critic_warmup_iterations >= num_iterations:
+            raise UsageError(
+                f"critic_warmup_iterations ({self.critic_warmup_iterations}) must be below "
+                f"num_iterations ({num_iterations}); otherwise the policy would never learn."
+            )
+        names = ("critic_warmup_iterations", "warmup_iterations")  # one after the other
+        warmups = {name: getattr(self, name) for name in names if getattr(self, name)}
+        if sum(warmups.values()) >= num_iterations:
+            raise UsageError(
+                f"{' + '.join(warmups)} ({' + '.join(map(str, warmups.values()))}) must be below "
+                f"num_iterations ({num_iterations}); otherwise the learning rate would never fall."
+            )
 
 
 @dataclass(frozen=True)
@@ -187,16 +298,17 @@ class RunConfig:
     num_prompt_epochs: Count = 3
     """Passes over the training prompts, where num_iterations is None."""
     seed: Seed = 0
-    """Root of every random choice."""
+    """Seed of every random choice."""
     dtype: ComputeType = "float32"
-    """Compute type."""
+    """Type that activations and matrix products are computed in."""
     param_dtype: ComputeType = "float32"
-    """Type of parameters and their first moments; bfloat16 halves their memory and rounds small
-    steps away."""
+    """Type that parameters and first moments are kept in; bfloat16 halves their memory and rounds
+    small steps away."""
     num_devices: Count = 1
-    """Devices, such as GPUs, that each batch is split over; each has a copy of all parameters."""
+    """Split each batch over this many devices, such as GPUs; each has a copy of all parameters."""
     remat: bool = False
-    """Recompute activations in the backward pass instead of keeping them: slower, smaller."""
+    """Recompute activations in the backward pass instead of keeping them: slower, with less
+    memory."""
     eval_every: Count = 10
     """Iterations between evaluations on the held-out prompts."""
     eval_size: Count = 64
@@ -204,12 +316,19 @@ class RunConfig:
     save_every: Count = 25
     """Iterations between checkpoints."""
     keep_checkpoints: Count = 2
-    """Checkpoints that are kept."""
+    """Checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole run."""
+    """A whole run.
+
+    Raises:
+        UsageError: two settings contradict each other; it names both and the way out.
+    """
 
     task: TaskConfig = field(default_factory=TaskConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
@@ -217,10 +336,44 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        """Raises:
-        UsageError: a field is out of its range, or two contradict each other.
+        ppo, optimizer, run = self.ppo, self.optimizer, self.run
+        parts = {"num_minibatches": ppo.num_minibatches, "num_microbatches": ppo.num_microbatches}
+        for factors in (parts, {"completions_per_prompt": ppo.completions_per_prompt}):
+            factors = factors | {"num_devices": run.num_devices}
+            if ppo.batch_size % math.prod(factors.values()):
+                named = {name: factor for name, factor in factors.items() if factor > 1}
+                raise UsageError(
+                    f"batch_size ({ppo.batch_size}) must be a multiple of {' x '.join(named)} "
+                    f"({' x '.join(map(str, named.values()))})."
+                )
+        if ppo.length_limit == "bootstrap" and (penalty := self.task.missing_eos_penalty):
+            raise UsageError(
+                f"missing_eos_penalty ({penalty}) is subtracted from the score of a response that "
+                "the limit cut off, but with length_limit 'bootstrap' that score is never paid; "
+                "leave one of them out."
+            )
+        if ppo.value_coef == 0:
+            for name in ("critic_warmup_iterations", "critic_learning_rate"):
+                if getattr(optimizer, name):
+                    raise UsageError(
+                        f"{name} is {getattr(optimizer, name)}, but value_coef is 0, so the value "
+                        f"function never learns; raise value_coef, or leave {name} out."
+                    )
+        if run.num_iterations is not None:
+            optimizer.check_warmups(run.num_iterations)
+
+    def total_iterations(self, num_prompts: int) -> int:
+        """Iterations of a whole run on so many prompts; the last pass may end within a batch.
+
+        Raises:
+            UsageError: a warm-up would last as long.
         """
-        check_config(self)
+        if self.run.num_iterations is not None:
+            return self.run.num_iterations
+        num_visits = self.run.num_prompt_epochs * num_prompts
+        iterations = math.ceil(num_visits / self.ppo.prompts_per_batch)
+        self.optimizer.check_warmups(iterations)
+        return iterations
 
 
 def as_json(config: TrainConfig) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,8 @@ from typing import Any
 import ppo
 import pytest
 import suite
-import tyro
+
+from ppo_jax import flags
 
 
 def test_each_case_is_run_cold_and_warm(
@@ -41,7 +42,7 @@ def test_each_case_is_run_cold_and_warm(
         assert shown == [name, "1.00", "1.50", "2.50", "2.50", "1.50", "1,234", "", "17.50", "6.50"]
     counts = [command[command.index("--iterations") + 1] for command in commands]
     assert counts == ["2", "0"] * 2
-    plain, packed = (tyro.cli(ppo.Work, args=commands[i][2:]) for i in (0, 2))
+    plain, packed = (flags.parse(ppo.Work(), commands[i][2:], prog="ppo.py") for i in (0, 2))
     tiny = ppo.Work("random:tiny", iterations=2, json=True)
     assert plain == replace(tiny, decode_batches=(1, 4))
     assert packed == replace(tiny, batch_size=16, mean_response_length=8, packed_sizes=2)

@@ -1,9 +1,8 @@
 import errno
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import pytest
@@ -12,57 +11,6 @@ from gymnasium.error import DependencyNotInstalled
 from ppo_jax import cli
 from ppo_jax.train import parse_arguments
 from qwen_env.errors import UsageError
-
-
-@dataclass(frozen=True)
-class Flags:
-    """Does a thing."""
-
-    size: int = 3
-    """How large."""
-    kind: Literal["a", "b"] = "a"
-    """Which one."""
-
-
-def parse(*argv: str) -> Flags:
-    return cli.parse(Flags, argv, prog="python -m thing")
-
-
-def test_flags_over_defaults() -> None:
-    assert parse() == Flags()
-    assert parse("--size", "4", "--kind", "b") == Flags(4, "b")
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["--sise", "4"], "--sise"),
-        (["--size", "four"], "four"),
-        (["--size"], "--size"),
-        (["--kind", "c"], "'c'"),
-        (["stray"], "stray"),
-    ],
-)
-def test_wrong_flags_are_one_sentence(argv: list[str], words: str) -> None:
-    with pytest.raises(UsageError) as error:
-        parse(*argv)
-    message = str(error.value)
-    assert words in message
-    assert "\n" not in message
-    assert not set(message) & set("│╭╮╰╯─")
-    assert message.endswith("See python -m thing --help.")
-
-
-def test_what_was_meant_is_named() -> None:
-    with pytest.raises(UsageError, match=r"options: --sizes, 4\. Perhaps you meant --size\. See"):
-        parse("--sizes", "4")
-
-
-def test_help_is_not_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit:
-        parse("--help")
-    assert exit.value.code in (0, None)
-    assert "How large." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -165,14 +113,6 @@ def test_a_device_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "devices", devices)
     with pytest.raises(UsageError, match=r"^JAX cannot start: no driver; .* set JAX_PLATFORMS=cpu"):
         cli.find_devices()
-
-
-def test_a_run_is_not_a_model(tmp_path: Path) -> None:
-    (tmp_path / "final").mkdir()
-    cli.refuse_run_folder(str(tmp_path))  # a model may lie beside others
-    (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(UsageError, match=f"is a run, not a model; name {tmp_path}/final\\."):
-        cli.refuse_run_folder(str(tmp_path))
 
 
 @pytest.fixture

@@ -149,7 +149,7 @@ def test_a_table_for_people(argv: list[str], capfd: pytest.CaptureFixture[str]) 
         (["--batch-size", "0"], ["batch_size is 0"]),
         (["--seed", str(2**32)], ["seed is 4294967296", "below 2**32"]),
         (["--temperature", "0"], ["temperature is 0.0"]),
-        (["--min-new-tokens", "9"], ["min_new_tokens is 9", "max_new_tokens (8)"]),
+        (["--min-new-tokens", "9"], ["min_new_tokens (9)", "max_new_tokens (8)"]),
         (["--missing-eos-penalty", "-1"], ["missing_eos_penalty is -1.0", "at least 0"]),
         (["--max-prompt-length", "1"], ["line 1 of", "over the limit of 1"]),
         (["--max-new-tokens", "64"], ["64 positions"]),

@@ -16,11 +16,10 @@ import transformers
 from matplotlib.image import imread
 
 from ppo_jax.agent import PPOAgent
-from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TaskConfig, TrainConfig, from_json
+from ppo_jax.config import from_json
 from ppo_jax.models import PolicyValueNetwork, save_pretrained
-from ppo_jax.train import load_all_prompts, main, num_iterations
+from ppo_jax.train import main
 from qwen_env import mdp
-from qwen_env.errors import UsageError
 from qwen_env.prompts import PromptDataset
 from qwen_env.tokenizer import Tokenizer
 
@@ -238,19 +237,6 @@ def test_nonfinite_updates_are_skipped_counted_and_end_the_run(
     assert [line["update/nonfinite"] for line in records(run, "metrics.jsonl")] == [0] * 6
 
 
-def test_prompts_are_set_aside_for_evaluation(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(
-        "".join(json.dumps({"prompt": "The plot" + " was" * (i % 4)}) + "\n" for i in range(25))
-    )
-    config = TrainConfig(task=TaskConfig(prompts=str(path), eval_prompts=None))
-    prompts, held_out = load_all_prompts(config, tokenizer)
-    assert ([p.index for p in prompts], [p.index for p in held_out]) == ([*range(23)], [23, 24])
-    path.write_text('{"prompt": "The plot"}\n')
-    with pytest.raises(UsageError, match=r"one prompt.*--eval-prompts"):
-        load_all_prompts(config, tokenizer)
-
-
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}I"
 
 
@@ -310,26 +296,3 @@ def test_flags_reach_the_task_the_network_and_the_evaluation(
     assert agent.network.backbone.norm.weight[...].dtype == "float32"
     assert agent.learner.passes.remat
     assert agent.num_iterations == 7
-
-
-def test_number_of_iterations() -> None:
-    assert num_iterations(TrainConfig(run=RunConfig(num_iterations=7)), num_prompts=1000) == 7
-    config = TrainConfig(run=RunConfig(num_iterations=None, num_prompt_epochs=3))
-    assert config.ppo.batch_size == 64
-    assert num_iterations(config, num_prompts=100) == 5  # 300 prompts
-
-
-def test_passes_over_the_prompts_count_prompts_and_not_completions() -> None:
-    for completions, expected in ((1, 3), (2, 5), (8, 20)):
-        ppo = PPOConfig(batch_size=8, completions_per_prompt=completions)
-        config = TrainConfig(ppo=ppo, run=RunConfig(num_prompt_epochs=2))
-        assert num_iterations(config, num_prompts=10) == expected
-
-
-@pytest.mark.parametrize("name", ["warmup_iterations", "critic_warmup_iterations"])
-def test_a_warm_up_as_long_as_the_passes_over_the_prompts_is_refused(name: str) -> None:
-    run = RunConfig(num_iterations=None, num_prompt_epochs=3)
-    config = TrainConfig(run=run, optimizer=OptimizerConfig(**{name: 4}))
-    assert num_iterations(config, num_prompts=100) == 5
-    with pytest.raises(UsageError, match=rf"{name} \(4\) must be below num_iterations \(4\)"):
-        num_iterations(config, num_prompts=80)

@@ -15,7 +15,7 @@ from ppo_jax.config import (
     from_json,
     preset,
 )
-from ppo_jax.config.ranges import ranges
+from ppo_jax.config.fields import range_of
 from ppo_jax.sampling import Sampling
 from qwen_env.errors import UsageError
 
@@ -48,11 +48,11 @@ def test_no_two_fields_share_a_flag() -> None:
 
 
 def test_every_number_has_a_range() -> None:
-    """Or it is one of those that `Sampling` checks itself."""
     for group in (TaskConfig, PPOConfig, OptimizerConfig, RunConfig):
-        for name, kind in get_type_hints(group).items():
-            if {int, float} & {kind, *get_args(kind)} and name not in Sampling._fields:
-                assert name in ranges(group), name
+        for name, kind in get_type_hints(group, include_extras=True).items():
+            parts = {kind, *get_args(kind)} | {p for k in get_args(kind) for p in get_args(k)}
+            if {int, float} & {part for part in parts if isinstance(part, type)}:
+                assert range_of(kind) is not None, name
 
 
 def changed(changes: dict[str, dict[str, Any]]) -> TrainConfig:
@@ -80,6 +80,7 @@ def changed(changes: dict[str, dict[str, Any]]) -> TrainConfig:
         ({"ppo": {"temperature": float("inf")}}, "temperature is inf; .* and finite"),
         ({"task": {"max_new_tokens": -5}}, "max_new_tokens is -5; it must be at least 1"),
         ({"ppo": {"top_k": 0}}, "top_k is 0; it must be at least 1"),
+        ({"ppo": {"top_k": 1}}, "top_k is 1, so every token is certain"),
         ({"ppo": {"top_p": 0.0}}, "top_p is 0.0; it must be above 0 and at most 1"),
         ({"ppo": {"top_p": 1.5}}, "top_p is 1.5"),
         ({"ppo": {"top_p": float("nan")}}, "top_p is nan"),
@@ -178,7 +179,7 @@ def test_values_that_cannot_be(changes: dict[str, dict[str, Any]], words: str) -
             {"ppo": {"target_kl_grain": "epoch"}},
             "target_kl_grain is 'epoch', but without target_kl",
         ),
-        ({"ppo": {"kl_coef": 0.0, "kl_penalty": "k3"}}, "kl_penalty is k3, but kl_coef is 0"),
+        ({"ppo": {"kl_coef": 0.0, "kl_penalty": "k3"}}, "kl_penalty is 'k3', but kl_coef is 0"),
         ({"ppo": {"kl_coef": 0.0, "kl_target": 6.0}}, "kl_target is 6.0, but kl_coef is 0"),
         ({"ppo": {"kl_coef": 0.0, "ref_ema_decay": 0.9}}, "ref_ema_decay is 0.9, but kl_coef is 0"),
         ({"ppo": {"kl_horizon": 5000}}, "kl_horizon is 5000, but without kl_target"),
@@ -189,19 +190,24 @@ def test_values_that_cannot_be(changes: dict[str, dict[str, Any]], words: str) -
         ),
         (
             {"ppo": {"value_coef": 0.0}, "optimizer": {"critic_learning_rate": 1e-4}},
-            "critic_learning_rate is set, but value_coef is 0",
+            "critic_learning_rate is 0.0001, but value_coef is 0",
         ),
         (
             {"ppo": {"value_coef": 0.0}, "optimizer": {"critic_warmup_iterations": 2}},
-            "critic_warmup_iterations is set, but value_coef is 0",
+            "critic_warmup_iterations is 2, but value_coef is 0",
         ),
         (
             {"ppo": {"value_coef": 0.0, "critic": "separate"}},
-            "critic is set, but value_coef is 0",
+            "critic is 'separate', but value_coef is 0",
         ),
         (
             {"ppo": {"value_coef": 0.0, "value_clip_range": 0.2}},
-            "value_clip_range is set, but value_coef is 0",
+            "value_clip_range is 0.2, but value_coef is 0",
+        ),
+        ({"ppo": {"value_coef": 0.0, "critic": "stopped"}}, "critic is 'stopped', but value_coef"),
+        (
+            {"ppo": {"value_coef": 0.0, "length_limit": "bootstrap"}},
+            "length_limit is 'bootstrap', but with value_coef 0",
         ),
         (
             {"optimizer": {"warmup_iterations": 5}, "run": {"num_iterations": 5}},
@@ -234,9 +240,9 @@ def test_contradictions_name_both_settings(changes: dict[str, dict[str, Any]], b
         {"ppo": {"length_limit": "bootstrap", "gamma": 0.5}},
         {"ppo": {"target_kl": 0.01, "target_kl_estimator": "k1", "target_kl_grain": "epoch"}},
         {"ppo": {"kl_target": 6.0, "kl_horizon": 5000, "kl_penalty": "k3", "ref_ema_decay": 0.0}},
-        {"ppo": {"kl_coef": 0.0, "value_coef": 0.0, "critic": "stopped"}},
+        {"ppo": {"kl_coef": 0.0, "value_coef": 0.0}},
         {"ppo": {"batch_size": 6, "completions_per_prompt": 6, "num_minibatches": 3}},
-        {"ppo": {"top_k": 1, "top_p": 1.0}},
+        {"ppo": {"top_k": 2, "top_p": 1.0}},
         {
             "optimizer": {"critic_warmup_iterations": 2, "warmup_iterations": 2},
             "run": {"num_iterations": 5},
@@ -254,3 +260,42 @@ def test_the_sampling_distribution_and_the_prompts_of_an_iteration() -> None:
     assert ppo.sampling == Sampling(temperature=0.7, top_k=20, top_p=0.9)
     assert ppo.prompts_per_batch == 3
     assert not PPOConfig().sampling.is_truncated
+
+
+def test_each_group_checks_itself() -> None:
+    """Not only as a part of a whole run's settings."""
+    for kind, fields in (
+        (PPOConfig, {"temperature": -1.0}),
+        (PPOConfig, {"batch_size": 0}),
+        (PPOConfig, {"kl_penalty": "k4"}),
+        (TaskConfig, {"max_new_tokens": 0}),
+        (TaskConfig, {"min_new_tokens": 99}),
+        (OptimizerConfig, {"learning_rate": float("nan")}),
+        (OptimizerConfig, {"schedule": "slow"}),
+        (RunConfig, {"dtype": "float16"}),
+    ):
+        with pytest.raises(UsageError, match=next(iter(fields))):
+            kind(**fields)
+
+
+def test_number_of_iterations() -> None:
+    assert TrainConfig(run=RunConfig(num_iterations=7)).total_iterations(num_prompts=1000) == 7
+    config = TrainConfig(run=RunConfig(num_iterations=None, num_prompt_epochs=3))
+    assert config.ppo.batch_size == 64
+    assert config.total_iterations(num_prompts=100) == 5  # 300 prompts
+
+
+def test_passes_over_the_prompts_count_prompts_and_not_completions() -> None:
+    for completions, expected in ((1, 3), (2, 5), (8, 20)):
+        ppo = PPOConfig(batch_size=8, completions_per_prompt=completions)
+        config = TrainConfig(ppo=ppo, run=RunConfig(num_prompt_epochs=2))
+        assert config.total_iterations(num_prompts=10) == expected
+
+
+@pytest.mark.parametrize("name", ["warmup_iterations", "critic_warmup_iterations"])
+def test_a_warm_up_as_long_as_the_passes_over_the_prompts_is_refused(name: str) -> None:
+    run = RunConfig(num_iterations=None, num_prompt_epochs=3)
+    config = TrainConfig(run=run, optimizer=OptimizerConfig(**{name: 4}))
+    assert config.total_iterations(num_prompts=100) == 5
+    with pytest.raises(UsageError, match=rf"{name} \(4\) must be below num_iterations \(4\)"):
+        config.total_iterations(num_prompts=80)

@@ -1,0 +1,79 @@
+"""The models that a run has left, and the settings that it was started with."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ppo_jax.config import PPOConfig, SamplingConfig, TrainConfig
+from ppo_jax.runs.folder import read_config
+from qwen_env.errors import UsageError
+
+_MODELS = ("final", "best")
+
+
+class TrainedRun(NamedTuple):
+    """A run's settings, and the folder of one of its models."""
+
+    config: TrainConfig
+    model: Path
+
+
+def named_run(argv: Sequence[str]) -> TrainedRun | None:
+    """The run that `--run`, or `--model`, names, and the model that `--which` chooses.
+
+    Raises:
+        UsageError: the folder holds no run, or not that model; or there are both flags.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--run", "--model", "--which"):
+        first.add_argument(flag, nargs="?")
+    known, _ = first.parse_known_args(argv)
+    if known.run is not None and known.model is not None:
+        raise UsageError(
+            f"run ({known.run}) and model ({known.model}) both name what to load; leave one out."
+        )
+    if known.run is not None:
+        return _open(Path(known.run).expanduser(), known.which)
+    if known.model is not None and _is_run(folder := Path(known.model).expanduser()):
+        return _open(folder, known.which)
+    if known.which is not None:
+        raise UsageError(
+            f"which is {known.which!r}, but no run is named to choose from; add --run."
+        )
+    return None
+
+
+def sampling_of(ppo: PPOConfig) -> SamplingConfig:
+    """How tokens were drawn in training."""
+    return SamplingConfig(ppo.temperature, ppo.top_k, ppo.top_p)
+
+
+def model_in(name: str) -> str:
+    """The last model of a run where `name` is its folder; anything else as it is."""
+    folder = Path(name).expanduser()
+    return str(_open(folder, None).model) if _is_run(folder) else name
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists() and (folder / "config.json").exists()
+
+
+def _open(folder: Path, which: str | None) -> TrainedRun:
+    if not _is_run(folder):
+        raise UsageError(
+            f"{folder} holds no run; name a folder that ppo-train has written (its --output-dir)."
+        )
+    config = read_config(folder)
+    there = [name for name in _MODELS if (folder / name).is_dir()]
+    if not there:
+        raise UsageError(
+            f"The run in {folder} has saved no model yet; let it go on, or continue it with "
+            f"--output-dir {folder} --resume."
+        )
+    name = there[0] if which is None else which
+    if name not in there:
+        raise UsageError(
+            f"which is {name!r}, but the run in {folder} has {' and '.join(there)} only."
+        )
+    return TrainedRun(config, folder / name)
