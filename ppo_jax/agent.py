@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from ppo_jax.assembly import assemble
+from ppo_jax.compilation import jit
 from ppo_jax.config import TrainConfig
 from ppo_jax.generation.actor import Actor, Experience
 from ppo_jax.generation.episode_metrics import component_means, repetition
@@ -103,9 +104,9 @@ class PPOAgent:
         # Updates donate the state's buffers, so the policy must not share the reference's.
         start = self.learner.init(jax.tree.map(jnp.copy, params), config.run.seed)
         self.state: TrainState = replicate(start, mesh)
-        self._prepare = jax.jit(self.learner.prepare)
-        self._update = jax.jit(self.learner.update, donate_argnums=0)
-        self._act = jax.jit(
+        self._prepare = jit(self.learner.prepare)
+        self._update = jit(self.learner.update, donate_argnums=0)
+        self._act = jit(
             functools.partial(_act, graphdef, rules=task.rules, sampling=config.ppo.sampling),
             static_argnames="greedy",
         )

@@ -30,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ppo_jax import flags
 from ppo_jax.cli import errors_as_sentences, find_devices
+from ppo_jax.compilation import jit
 from ppo_jax.config.fields import Count, Rate, Seed, check_fields
 from ppo_jax.generation.rollout import rollout
 from ppo_jax.models import (
@@ -182,7 +183,7 @@ def draw_samples(
     encoded = encode(tokenizer, prompts, ends=False)
     lengths = encoded.mask.sum(axis=1)
 
-    @jax.jit
+    @jit
     def sample(params: nnx.State, ids: Array, length: Array, key: Array) -> mdp.State:
         return rollout(nnx.merge(graphdef, params), ids, length, key, rules=RULES).state
 
@@ -287,7 +288,7 @@ def _fit(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
     )
 
-    @partial(jax.jit, donate_argnums=(0, 1))
+    @partial(jit, donate_argnums=(0, 1))
     def step(params: nnx.State, opt_state: Any, batch: Texts) -> tuple[nnx.State, Any, Array]:
         value, grads = jax.value_and_grad(loss)(params, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -326,7 +327,7 @@ def report_policy(
     """
     reviews = encode(tokenizer, corpus.reviews(rng, len(samples)), ends=True)
     graphdef, params = nnx.split(policy)
-    losses = jax.jit(lambda params, texts: token_losses(nnx.merge(graphdef, params), texts))
+    losses = jit(lambda params, texts: token_losses(nnx.merge(graphdef, params), texts))
     num_tokens = reviews.mask[:, 1:].sum()
     shares = np.bincount(reviews.ids[:, 0]) / len(samples)
     first_token_entropy = -np.sum(shares * np.log(np.where(shares > 0, shares, 1.0)))
@@ -365,7 +366,7 @@ def scores_of(
 ) -> Float[np.ndarray, "N"]:
     """The reward model's scores of `texts`, ended by the end-of-sequence id."""
     graphdef, params = nnx.split(reward)
-    score = jax.jit(lambda params, texts: nnx.merge(graphdef, params)(texts.ids, texts.mask))
+    score = jit(lambda params, texts: nnx.merge(graphdef, params)(texts.ids, texts.mask))
     return np.asarray(score(params, encode(tokenizer, texts, ends=True)))
 
 

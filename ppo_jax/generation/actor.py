@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from ppo_jax.compilation import jit
 from ppo_jax.generation.rollout import Rollout, rollout
 from ppo_jax.mesh import on_own_rows, own_key
 from ppo_jax.models.heads import PolicyValueNetwork
@@ -105,7 +106,7 @@ class Actor:
 
             return on_own_rows(of_rows, mesh)((params, key), (ids, length))
 
-        self._rollout = jax.jit(compiled, static_argnames=("completions_per_prompt", "greedy"))
+        self._rollout = jit(compiled, static_argnames=("completions_per_prompt", "greedy"))
 
     def respond(
         self,

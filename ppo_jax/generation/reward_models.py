@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from gymnasium.error import DependencyNotInstalled
 
+from ppo_jax.compilation import jit
 from ppo_jax.models import load_reward_model
 from qwen_env.errors import UsageError, UserFacingError
 from qwen_env.rewards import RewardBatch, RewardError, RewardFn, Scores, load_reward, score
@@ -73,7 +73,7 @@ class FlaxReward:
             )
         self._max_length = model.config.max_position_embeddings
         graphdef, self._params = nnx.split(model)
-        self._score = jax.jit(lambda params, ids, mask: nnx.merge(graphdef, params)(ids, mask))
+        self._score = jit(lambda params, ids, mask: nnx.merge(graphdef, params)(ids, mask))
         ours, theirs = self._tokenizer.backend, policy_tokenizer.backend
         self._shares_vocabulary = ours.get_vocab() == theirs.get_vocab()
 
