@@ -11,7 +11,7 @@ from ppo_jax.compilation import jit
 from ppo_jax.models import load_reward_model
 from qwen_env.errors import UsageError, UserFacingError
 from qwen_env.rewards import RewardBatch, RewardError, RewardFn, Scores, load_reward, score
-from qwen_env.rewards.base import place, row_name
+from qwen_env.rewards.base import describe, is_ctrl_c, place, row_name
 from qwen_env.tokenizer import Tokenizer, load_tokenizer
 
 _LENGTH_BUCKET = 64
@@ -35,10 +35,11 @@ def load_training_reward(spec: str, tokenizer: Tokenizer, gold: str | None = Non
             return load_reward(spec, {"flax": lambda folder: FlaxReward(folder, tokenizer)})
         except (UserFacingError, DependencyNotInstalled):
             raise
-        except (Exception, SystemExit) as error:  # whatever the user's module may raise
+        except BaseException as error:  # whatever the user's module may raise
+            if is_ctrl_c(error):
+                raise
             raise UsageError(
-                f"The reward {spec} cannot be loaded: {type(error).__name__}: {error}"
-                f"{place(error)}."
+                f"The reward {spec} cannot be loaded: {describe(error)}{place(error)}."
             ) from error
 
     if not spec:

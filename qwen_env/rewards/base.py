@@ -9,12 +9,16 @@ It may return `(scores, components)` instead, where `components` maps names to a
 length; they are reported, not trained on.
 """
 
+import copy
 import reprlib
+import signal
 import sysconfig
+import threading
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol, SupportsFloat
 
 import numpy as np
@@ -42,20 +46,30 @@ class RewardBatch:
     def __len__(self) -> int:
         return len(self.completions)
 
-    def row(self, index: int) -> "RewardBatch":
-        """The batch of one row."""
-        return RewardBatch(*([getattr(self, field.name)[index]] for field in fields(self)))
-
     def copy(self) -> "RewardBatch":
-        """The same with lists, arrays and rows of its own, which may be changed."""
+        """The same with lists, arrays and rows of its own, down to the last value in them.
+
+        Raises:
+            RewardError: a row holds something that cannot be copied.
+        """
         return RewardBatch(
             prompts=list(self.prompts),
             completions=list(self.completions),
             prompt_ids=[np.array(ids) for ids in self.prompt_ids],
             completion_ids=[np.array(ids) for ids in self.completion_ids],
-            rows=[dict(row) for row in self.rows],
+            rows=[self._copied_row(index) for index in range(len(self))],
             finish_reasons=list(self.finish_reasons),
         )
+
+    def _copied_row(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        try:
+            return copy.deepcopy(dict(row))
+        except Exception as error:  # of whatever type it is that the row holds
+            raise RewardError(
+                f"{row_name(self, index)} holds something that Python cannot copy, and a reward "
+                f"function gets copies: {describe(error)}."
+            ) from error
 
 
 Numbers = np.ndarray | Sequence[float]  # N of them
@@ -92,25 +106,28 @@ def may_be_named(name: Any) -> bool:
 
 
 def score(reward: RewardFn, batch: RewardBatch) -> Scores:
-    """Call `reward` and check what it returns.
+    """Call `reward` once and check what it returns.
 
-    It gets a copy of the batch, to do with as it likes. When it raises, it is called once more for
-    each row, to find the one to blame.
+    It gets a copy of the batch, to do with as it likes. Whatever it raises becomes a `RewardError`,
+    the time-outs of graders that are no `Exception` included; only a real Ctrl-C stays one.
 
     Raises:
         RewardError: it raised, returned another count, a type that is not a number, or a value
-            that is not finite; the message names the function and the row.
+            that is missing or not finite; the message names the function, and the row where that
+            is known.
         gymnasium.error.DependencyNotInstalled: it needs an extra that is not installed.
     """
-    name = reward_name(reward)
+    name, given = reward_name(reward), batch.copy()
     try:
-        answer = reward(batch.copy())
+        answer = reward(given)
     except (RewardError, DependencyNotInstalled):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if is_ctrl_c(error):
+            raise
         raise RewardError(
-            f"The reward function {name} raised {type(error).__name__}: {error}{place(error)}, for "
-            f"{_culprit(reward, batch, error)}."
+            f"The reward function {name} raised {describe(error)}{place(error)}, for "
+            f"{_rows_at_hand(error, given, batch)}."
         ) from error
     values, components = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, {})
     if isinstance(values, tuple) or not isinstance(components, Mapping):
@@ -148,6 +165,8 @@ def row_name(batch: RewardBatch, row: int) -> str:
     return f"row {row} (prompt {reprlib.repr(batch.prompts[row])})"
 
 
+_LONGEST_TEXT = 500  # characters of an exception's own message
+
 _NOT_THE_USERS = (
     str(Path(__file__).parents[1]),
     *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
@@ -156,36 +175,75 @@ _NOT_THE_USERS = (
 
 def place(error: BaseException) -> str:
     """Where the user's own code raised `error`, in brackets for a message; or nothing."""
-    inside_the_call = error.__traceback__ and error.__traceback__.tb_next
-    for frame in reversed(traceback.extract_tb(inside_the_call)):
-        is_file = Path(frame.filename).is_file()  # a notebook cell is not one
-        if is_file and not frame.filename.startswith(_NOT_THE_USERS):
-            return f" ({frame.filename}, line {frame.lineno})"
+    for frame, line in _innermost_first(error):
+        filename = frame.f_code.co_filename
+        is_file = Path(filename).is_file()  # a notebook cell is not one
+        if is_file and not filename.startswith(_NOT_THE_USERS):
+            return f" ({filename}, line {line})"
     return ""
 
 
+def describe(error: BaseException) -> str:
+    """The type of `error` and what it says, shortened, for a message."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # of an exception that cannot say what it is
+        text = ""
+    if len(text) > _LONGEST_TEXT:
+        text = f"{text[:_LONGEST_TEXT]} ..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def is_ctrl_c(error: BaseException) -> bool:
+    """Whether `error` is a user's Ctrl-C, and no `KeyboardInterrupt` that a library raised.
+
+    It is one if what handles SIGINT in this process raised it: Python's own handler, unless
+    somebody put another in its place. The handler of a training run raises nothing.
+    """
+    in_main = threading.current_thread() is threading.main_thread()  # others are not interrupted
+    if not (in_main and isinstance(error, KeyboardInterrupt)):
+        return False
+    handler = signal.getsignal(signal.SIGINT)
+    code = getattr(handler, "__code__", None)
+    raised_it = any(frame.f_code is code for frame, _ in _innermost_first(error))
+    return handler is signal.default_int_handler or raised_it
+
+
+def _innermost_first(error: BaseException) -> Iterator[tuple[FrameType, int]]:
+    """The frames, with their lines, between the call of the user's code and `error`."""
+    inside_the_call = error.__traceback__ and error.__traceback__.tb_next
+    return reversed(list(traceback.walk_tb(inside_the_call)))
+
+
 def _checked(values: Any, batch: RewardBatch, who: str) -> np.ndarray:
+    must = "it must return one number per row"
+    if isinstance(values, Coroutine):
+        values.close()  # or Python warns that nobody awaited it
+        raise RewardError(f"{who} is asynchronous; {must}, with asyncio.run for instance.")
     try:
         given = np.asarray(values)
-        # Text, times and complex numbers: NumPy would convert them.
-        is_wrong = given.dtype.kind in "USmMc"
+        # Text, times, complex numbers and records: NumPy would convert them.
+        is_wrong = given.dtype.kind in "USmMc" or given.dtype.names
         if is_wrong or (given.dtype.kind == "O" and _first_non_number(given, batch)):
             raise TypeError(f"of type {given.dtype}")
-        with np.errstate(over="ignore"):  # an infinity, which is refused below
+        with np.errstate(all="ignore"):  # an infinity, which is refused below
             array = np.asarray(given, dtype=np.float32)
     except Exception as error:  # of whatever type it is that `values` has
         what = _first_non_number(values, batch) or f"a {type(values).__name__} ({error})"
-        raise RewardError(f"{who} returned {what}; it must return one number per row.") from error
+        raise RewardError(f"{who} returned {what}; {must}.") from error
+    if values is None:
+        raise RewardError(f"{who} returned None; {must}.")
     if array.shape != (len(batch),):
         raise RewardError(
-            f"{who} returned shape {array.shape} for a batch of {len(batch)}; it must return "
-            f"one number per row, shape ({len(batch)},)."
+            f"{who} returned shape {array.shape} for a batch of {len(batch)}; {must}, shape "
+            f"({len(batch)},)."
         )
-    if not np.isfinite(array).all():
-        row = int(np.flatnonzero(~np.isfinite(array))[0])
+    is_masked = np.broadcast_to(np.ma.getmask(values), array.shape)
+    if (wrong := np.flatnonzero(is_masked | ~np.isfinite(array))).size:
+        row = int(wrong[0])
+        what = "a masked value" if is_masked[row] else given[row]
         raise RewardError(
-            f"{who} returned {given[row]} for {row_name(batch, row)}; rewards must be finite "
-            "(float32)."
+            f"{who} returned {what} for {row_name(batch, row)}; rewards must be finite (float32)."
         )
     return array
 
@@ -202,17 +260,23 @@ def _first_non_number(values: Any, batch: RewardBatch) -> str | None:
     return None
 
 
-def _culprit(reward: RewardFn, batch: RewardBatch, raised: BaseException) -> str:
-    """Which row makes `reward` raise, if one does on its own."""
+def _rows_at_hand(error: BaseException, given: RewardBatch, batch: RewardBatch) -> str:
+    """Which rows `reward` failed on, without calling it again, which may take long or cost money.
+
+    Where the code that failed held one row alone in its variables, that is the one to look at.
+    """
     if len(batch) == 1:
         return row_name(batch, 0)
-    if isinstance(raised, OSError | MemoryError):  # no row's fault, and each call may be slow
-        return f"a batch of {len(batch)}"
-    for row in range(len(batch)):
-        try:
-            reward(batch.row(row).copy())
-        except type(raised):
-            return row_name(batch, row)
-        except (Exception, SystemExit):
-            continue
-    return f"a batch of {len(batch)}, of which no row fails on its own"
+    owners: dict[int, set[int]] = {}
+    for column in (given.rows, given.completions, given.completion_ids, given.prompt_ids):
+        for row, value in enumerate(column):
+            owners.setdefault(id(value), set()).add(row)
+    held = [
+        owners[id(value)]
+        for frame, _ in _innermost_first(error)
+        for value in frame.f_locals.values()
+        if id(value) in owners
+    ]
+    rows = set.intersection(*held) if held else set()
+    hint = f", it seems at {row_name(batch, *rows)}" if len(rows) == 1 else ""
+    return f"a batch of {len(batch)}{hint}"

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from qwen_env.errors import UsageError
-from qwen_env.rewards.base import RewardFn, may_be_named, place
+from qwen_env.rewards.base import RewardFn, describe, is_ctrl_c, may_be_named, place
 from qwen_env.rewards.weighted_sum import WeightedSum, weight_and_reward
 
 FORMS = (
@@ -157,10 +157,12 @@ def _instance(reward: Any, name: Any) -> Any:
         return reward
     try:
         instance = reward()
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if is_ctrl_c(error):
+            raise
         raise UsageError(
-            f"reward {name}: making one without arguments raised {type(error).__name__}: "
-            f"{error}{place(error)}; name an instance of it instead."
+            f"reward {name}: making one without arguments raised {describe(error)}{place(error)}; "
+            "name an instance of it instead."
         ) from error
     if not callable(instance):
         raise UsageError(f"reward {name}: an instance of it cannot be called with a batch.")
