@@ -159,11 +159,9 @@ class PPOAgent:
         """Choose a token for an observation of `QwenText-v0`, or for a batch of them."""
         key = jax.random.fold_in(self._key(_ACT), self._num_choices)
         self._num_choices += 1
-        is_single = np.ndim(observation["length"]) == 0
-        tokens, prompt_length, length = (
-            jnp.asarray(observation[name])[None] if is_single else jnp.asarray(observation[name])
-            for name in ("input_ids", "prompt_length", "length")
-        )
+        is_single = np.ndim(observation["input_ids"]) == 1
+        tokens = jnp.atleast_2d(observation["input_ids"])
+        prompt_length, length = (jnp.ravel(observation[n]) for n in ("prompt_length", "length"))
         chosen = self._act(self.state.params, tokens, prompt_length, length, key, greedy=greedy)
         return Choice(*(np.asarray(x[0] if is_single else x) for x in chosen))
 

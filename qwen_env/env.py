@@ -60,8 +60,8 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     |------------------|--------------------------------|--------------------------------------|
     | `input_ids`      | `Box`, int32, shape (S,)       | prompt, then response, then padding  |
     | `attention_mask` | `Box`, int8, shape (S,)        | 1 on prompt and response, 0 after    |
-    | `length`         | `Box`, int32, shape ()         | tokens of prompt and response        |
-    | `prompt_length`  | `Box`, int32, shape ()         | tokens of the prompt                 |
+    | `length`         | `Box`, int32, shape (1,)       | tokens of prompt and response        |
+    | `prompt_length`  | `Box`, int32, shape (1,)       | tokens of the prompt                 |
 
     ## Starting State
     A prompt and an empty response. `prompt_order` says which prompt comes next, unless one of the

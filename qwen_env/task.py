@@ -67,9 +67,10 @@ class TextTask:
             {
                 "input_ids": spaces.Box(0, last_id, (width,), np.int32),
                 "attention_mask": spaces.Box(0, 1, (width,), np.int8),
-                "length": spaces.Box(1, width, (), np.int32),
+                # Not of shape (): agents that flatten an observation want at least one axis.
+                "length": spaces.Box(1, width, (1,), np.int32),
                 # From 0, which no length is: Gymnasium warns of a box that holds a single value.
-                "prompt_length": spaces.Box(0, self.rules.max_prompt_length, (), np.int32),
+                "prompt_length": spaces.Box(0, self.rules.max_prompt_length, (1,), np.int32),
             }
         )
 
@@ -193,8 +194,8 @@ def observe(state: mdp.State) -> dict[str, np.ndarray]:
     return {
         "input_ids": state.tokens.copy(),
         "attention_mask": mdp.attention_mask(state, np).view(np.int8),
-        "length": np.array(state.length),
-        "prompt_length": np.array(state.prompt_length),
+        "length": np.array(state.length)[..., None],
+        "prompt_length": np.array(state.prompt_length)[..., None],
     }
 
 

@@ -105,7 +105,7 @@ def test_choose_action_agrees_with_the_network_and_drives_the_environments(make_
         logits, values = network(
             observation["input_ids"][None], observation["attention_mask"][None].astype(bool)
         )
-        last = observation["length"] - 1
+        last = observation["length"].item() - 1
         assert choice.action == np.argmax(logits[0, last])
         log_p = jax.nn.log_softmax(logits[0, last])
         np.testing.assert_allclose(choice.logprob, log_p[choice.action], atol=1e-5)
@@ -135,8 +135,8 @@ def test_choose_action_says_the_separate_critics_value(make_agent, greedy):
     first = task.initial_state(task.prompts)
     observation = {
         "input_ids": first.tokens,
-        "prompt_length": first.prompt_length,
-        "length": first.length,
+        "prompt_length": first.prompt_length[:, None],
+        "length": first.length[:, None],
     }
     choice = agent.choose_action(observation, greedy=greedy)
     mask = np.arange(task.rules.max_length) < first.length[:, None]

@@ -79,7 +79,7 @@ def test_options_modes_and_forms_are_there():
         row = next(
             line for line in SECTIONS["Observation Space"].splitlines() if f"`{name}`" in line
         )
-        assert f"{space.dtype}, shape {'(S,)' if space.shape else '()'}" in row
+        assert f"{space.dtype}, shape {'(1,)' if space.shape == (1,) else '(S,)'}" in row
 
 
 def test_the_example_runs(capsys):

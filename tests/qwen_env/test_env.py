@@ -156,7 +156,7 @@ def test_the_caller_may_scribble_on_observations(env):
     observation, *_ = env.step(40)
     assert observation["attention_mask"].sum() == observation["length"]
     assert observation["length"] - observation["prompt_length"] == 1
-    prompt = observation["input_ids"][: observation["prompt_length"]]
+    prompt = observation["input_ids"][: observation["prompt_length"].item()]
     assert env.task.tokenizer.decode(prompt) == "the film"
 
 

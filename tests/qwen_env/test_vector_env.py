@@ -96,7 +96,7 @@ def test_next_step_spends_a_step_on_the_reset():
     assert not rewards.any()
     assert infos["_prompt"].tolist() == [False, False, True, False, False]
     assert observations["length"][2] == observations["prompt_length"][2]
-    written = observations["length"] - observations["prompt_length"]
+    written = (observations["length"] - observations["prompt_length"])[:, 0]
     assert written.tolist() == [2, 2, 0, 2, 2]
 
 
@@ -107,7 +107,7 @@ def test_same_step_resets_within_the_step_that_ends_it():
     observations, rewards, terminations, _, infos = env.step(ends)
     is_row_2 = [False, False, True, False, False]
     assert terminations.tolist() == is_row_2
-    written = observations["length"] - observations["prompt_length"]
+    written = (observations["length"] - observations["prompt_length"])[:, 0]
     assert written.tolist() == [1, 1, 0, 1, 1], "row 2 has begun anew"
     for name in ("final_obs", "final_info", "prompt"):
         assert infos[f"_{name}"].tolist() == is_row_2

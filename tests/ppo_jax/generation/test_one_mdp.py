@@ -63,8 +63,8 @@ def observation_after(state: mdp.State, row: int, written: int) -> dict[str, np.
     return {
         "input_ids": np.where(is_real, state.tokens[row], 0).astype(np.int32),
         "attention_mask": is_real.astype(np.int8),
-        "length": np.array(length, np.int32),
-        "prompt_length": np.array(state.prompt_length[row], np.int32),
+        "length": np.array([length], np.int32),
+        "prompt_length": np.array([state.prompt_length[row]], np.int32),
     }
 
 
