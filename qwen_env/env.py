@@ -1,17 +1,19 @@
 """QwenTextEnv: the token MDP as a Gymnasium environment, one episode at a time."""
 
+import sys
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.error import InvalidAction, ResetNeeded
+from gymnasium.wrappers import TimeLimit
 
 from qwen_env import mdp
 from qwen_env.arguments import integer, one_of
 from qwen_env.errors import UsageError
-from qwen_env.prompt_order import PromptCursor
+from qwen_env.prompt_order import PromptSampler
 from qwen_env.prompts import Prompt
-from qwen_env.rendering import LiveText, render_episode
+from qwen_env.rendering import LiveText, picture, render_episode
 from qwen_env.task import Outcome, episodes_of, make_task, observe, takes_task_arguments
 
 Observation = dict[str, Any]  # of arrays; `spaces.Dict` is typed like this
@@ -50,8 +52,9 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     be forbidden: those in `forbidden_token_ids`, those of a padded vocabulary that have no text,
     and the end-of-sequence ids before `min_new_tokens`. `action_mask()` says which are allowed:
     int8 of shape (V,), 1 if allowed; (N, V) in the vector environment, whose `action_space.sample`
-    takes it as a tuple of rows. An action that is forbidden, outside the vocabulary or not an
-    integer raises `gymnasium.error.InvalidAction` and leaves the episode as it was.
+    takes it as a tuple of rows. `action_masks()`, for MaskablePPO, is the same as bool. An action
+    that is forbidden, outside the vocabulary or not an integer raises
+    `gymnasium.error.InvalidAction` and leaves the episode as it was.
 
     ## Observation Space
     A `Dict`, with S = `max_prompt_length` + `max_new_tokens`:
@@ -89,8 +92,9 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     - Terminated: the action is an end-of-sequence id.
     - Truncated: the response has `max_new_tokens` tokens, none of them an end-of-sequence id.
 
-    A step after that, or before the first `reset`, raises `gymnasium.error.ResetNeeded`. Do not
-    pass `max_episode_steps`: Gymnasium's `TimeLimit` would cut the episode before it is scored.
+    A step after that, or before the first `reset`, raises `gymnasium.error.ResetNeeded`. A
+    `max_episode_steps` below `max_new_tokens` is refused: Gymnasium's `TimeLimit` would cut
+    episodes off before they are scored.
 
     The vector environment resets rows as `autoreset_mode` says, in Gymnasium's terms:
 
@@ -141,9 +145,9 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     - `forbidden_token_ids=()`: ids that can never be chosen.
     - `missing_eos_penalty=0.0`: taken from the reward of a response that was cut off.
     - `render_mode=None`: `"human"` prints the episode as it grows, `"ansi"` lets `render()` return
-      it as text.
+      it as text, `"rgb_array"` as a picture of text, for videos.
 
-    `make_vec` takes the same (of the render modes, `"ansi"`), and:
+    `make_vec` takes the same (except the render mode `"human"`), and:
 
     - `num_envs=1`: the number of rows, N.
     - `autoreset_mode="NextStep"`: or `"SameStep"`, or `"Disabled"`; see Episode End.
@@ -155,7 +159,10 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     - v0: initial version.
     """
 
-    metadata = {"render_modes": ["human", "ansi"], "render_fps": 30}  # noqa: RUF012
+    metadata = {  # noqa: RUF012
+        "render_modes": ["human", "ansi", "rgb_array"],
+        "render_fps": 30,
+    }
 
     @takes_task_arguments
     def __init__(self, *, render_mode: str | None = None, **task_arguments: Any) -> None:
@@ -165,7 +172,7 @@ class QwenTextEnv(gym.Env[Observation, Any]):
         self.task = make_task(**task_arguments)
         self.action_space = self.task.action_space
         self.observation_space = self.task.observation_space
-        self._prompt_cursor = PromptCursor(len(self.task.prompts), self.task.prompt_order)
+        self._prompt_sampler = PromptSampler(len(self.task.prompts), self.task.prompt_order)
         self._live_text = LiveText()
         self._state: mdp.State | None = None
         self._prompt: Prompt
@@ -177,19 +184,20 @@ class QwenTextEnv(gym.Env[Observation, Any]):
         """Start an episode.
 
         Args:
-            seed: also restarts the order of the prompts.
+            seed: an integer from 0, NumPy's too; also restarts the order of the prompts.
             options: one of `{"prompt": text}`, `{"messages": chat}`, `{"prompt_index": i}` names
                 the prompt; otherwise it is drawn.
 
         Raises:
-            UsageError: the options are wrong.
+            UsageError: the options are wrong, or a `TimeLimit` would cut episodes off unscored.
         """
+        self.task.check_time_limit(_time_limit_around(self))
         prompt = self.task.prompt_from_options(options)
-        super().reset(seed=seed)
+        super().reset(seed=int(seed) if isinstance(seed, np.integer) else seed)
         if seed is not None:
-            self._prompt_cursor.restart()
+            self._prompt_sampler.restart()
         if prompt is None:
-            prompt = self.task.draw(self._prompt_cursor, self.np_random)
+            prompt = self.task.prompts[self._prompt_sampler.sample(self.np_random)]
         self._prompt = prompt
         self._outcome = None
         self._state = mdp.State(*(field[0] for field in self.task.initial_state([prompt])))
@@ -230,15 +238,23 @@ class QwenTextEnv(gym.Env[Observation, Any]):
         if self._state is None:
             raise ResetNeeded("call reset() before action_mask().")
         written = mdp.response_length(self._state)
-        return mdp.action_mask(written, self.task.rules, np).astype(np.int8)
+        allowed: np.ndarray = mdp.action_mask(written, self.task.rules, np)
+        return allowed.astype(np.int8)
 
-    def render(self) -> str | None:
-        """The episode as text in mode "ansi"; "human" prints it at every reset and step itself."""
+    def action_masks(self) -> np.ndarray:
+        """`action_mask` as bool [V], under the name that MaskablePPO of sb3-contrib asks for."""
+        return self.action_mask().astype(bool)
+
+    def render(self) -> str | np.ndarray | None:
+        """The episode as text in mode "ansi", as a picture of it (uint8 [480, 800, 3]) in mode
+        "rgb_array"; "human" prints it at every reset and step itself."""
         if self.render_mode is None:
             gym.logger.warn("render() needs a render_mode; make('QwenText-v0', render_mode='ansi')")
         if self._state is None:
             raise ResetNeeded("call reset() before render().")
-        return self._text(self._state) if self.render_mode == "ansi" else None
+        if self.render_mode == "ansi":
+            return self._text(self._state)
+        return picture(self._text(self._state)) if self.render_mode == "rgb_array" else None
 
     def close(self) -> None:
         """End the line that mode "human" is writing; there is nothing else to close."""
@@ -261,3 +277,18 @@ class QwenTextEnv(gym.Env[Observation, Any]):
 
     def _text(self, state: mdp.State) -> str:
         return render_episode(self._prompt.text, self.task.completion(state), self._outcome)
+
+
+def _time_limit_around(env: QwenTextEnv) -> int | None:
+    """The steps that a `TimeLimit` around `env` allows, if one of its callers is one.
+
+    Gymnasium tells an environment nothing of the wrappers around it, so this looks who calls.
+    """
+    frame = sys._getframe().f_back
+    while frame is not None:
+        if frame.f_code is TimeLimit.reset.__code__:
+            wrapper: TimeLimit = frame.f_locals["self"]
+            if wrapper.unwrapped is env:
+                return wrapper._max_episode_steps
+        frame = frame.f_back
+    return None

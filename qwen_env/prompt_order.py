@@ -1,4 +1,4 @@
-"""Which prompt comes next."""
+"""Which prompt comes next: in the environments, and in the iterations of a training run."""
 
 from typing import Literal
 
@@ -7,8 +7,8 @@ import numpy as np
 PromptOrder = Literal["uniform", "shuffle", "sequential"]
 
 
-class PromptCursor:
-    """Draws indices below `count`.
+class PromptSampler:
+    """Says which of `count` prompts comes next.
 
     `"uniform"` draws each independently, `"shuffle"` goes through a new permutation in each round,
     `"sequential"` through 0, 1, 2, ... in every round.
@@ -16,20 +16,20 @@ class PromptCursor:
 
     def __init__(self, count: int, prompt_order: PromptOrder) -> None:
         self._count = count
-        self._sampling = prompt_order
+        self._prompt_order = prompt_order
         self.restart()
 
     def restart(self) -> None:
         """Begin a new round: from here on, the order depends on the generator alone."""
-        self._num_drawn = 0
+        self._num_sampled = 0
 
-    def draw(self, rng: np.random.Generator) -> int:
-        """The next index."""
-        if self._sampling == "uniform":
+    def sample(self, rng: np.random.Generator) -> int:
+        """The index of the next prompt."""
+        if self._prompt_order == "uniform":
             return int(rng.integers(self._count))
-        place = self._num_drawn % self._count
-        self._num_drawn += 1
-        if self._sampling == "sequential":
+        place = self._num_sampled % self._count
+        self._num_sampled += 1
+        if self._prompt_order == "sequential":
             return place
         if place == 0:
             self._order = rng.permutation(self._count)
@@ -37,11 +37,12 @@ class PromptCursor:
 
 
 def prompt_indices(seed: int, iteration: int, num_prompts: int, count: int) -> list[int]:
-    """The prompts of an iteration, of `count`: slices of one shuffled pass after another.
+    """The prompts of a training iteration: `num_prompts` indices below `count`.
 
-    A pure function of its arguments, so a resumed run neither repeats nor skips a prompt.
+    The iterations together go through one shuffled pass over the prompts after another. A pure
+    function of its arguments, so a resumed run neither repeats nor skips a prompt.
     """
     places = range(iteration * num_prompts, (iteration + 1) * num_prompts)
     rounds = {place // count for place in places}
-    orders = {p: np.random.default_rng([seed, p]).permutation(count) for p in rounds}
+    orders = {r: np.random.default_rng([seed, r]).permutation(count) for r in rounds}
     return [int(orders[place // count][place % count]) for place in places]

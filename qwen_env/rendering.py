@@ -1,6 +1,9 @@
-"""An episode as text, for a terminal or a notebook."""
+"""An episode as text, for a terminal or a notebook, and as a picture of one, for a video."""
 
+from pathlib import Path
 from unicodedata import category
+
+import numpy as np
 
 from qwen_env.task import Outcome
 
@@ -42,3 +45,29 @@ def printable(text: str) -> str:
         c if c.isprintable() or c == "\n" or category(c) == "Zs" else ascii(c)[1:-1]
         for c in text
     )
+
+
+_COLUMNS, _ROWS = 80, 24
+_COLUMN_WIDTH, _ROW_HEIGHT = 10, 20  # pixels
+
+
+def picture(text: str) -> np.ndarray:
+    """`text` as a terminal of 80 columns and 24 rows shows it: uint8 [480, 800, 3].
+
+    Characters that the DejaVu font lacks, those of Chinese for instance, appear as boxes.
+    """
+    import matplotlib  # for its font, which has one width and more than Latin letters
+    from PIL import Image, ImageDraw, ImageFont
+
+    file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf")
+    font = ImageFont.truetype(file, size=_ROW_HEIGHT - 4)
+    rows = [
+        line[start : start + _COLUMNS]
+        for line in text.split("\n")
+        for start in range(0, max(len(line), 1), _COLUMNS)
+    ]
+    image = Image.new("RGB", (_COLUMNS * _COLUMN_WIDTH, _ROWS * _ROW_HEIGHT), "white")
+    canvas = ImageDraw.Draw(image)
+    for i, row in enumerate(rows[-_ROWS:]):
+        canvas.text((0, i * _ROW_HEIGHT), row, fill="black", font=font)
+    return np.array(image)

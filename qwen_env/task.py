@@ -16,7 +16,7 @@ from gymnasium import spaces
 from qwen_env import mdp, pocket
 from qwen_env.arguments import finite, integer, one_of, token_ids
 from qwen_env.errors import UsageError
-from qwen_env.prompt_order import PromptCursor, PromptOrder
+from qwen_env.prompt_order import PromptOrder
 from qwen_env.prompts import Overflow, Prompt, PromptDataset, PromptEncoder, load_prompts
 from qwen_env.rewards import RewardBatch, RewardFn, load_reward, score
 from qwen_env.rewards.sentiment import pocket_sentiment
@@ -77,7 +77,9 @@ class TextTask:
     @cached_property
     def _allowed(self) -> np.ndarray:
         """bool [2, V]: the action masks before and from `min_new_tokens` on."""
-        return mdp.action_mask(np.array([0, self.rules.min_new_tokens]), self.rules, np)
+        num_written = np.array([0, self.rules.min_new_tokens])
+        masks: np.ndarray = mdp.action_mask(num_written, self.rules, np)
+        return masks
 
     def allows(self, tokens: Any, num_written: Any) -> Any:
         """bool [...]: whether ids inside the vocabulary can be chosen after `num_written` others.
@@ -96,6 +98,19 @@ class TextTask:
             f"action {token} is forbidden here; action_mask() tells which of the ids 0 to {last} "
             "are allowed."
         )
+
+    def check_time_limit(self, max_episode_steps: int | None) -> None:
+        """Refuse a limit of Gymnasium's that would cut episodes off before they are scored.
+
+        Raises:
+            UsageError: it is below `max_new_tokens`.
+        """
+        limit = self.rules.max_new_tokens
+        if max_episode_steps is not None and max_episode_steps < limit:
+            raise UsageError(
+                f"max_episode_steps is {max_episode_steps}, so Gymnasium's TimeLimit would cut "
+                f"episodes off before they are scored; set max_new_tokens (now {limit}) instead."
+            )
 
     def initial_state(self, prompts: Sequence[Prompt]) -> mdp.State:
         """The states [N] before the first action."""
@@ -140,10 +155,6 @@ class TextTask:
                 f"from {min(self._prompts_by_index)} to {max(self._prompts_by_index)}."
             )
         return self._prompts_by_index[index]
-
-    def draw(self, cursor: PromptCursor, rng: np.random.Generator) -> Prompt:
-        """The next prompt of `cursor`."""
-        return self.prompts[cursor.draw(rng)]
 
     def completion(self, state: mdp.State) -> str:
         """The text written so far in `state`, which has no batch axis."""

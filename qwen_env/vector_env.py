@@ -14,9 +14,9 @@ from qwen_env import mdp
 from qwen_env.arguments import integer, one_of
 from qwen_env.env import Observation
 from qwen_env.errors import UsageError
-from qwen_env.prompt_order import PromptCursor
+from qwen_env.prompt_order import PromptSampler
 from qwen_env.prompts import Prompt
-from qwen_env.rendering import render_episode
+from qwen_env.rendering import picture, render_episode
 from qwen_env.task import Outcome, episodes_of, make_task, observe, takes_task_arguments
 
 
@@ -29,7 +29,7 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     """
 
     metadata = {  # noqa: RUF012
-        "render_modes": ["ansi"],
+        "render_modes": ["ansi", "rgb_array"],
         "render_fps": 30,
         "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
@@ -56,15 +56,17 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self.metadata = self.metadata | {"autoreset_mode": self.autoreset_mode}
         self.num_envs = num_envs
         self.render_mode = render_mode
+        time_limit = task_arguments.pop("max_episode_steps", None)  # `make_vec` passes it on
         self.task = make_task(**task_arguments)
+        self.task.check_time_limit(time_limit)
         self.single_action_space = self.task.action_space
         self.single_observation_space = self.task.observation_space
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
 
         num_prompts = len(self.task.prompts)
-        self._prompt_cursors = [
-            PromptCursor(num_prompts, self.task.prompt_order) for _ in range(num_envs)
+        self._prompt_samplers = [
+            PromptSampler(num_prompts, self.task.prompt_order) for _ in range(num_envs)
         ]
         self._rngs = [seeding.np_random() for _ in range(num_envs)]
         self._state: mdp.State | None = None
@@ -106,7 +108,7 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         seeded = {i: seeding.np_random(seeds[i]) for i in rows.tolist() if seeds[i] is not None}
         for i, rng in seeded.items():
             self._rngs[i] = rng
-            self._prompt_cursors[i].restart()
+            self._prompt_samplers[i].restart()
         infos = self._start(rows, prompt)
         return observe(self._started_state()), infos
 
@@ -159,20 +161,22 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             gymnasium.error.ResetNeeded: before the first reset.
         """
         written = mdp.response_length(self._started_state())
-        return mdp.action_mask(written, self.task.rules, np).astype(np.int8)
+        allowed: np.ndarray = mdp.action_mask(written, self.task.rules, np)
+        return allowed.astype(np.int8)
 
-    def render(self) -> tuple[str, ...] | None:
-        """The episodes as text."""
+    def render(self) -> tuple[str, ...] | tuple[np.ndarray, ...] | None:
+        """The episodes as texts in mode "ansi", as pictures of them in mode "rgb_array"."""
         if self.render_mode is None:
             gym.logger.warn("render() needs a render_mode; make_vec(..., render_mode='ansi')")
             return None
         state = self._started_state()
-        return tuple(
+        texts = tuple(
             render_episode(
                 self._prompts[i].text, self.task.completion(_row(state, i)), self._outcomes[i]
             )
             for i in range(self.num_envs)
         )
+        return texts if self.render_mode == "ansi" else tuple(map(picture, texts))
 
     def _started_state(self) -> mdp.State:
         if self._state is None:
@@ -185,7 +189,8 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             return {}
         indices = rows.tolist()
         prompts = [
-            prompt or self.task.draw(self._prompt_cursors[i], self._rngs[i][0]) for i in indices
+            prompt or self.task.prompts[self._prompt_samplers[i].sample(self._rngs[i][0])]
+            for i in indices
         ]
         fresh = self.task.initial_state(prompts)
         if self._state is None:

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import functools
 import json
 import pickle
 
@@ -10,6 +11,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import InvalidAction, ResetNeeded
 from gymnasium.utils.env_checker import check_env, data_equivalence
 from gymnasium.utils.env_match import check_environments_match
+from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit
 
 import qwen_env  # noqa: F401
 from qwen_env.env import QwenTextEnv
@@ -299,6 +301,48 @@ def test_step_and_friends_out_of_turn(env):
         env.step(3)
     env.reset()
     env.step(3)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int32])
+def test_seeds_may_be_numpy_s(env, kind):
+    assert data_equivalence(env.reset(seed=kind(255)), env.reset(seed=255), exact=True)
+    assert env.np_random_seed == 255
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        gym.make,
+        gym.make_vec,
+        functools.partial(gym.make_vec, vectorization_mode="sync"),
+        lambda env_id, max_episode_steps, **arguments: TimeLimit(
+            RecordEpisodeStatistics(gym.make(env_id, **arguments)), max_episode_steps
+        ),
+    ],
+)
+def test_a_time_limit_that_cuts_episodes_off_is_refused(make):
+    with pytest.raises(UsageError, match=r"max_episode_steps is 5, .* max_new_tokens \(now 8\)"):
+        make("QwenText-v0", max_episode_steps=5, max_new_tokens=8).reset()
+
+
+def test_other_time_limits_are_welcome():
+    """At the response limit it changes nothing; and one around another environment is not ours."""
+    envs = gym.make_vec("QwenText-v0", max_episode_steps=9, max_new_tokens=8)
+    envs.reset()
+    env = gym.make("QwenText-v0", max_episode_steps=2, max_new_tokens=2, reward=length_reward)
+    env.reset(seed=0)
+    env.step(100)
+    _, reward, terminated, truncated, info = env.step(100)
+    assert (reward, terminated, truncated) == (2.0, False, True)
+    assert info["finish_reason"] == "length"
+
+    class MakesOneAtReset(gym.Wrapper):
+        def reset(self, **arguments):
+            self.made = gym.make("QwenText-v0")
+            self.made.reset()
+            return super().reset(**arguments)
+
+    TimeLimit(MakesOneAtReset(env), 3).reset()
 
 
 def test_a_prompt_by_the_options(env):

@@ -2,12 +2,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_env.prompt_order import PromptCursor, prompt_indices
+from qwen_env.prompt_order import PromptSampler, prompt_indices
 
 
 def draw(prompt_order, count, times, seed=0):
-    cursor, rng = PromptCursor(count, prompt_order), np.random.default_rng(seed)
-    return [cursor.draw(rng) for _ in range(times)]
+    sampler, rng = PromptSampler(count, prompt_order), np.random.default_rng(seed)
+    return [sampler.sample(rng) for _ in range(times)]
 
 
 def test_sequential_goes_round():
@@ -28,11 +28,11 @@ def test_uniform_is_uniform():
 
 def test_the_order_is_the_seed_s_also_after_a_restart():
     for prompt_order in ("uniform", "shuffle", "sequential"):
-        cursor = PromptCursor(10, prompt_order)
-        cursor.draw(np.random.default_rng(5))
-        cursor.restart()
+        sampler = PromptSampler(10, prompt_order)
+        sampler.sample(np.random.default_rng(5))
+        sampler.restart()
         rng = np.random.default_rng(0)
-        assert [cursor.draw(rng) for _ in range(15)] == draw(prompt_order, 10, 15)
+        assert [sampler.sample(rng) for _ in range(15)] == draw(prompt_order, 10, 15)
     assert draw("shuffle", 10, 15) != draw("shuffle", 10, 15, seed=1)
 
 

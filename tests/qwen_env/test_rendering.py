@@ -1,10 +1,13 @@
+import itertools
+
 import gymnasium as gym
+import numpy as np
 import pytest
 from gymnasium.error import ResetNeeded
 
 import qwen_env  # noqa: F401
 from qwen_env.env import QwenTextEnv
-from qwen_env.rendering import printable
+from qwen_env.rendering import picture, printable
 
 EOS = 2
 
@@ -52,6 +55,45 @@ def test_ansi_rendering(backend):
 )
 def test_spaces_of_all_kinds_stay_and_control_characters_are_escaped(text, printed):
     assert printable(text) == printed
+
+
+def test_pictures_through_make():
+    env = gym.make("QwenText-v0", render_mode="rgb_array", max_new_tokens=3)
+    envs = gym.make_vec("QwenText-v0", num_envs=2, render_mode="rgb_array", max_new_tokens=3)
+    for e in (env, envs):
+        e.reset(options={"prompt": "The plot"})
+    before = env.render()
+    assert (before.dtype, before.shape) == (np.uint8, (480, 800, 3))
+    np.testing.assert_array_equal(before, picture("The plot|"))
+    action = env.unwrapped.task.tokenizer.encode(" dull")[0]
+    env.step(action)
+    envs.step([action, action])
+    for after in (env.render(), *envs.render()):
+        np.testing.assert_array_equal(after, picture("The plot| dull"))
+    assert not np.array_equal(before, after)
+
+
+def ink(text):
+    """Which of the 24 x 80 places of the picture of `text` hold a character."""
+    rows, columns = 24, 80
+    font_width = 9.63  # that of DejaVu Sans Mono, 1233 / 2048 em, at 16 pixels an em
+    dark = (picture(text) < 128).any(axis=-1).reshape(rows, 20, 800).any(axis=1)
+    edges = np.round(np.arange(columns + 1) * font_width).astype(int)
+    return np.array(
+        [[row[a + 1 : b - 1].any() for a, b in itertools.pairwise(edges)] for row in dark]
+    )
+
+
+def test_a_picture_shows_what_fits_a_terminal():
+    """Lines of 80 characters, of a long text the last 24."""
+    page = ink("x" * 83 + "\n\n  é")
+    assert page[0].all()
+    assert np.flatnonzero(page[1]).tolist() == [0, 1, 2]
+    assert not page[2].any()
+    assert np.flatnonzero(page[3]).tolist() == [2]
+    assert not page[4:].any()
+    assert ink("x\n" * 3 + "x" * 80 + "\n" * 23)[0].all()
+    assert not ink("x" * 80 + "\n" * 24).any()
 
 
 @pytest.mark.parametrize("mode", ["ansi", "human"])

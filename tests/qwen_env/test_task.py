@@ -75,12 +75,12 @@ WRONG_ARGUMENTS = [
     ({"missing_eos_penalty": -1.0}, "missing_eos_penalty is -1.0; .* must not be negative"),
     ({"missing_eos_penalty": "1"}, "missing_eos_penalty is '1'; it must be a finite number"),
     ({"missing_eos_penalty": float("nan")}, "missing_eos_penalty is nan; it must be a finite"),
-    ({"render_mode": "rgb_array"}, "render_mode is 'rgb_array'; it must be one of"),
+    ({"render_mode": "depth"}, "render_mode is 'depth'; it must be one of"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG_ARGUMENTS)
-@pytest.mark.filterwarnings("ignore:.*render_mode='rgb_array'.*")
+@pytest.mark.filterwarnings("ignore:.*render_mode='depth'.*")
 @pytest.mark.parametrize("make", [gym.make, gym.make_vec])
 def test_wrong_arguments(make, arguments, message):
     with pytest.raises(UsageError, match=message) as caught:
