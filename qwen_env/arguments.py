@@ -69,6 +69,22 @@ def token_ids(name: str, ids: Any) -> tuple[int, ...]:
     )
 
 
+def texts(name: str, value: Any) -> tuple[str, ...]:
+    """A text, or any iterable of texts, without repetitions.
+
+    Raises:
+        UsageError: something else, or an empty text.
+    """
+    listed = [value] if isinstance(value, str) else value
+    if isinstance(listed, Iterable) and not isinstance(listed, bytes):
+        found = list(listed)
+        if all(isinstance(text, str) and text for text in found):
+            return tuple(dict.fromkeys(found))
+    raise UsageError(
+        f"{name} is {reprlib.repr(value)}; it must be text or a list of texts, none of them empty."
+    )
+
+
 def _index(value: Any) -> int:
     """`operator.index`, but True and False are not integers."""
     if isinstance(value, bool):

@@ -89,8 +89,9 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     `qwen_env.rewards.RewardError`, which names the function and the row; the step is not taken.
 
     ## Episode End
-    - Terminated: the action is an end-of-sequence id.
-    - Truncated: the response has `max_new_tokens` tokens, none of them an end-of-sequence id.
+    - Terminated: the action is an end-of-sequence id, or the response now contains one of the
+      `stop` strings.
+    - Truncated: the response has `max_new_tokens` tokens, and is not terminated.
 
     A step after that, or before the first `reset`, raises `gymnasium.error.ResetNeeded`. A
     `max_episode_steps` below `max_new_tokens` is refused: Gymnasium's `TimeLimit` would cut
@@ -107,8 +108,9 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     `reset` gives `prompt` (its text) and `prompt_index` (its number in the source, from 0; -1 if
     its text or chat came from the options). The last `step` of an episode gives `completion` (text
     without special tokens), `completion_length` (in tokens, the end-of-sequence token included),
-    `finish_reason` ("eos" or "length") and `reward_components` (the `score`, the parts that the
-    reward function names, and the `missing_eos_penalty` if there is one). Other steps give nothing.
+    `finish_reason` ("eos", "stop" or "length") and `reward_components` (the `score`, the parts that
+    the reward function names, and the `missing_eos_penalty` if there is one). Other steps give
+    nothing.
 
     In the vector environment each key holds an array over the rows, and the key with an underscore
     before it (`_completion`) the bool mask of the rows that have it.
@@ -131,6 +133,9 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     - `vocab_size=None`: the model's vocabulary size, if it is padded beyond the tokenizer's.
     - `eos_token_ids=None`: the id, or ids, that end the response. Default: what the tokenizer's
       folder says.
+    - `stop=()`: a text, or texts, that end the response once it contains one. The completion keeps
+      it. It is looked for in what the tokens spell, across their borders; the prompt and special
+      tokens do not count.
     - `chat_template=None`: `None` renders chats with the tokenizer's template and takes text as it
       is; `True`, or a template, also makes text a user's message; `False` takes no chats.
     - `chat_template_kwargs=None`: variables for the template, such as `{"enable_thinking": False}`;
@@ -140,8 +145,8 @@ class QwenTextEnv(gym.Env[Observation, Any]):
       `"truncate_left"`.
     - `prompt_order="uniform"`: how prompts are drawn; or `"shuffle"` (a new permutation in each
       round), or `"sequential"`.
-    - `min_new_tokens=0`: no end-of-sequence token can be chosen before the response has this many
-      tokens.
+    - `min_new_tokens=0`: no end-of-sequence token can be chosen, and no stop string ends the
+      response, before it has this many tokens.
     - `forbidden_token_ids=()`: ids that can never be chosen.
     - `missing_eos_penalty=0.0`: taken from the reward of a response that was cut off.
     - `render_mode=None`: `"human"` prints the episode as it grows, `"ansi"` lets `render()` return
@@ -200,7 +205,7 @@ class QwenTextEnv(gym.Env[Observation, Any]):
             prompt = self.task.prompts[self._prompt_sampler.sample(self.np_random)]
         self._prompt = prompt
         self._outcome = None
-        self._state = mdp.State(*(field[0] for field in self.task.initial_state([prompt])))
+        self._state = mdp.at(self.task.initial_state([prompt]), 0)
         if self.render_mode == "human":
             self._live_text.finish()
             self._live_text.show(self._text(self._state))
@@ -221,8 +226,8 @@ class QwenTextEnv(gym.Env[Observation, Any]):
         terminated, truncated = bool(state.terminated), bool(state.truncated)
         reward, info = 0.0, {}
         if terminated or truncated:
-            batch_of_one = mdp.State(*(field[None] for field in state))
-            (self._outcome,) = self.task.evaluate(episodes_of([self._prompt], batch_of_one))
+            (episode,) = episodes_of([self._prompt], mdp.at(state, None))
+            (self._outcome,) = self.task.evaluate([episode])
             reward, info = self._outcome.reward, self._outcome.info
         self._state = state
         if self.render_mode == "human":

@@ -1,9 +1,9 @@
 """The token MDP: text generation as a Markov decision process, in pure functions.
 
 A state is a prompt followed by the response written so far; an action is a token id; a
-transition writes the action at `length`. The episode is `terminated` by an end-of-sequence id and
-`truncated` by the response limit, never both. The reward is zero until the episode ends, so it is
-not part of the transition: see `qwen_env.rewards`.
+transition writes the action at `length`. The episode is `terminated` by an end-of-sequence id or a
+stop string, and `truncated` by the response limit, never both. The reward is zero until the episode
+ends, so it is not part of the transition: see `qwen_env.rewards`.
 
 Functions that make arrays take the array namespace `xp` (`numpy` or `jax.numpy`) last, and all take
 any number of leading batch axes: the same lines drive the Gymnasium environments one step at a time
@@ -20,6 +20,7 @@ import numpy as np
 
 from qwen_env.arguments import integer, token_ids
 from qwen_env.errors import UsageError
+from qwen_env.stop_strings import START, STOPPED, StopStrings
 
 Array = Any  # a NumPy or a JAX array: the functions below are written for both
 
@@ -35,7 +36,8 @@ class Rules:
 
     `eos_token_ids` end the episode. `forbidden_token_ids` can never be chosen; ids of a padded
     vocabulary that have no text belong here. No end-of-sequence id can be chosen before the
-    response holds `min_new_tokens` tokens.
+    response holds `min_new_tokens` tokens. A stop string ends the episode as soon as the response
+    contains it and holds so many tokens; what the prompt contains ends nothing.
 
     Raises:
         UsageError: a limit is out of range, an id is outside the vocabulary, or nothing is allowed.
@@ -47,6 +49,7 @@ class Rules:
     eos_token_ids: tuple[int, ...]
     forbidden_token_ids: tuple[int, ...] = ()
     min_new_tokens: int = 0
+    stop: StopStrings | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_prompt_length", "max_new_tokens", "vocab_size"):
@@ -102,6 +105,7 @@ class State(NamedTuple):
     length: Array  # int32 [...], prompt and response together
     terminated: Array  # bool [...]
     truncated: Array  # bool [...]
+    stop_state: Array | None = None  # int32 [...], of the automaton of `Rules.stop`, if any
 
 
 def initial_state(prompt_ids: Array, prompt_length: Array, rules: Rules, xp: Any) -> State:
@@ -117,7 +121,8 @@ def initial_state(prompt_ids: Array, prompt_length: Array, rules: Rules, xp: Any
     response = xp.full((*prompt_ids.shape[:-1], rules.max_new_tokens), PAD_TOKEN_ID, xp.int32)
     tokens = xp.concatenate([xp.where(is_real, prompt_ids, PAD_TOKEN_ID), response], axis=-1)
     ended = xp.zeros(prompt_length.shape, dtype=bool)
-    return State(tokens.astype(xp.int32), prompt_length, prompt_length, ended, ended)
+    stop_state = None if rules.stop is None else xp.full(prompt_length.shape, START, xp.int32)
+    return State(tokens.astype(xp.int32), prompt_length, prompt_length, ended, ended, stop_state)
 
 
 def step(state: State, action: Array, rules: Rules, xp: Any) -> State:
@@ -128,20 +133,36 @@ def step(state: State, action: Array, rules: Rules, xp: Any) -> State:
     slot = state.length * running - ended  # -1, which matches no position, in ended rows
     writes = xp.asarray(_positions(rules.max_length)) == slot[..., None]
     length = state.length + running
-    is_eos = _is_any_of(rules.eos_token_ids, action)
-    is_full = length - state.prompt_length >= rules.max_new_tokens
+    num_written = length - state.prompt_length
+    is_end = _is_any_of(rules.eos_token_ids, action)
+    stop_state = state.stop_state
+    if rules.stop is not None:
+        stop_state = xp.where(running, rules.stop.next_state(stop_state, action, xp), stop_state)
+        is_end = is_end | ((stop_state == STOPPED) & (num_written >= rules.min_new_tokens))
+    is_full = num_written >= rules.max_new_tokens
     return State(
         tokens=xp.where(writes, action[..., None], state.tokens),
         prompt_length=state.prompt_length,
         length=length,
-        terminated=state.terminated | (running & is_eos),
-        truncated=state.truncated | (running & is_full & ~is_eos),
+        terminated=state.terminated | (running & is_end),
+        truncated=state.truncated | (running & is_full & ~is_end),
+        stop_state=stop_state,
     )
+
+
+def at(state: State, index: Any) -> State:
+    """Each array at `index`: one state of a batch, some of them, or, of one, a batch (`None`)."""
+    return State(*(None if field is None else field[index] for field in state))
 
 
 def has_ended(state: State) -> Array:
     """bool [...]: terminated or truncated."""
     return state.terminated | state.truncated
+
+
+def was_stopped(state: State) -> Array:
+    """bool [...]: terminated by a stop string."""
+    return state.terminated & (state.stop_state is not None and state.stop_state == STOPPED)
 
 
 def response_length(state: State) -> Array:

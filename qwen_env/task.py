@@ -14,20 +14,26 @@ import numpy as np
 from gymnasium import spaces
 
 from qwen_env import mdp, pocket
-from qwen_env.arguments import finite, integer, one_of, token_ids
+from qwen_env.arguments import finite, integer, one_of, texts, token_ids
 from qwen_env.errors import UsageError
 from qwen_env.prompt_order import PromptOrder
 from qwen_env.prompts import Overflow, Prompt, PromptDataset, PromptEncoder, load_prompts
 from qwen_env.rewards import RewardBatch, RewardFn, load_reward, score
 from qwen_env.rewards.sentiment import pocket_sentiment
+from qwen_env.stop_strings import StopStrings, make_stop_strings
 from qwen_env.tokenizer import Tokenizer, load_tokenizer
+from qwen_env.tokenizer.token_bytes import special_tokens, token_bytes
 
 _RESET_OPTIONS = ("prompt", "messages", "prompt_index")
 
 
 @dataclass(frozen=True)
 class Episode:
-    """A finished episode: the tokens as they were chosen, and how it ended ("eos", "length")."""
+    """A finished episode: the tokens as they were chosen, and how it ended.
+
+    `finish_reason` is "eos" (by an end-of-sequence id), "stop" (by a stop string) or "length" (cut
+    off at the limit).
+    """
 
     prompt: Prompt
     completion_ids: np.ndarray
@@ -217,12 +223,12 @@ def episodes_of(prompts: Sequence[Prompt], state: mdp.State) -> list[Episode]:
         state.tokens,
         state.prompt_length.tolist(),
         state.length.tolist(),
-        state.terminated.tolist(),
+        np.where(mdp.was_stopped(state), "stop", np.where(state.terminated, "eos", "length")),
         strict=True,
     )
     return [
-        Episode(prompt, tokens[start:end], "eos" if terminated else "length")
-        for prompt, tokens, start, end, terminated in rows
+        Episode(prompt, tokens[start:end], str(reason))
+        for prompt, tokens, start, end, reason in rows
     ]
 
 
@@ -235,6 +241,7 @@ def make_task(
     max_new_tokens: int = 32,
     vocab_size: int | None = None,
     eos_token_ids: int | Sequence[int] | None = None,
+    stop: str | Sequence[str] = (),
     chat_template: bool | str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     system_prompt: str | None = None,
@@ -278,6 +285,8 @@ def make_task(
     has_no_text[list(tokenizer.ids)] = False
     without_text = np.flatnonzero(has_no_text).tolist()
     rules = replace(rules, forbidden_token_ids=(*rules.forbidden_token_ids, *without_text))
+    if strings := texts("stop", stop):
+        rules = replace(rules, stop=_stop_strings(strings, tokenizer, rules))
     if tokenizer.ids.isdisjoint(rules.eos_token_ids):
         raise UsageError(
             f"eos_token_ids holds {rules.eos_token_ids[0]}, which has no text in the tokenizer, so "
@@ -299,6 +308,23 @@ def make_task(
         rules=rules,
         reward=load_reward(reward),
         missing_eos_penalty=missing_eos_penalty,
+    )
+
+
+def _stop_strings(strings: tuple[str, ...], tokenizer: Tokenizer, rules: mdp.Rules) -> StopStrings:
+    for token in special_tokens(tokenizer.backend).values():
+        for string in strings:
+            if token in string:
+                raise UsageError(
+                    f"stop holds {string!r}, but completions leave out the special token "
+                    f"{token!r}; name its id in eos_token_ids instead."
+                )
+    return make_stop_strings(
+        strings,
+        token_bytes(tokenizer.backend),
+        vocab_size=rules.vocab_size,
+        usable_ids=tokenizer.ids.difference(rules.forbidden_token_ids, rules.eos_token_ids),
+        max_new_tokens=rules.max_new_tokens,
     )
 
 

@@ -140,7 +140,7 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             terminations, truncations = state.terminated.copy(), state.truncated.copy()
             if len(ended):
                 final_obs = np.full(self.num_envs, None)
-                final_obs[ended] = [observe(_row(state, i)) for i in ended.tolist()]
+                final_obs[ended] = [observe(mdp.at(state, i)) for i in ended.tolist()]
                 is_final = terminations | truncations
                 infos = {
                     "final_obs": final_obs,
@@ -172,7 +172,7 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         state = self._started_state()
         texts = tuple(
             render_episode(
-                self._prompts[i].text, self.task.completion(_row(state, i)), self._outcomes[i]
+                self._prompts[i].text, self.task.completion(mdp.at(state, i)), self._outcomes[i]
             )
             for i in range(self.num_envs)
         )
@@ -194,10 +194,11 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         ]
         fresh = self.task.initial_state(prompts)
         if self._state is None:
-            self._state = mdp.State(*(field.copy() for field in fresh))
+            self._state = mdp.at(fresh, rows)  # all of them, as arrays that may be written to
         else:
             for field, value in zip(self._state, fresh, strict=True):
-                field[rows] = value
+                if field is not None:
+                    field[rows] = value
         for i, new in zip(indices, prompts, strict=True):
             self._prompts[i], self._outcomes[i] = new, None
         return _batch_infos([new.info() for new in prompts], rows, self.num_envs)
@@ -206,7 +207,7 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         """Score the episodes that ended in `rows` into `rewards`; return their infos."""
         if not len(rows):
             return {}
-        finished = mdp.State(*(field[rows] for field in state))
+        finished = mdp.at(state, rows)
         indices = rows.tolist()
         prompts = [self._prompts[i] for i in indices]
         outcomes = self.task.evaluate(episodes_of(prompts, finished))
@@ -279,7 +280,3 @@ def _batch_infos(infos: list[dict[str, Any]], rows: np.ndarray, num_envs: int) -
             batch[key][rows] = values
         batch[f"_{key}"] = mask.copy()
     return batch
-
-
-def _row(state: mdp.State, i: int) -> mdp.State:
-    return mdp.State(*(field[i] for field in state))

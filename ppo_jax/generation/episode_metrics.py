@@ -10,12 +10,13 @@ from qwen_env.task import Episode, Outcome
 
 
 def evaluation_means(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Means over episodes: score, the reward's components, response length, share ended by EOS."""
+    """Means over episodes: score, the reward's components, response length, and as `eos_rate` the
+    share that ended by themselves: by an end-of-sequence id or a stop string, not by the limit."""
     return {
         "score": float(np.mean([outcome.reward for outcome in outcomes])),
         **component_means(outcomes),
         "length_mean": float(np.mean([o.info["completion_length"] for o in outcomes])),
-        "eos_rate": float(np.mean([o.info["finish_reason"] == "eos" for o in outcomes])),
+        "eos_rate": float(np.mean([o.info["finish_reason"] != "length" for o in outcomes])),
     }
 
 

@@ -148,7 +148,7 @@ class Progress:
             prompt = _one_line(sample["prompt"])
             completion = _one_line(sample["completion"])
             room = max(_SAMPLE_CHARACTERS - len(prompt), _SAMPLE_CHARACTERS // 2)
-            is_whole = sample["finish_reason"] == "eos" and len(completion) <= room
+            is_whole = sample["finish_reason"] != "length" and len(completion) <= room
             text = Text.assemble((prompt, "dim"), completion[:room], "" if is_whole else " ...")
             gold = [f"{sample['components']['gold']:+.2f}"] if has_gold else []
             table.add_row(text, f"{sample['score']:+.2f}", *gold)

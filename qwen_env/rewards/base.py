@@ -33,7 +33,7 @@ class RewardBatch:
 
     `completion_ids` are the tokens as they were chosen, the end-of-sequence id included;
     `completions` is their text without special tokens. `rows` are the prompts' dataset rows, with
-    all their columns. `finish_reasons` are `"eos"` or `"length"`.
+    all their columns. `finish_reasons` are `"eos"`, `"stop"` or `"length"`.
     """
 
     prompts: Sequence[str]

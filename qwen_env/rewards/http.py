@@ -4,8 +4,8 @@ The client sends `POST` with
 
     {"prompts": [...], "completions": [...], "rows": [{...}, ...], "finish_reasons": [...]}
 
-(lists of equal length; rows are the dataset's, finish reasons "eos" or "length"), and the server
-answers with status 200 and
+(lists of equal length; rows are the dataset's, finish reasons "eos", "stop" or "length"), and the
+server answers with status 200 and
 
     {"rewards": [...], "components": {"name": [...], ...}}
 

@@ -1,3 +1,5 @@
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from qwen_env import mdp
 from qwen_env.errors import UsageError
+from qwen_env.stop_strings import make_stop_strings
 
 
 @st.composite
@@ -15,6 +18,10 @@ def games(draw):
     vocab_size = draw(st.integers(4, 9))
     prompt_limit, response_limit = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     ids = st.integers(0, vocab_size - 1)
+    texts = [draw(st.text("ab", max_size=3)) for _ in range(vocab_size)]
+    responses = ["".join(some) for some in product(set(texts), repeat=response_limit)]
+    strings = st.lists(st.text("ab", min_size=1, max_size=4), max_size=2, unique=True)
+    strings = [string for string in draw(strings) if any(string in text for text in responses)]
     rules = mdp.Rules(
         max_prompt_length=prompt_limit,
         max_new_tokens=response_limit,
@@ -22,6 +29,15 @@ def games(draw):
         eos_token_ids=tuple(draw(st.sets(ids, min_size=1, max_size=2))),
         min_new_tokens=draw(st.integers(0, response_limit)),
         forbidden_token_ids=tuple(draw(st.sets(ids, max_size=1))),
+        stop=make_stop_strings(
+            tuple(strings),
+            dict(enumerate(map(str.encode, texts))),
+            vocab_size=vocab_size,
+            usable_ids=range(vocab_size),
+            max_new_tokens=response_limit,
+        )
+        if strings
+        else None,
     )
     rows = draw(st.integers(1, 4))
     prompts = draw(
@@ -39,31 +55,37 @@ def games(draw):
             )
         )
     )
-    return rules, prompts, padded, actions
+    return rules, texts, prompts, padded, actions
 
 
 @settings(max_examples=100, deadline=None)
 @given(games())
 def test_it_is_the_obvious_game_played_with_lists(game):
-    rules, prompts, padded, actions = game
+    rules, spelling, prompts, padded, actions = game
     state = mdp.initial_state(padded, [len(p) for p in prompts], rules, np)
     texts = [list(p) for p in prompts]
     flags = [(False, False) for _ in prompts]
+    was_stopped = [False for _ in prompts]
     for action in actions:
         state = mdp.step(state, action, rules, np)
         for i, token in enumerate(action):
             if any(flags[i]):
                 continue
             texts[i].append(int(token))
-            is_eos = token in rules.eos_token_ids
-            is_full = len(texts[i]) - len(prompts[i]) == rules.max_new_tokens
-            flags[i] = (is_eos, is_full and not is_eos)
+            response = texts[i][len(prompts[i]) :]
+            written = "".join(spelling[token] for token in response)
+            holds_one = bool(rules.stop) and any(s in written for s in rules.stop.strings)
+            is_stop = holds_one and len(response) >= rules.min_new_tokens
+            is_end = token in rules.eos_token_ids or is_stop
+            flags[i] = (is_end, len(response) == rules.max_new_tokens and not is_end)
+            was_stopped[i] = is_end and holds_one
         for i, text in enumerate(texts):
             padding = [mdp.PAD_TOKEN_ID] * (rules.max_length - len(text))
             assert state.tokens[i].tolist() == text + padding
             assert mdp.attention_mask(state, np)[i].sum() == len(text)
             assert state.length[i] == len(text)
             assert (state.terminated[i], state.truncated[i]) == flags[i]
+            assert mdp.was_stopped(state)[i] == was_stopped[i]
             written = len(text) - len(prompts[i])
             assert mdp.response_length(state)[i] == written
             allowed = set(range(rules.vocab_size)) - set(rules.forbidden_token_ids)
@@ -77,7 +99,7 @@ def test_it_is_the_obvious_game_played_with_lists(game):
 @settings(max_examples=15, deadline=None)  # each compiles
 @given(games())
 def test_numpy_jax_and_single_rows_agree(game):
-    rules, prompts, padded, actions = game
+    rules, _, prompts, padded, actions = game
     lengths = np.array([len(p) for p in prompts])
     batch = mdp.initial_state(padded, lengths, rules, np)
     on_jax = mdp.initial_state(jnp.asarray(padded), jnp.asarray(lengths), rules, jnp)
@@ -89,6 +111,9 @@ def test_numpy_jax_and_single_rows_agree(game):
         single = mdp.step(single, int(action[0]), rules, np)
         for name in mdp.State._fields:
             expected = getattr(batch, name)
+            if expected is None:  # there are no stop strings
+                assert getattr(on_jax, name) is getattr(single, name) is None
+                continue
             np.testing.assert_array_equal(expected, getattr(on_jax, name))
             np.testing.assert_array_equal(expected[0], getattr(single, name))
             assert expected.dtype == getattr(on_jax, name).dtype == getattr(single, name).dtype
@@ -103,7 +128,7 @@ def test_numpy_jax_and_single_rows_agree(game):
 def test_step_leaves_the_old_state_as_it_was():
     rules = mdp.Rules(2, 3, 5, (4,))
     state = mdp.initial_state([[1, 2]], [2], rules, np)
-    before = [field.copy() for field in state]
+    before = mdp.at(state, [0])
     mdp.step(state, np.array([4]), rules, np)
     for old, new in zip(before, state, strict=True):
         np.testing.assert_array_equal(old, new)

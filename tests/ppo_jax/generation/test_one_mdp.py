@@ -29,7 +29,7 @@ FEW = {"deadline": None, "derandomize": True, "phases": [Phase.generate]}
 
 def letters_e_and_ending(batch: RewardBatch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     counts = np.array([text.count("e") for text in batch.completions], np.float32)
-    ended = np.array([reason == "eos" for reason in batch.finish_reasons], np.float32)
+    ended = np.array([reason != "length" for reason in batch.finish_reasons], np.float32)
     return counts + ended / 2, {"ended": ended}
 
 
@@ -179,6 +179,7 @@ def rules(draw):
         "max_prompt_length": draw(st.integers(1, 8)),
         "max_new_tokens": response_limit,
         "min_new_tokens": draw(st.integers(0, response_limit)),
+        "stop": draw(st.sampled_from([(), "e", ["a", " t"]])),
         "eos_token_ids": range(first, first + width),
         "forbidden_token_ids": draw(st.lists(ids, max_size=200)),
         "vocab_size": draw(st.sampled_from([714, 768])),  # the second is padded

@@ -18,6 +18,7 @@ from ppo_jax.learning.response_outputs import response_outputs
 from ppo_jax.models import load_pretrained, save_pretrained
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
+from qwen_env.task import episodes_of
 
 
 def compile_rollout(network, task, *, prompts=None, **options):
@@ -140,6 +141,29 @@ def test_draws_follow_the_sampling_distribution(make_network, make_test_task):
     assert stats.chisquare(counts[allowed], draws * p[allowed]).pvalue > 1e-3
     drawn = result.state.tokens[:, length]
     np.testing.assert_allclose(result.logprobs[:, 0], np.log(p[drawn]), atol=1e-5)
+
+
+def test_a_stop_string_ends_the_response_that_contains_it(make_network, make_test_task):
+    """As soon as it does, which decoding tells."""
+    strings = ["e", "th"]
+    task = make_test_task(stop=strings, max_new_tokens=20, eos_token_ids=range(500, 520))
+    prompts = list(task.prompts) * 2
+    sample = compile_rollout(make_network(), task, prompts=prompts)
+    reasons = []
+    for seed in range(3):
+        state = sample(seed).state
+        for episode, is_cut_off in zip(episodes_of(prompts, state), state.truncated, strict=True):
+            ids = episode.completion_ids
+            holds_one = [
+                any(string in task.tokenizer.decode(ids[:count]) for string in strings)
+                for count in range(1, len(ids) + 1)
+            ]
+            assert not any(holds_one[:-1])
+            assert holds_one[-1] == (episode.finish_reason == "stop")
+            assert is_cut_off == (episode.finish_reason == "length")
+            reasons.append(episode.finish_reason)
+    assert reasons.count("stop") > 5
+    assert reasons.count("eos") > 1
 
 
 def test_rules_are_obeyed(make_network, make_test_task):
