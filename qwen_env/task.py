@@ -223,12 +223,13 @@ def episodes_of(prompts: Sequence[Prompt], state: mdp.State) -> list[Episode]:
         state.tokens,
         state.prompt_length.tolist(),
         state.length.tolist(),
-        np.where(mdp.was_stopped(state), "stop", np.where(state.terminated, "eos", "length")),
+        state.terminated.tolist(),
+        mdp.was_stopped(state).tolist(),
         strict=True,
     )
     return [
-        Episode(prompt, tokens[start:end], str(reason))
-        for prompt, tokens, start, end, reason in rows
+        Episode(prompt, tokens[start:end], "stop" if stopped else "eos" if terminated else "length")
+        for prompt, tokens, start, end, terminated, stopped in rows
     ]
 
 
