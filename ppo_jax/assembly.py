@@ -90,6 +90,7 @@ def assemble(
         max_new_tokens=settings.max_new_tokens,
         vocab_size=network.config.vocab_size,
         min_new_tokens=settings.min_new_tokens,
+        stop=settings.stop,
         chat_template=encoder.chat_template,
         system_prompt=settings.system_prompt,
         prompt_overflow=settings.prompt_overflow,

@@ -3,7 +3,7 @@
 import math
 import numbers
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -81,6 +81,11 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         return value
     if kind in (int, float):
         return _checked_number(name, value, kind, range_of(hint), or_none)
+    if get_origin(kind) is tuple:
+        (item, _) = get_args(kind)
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise UsageError(f"{name} is {value!r}; it must be a list.")
+        return tuple(_checked(f"{name}[{i}]", x, item) for i, x in enumerate(value))
     if isinstance(kind, type) and not isinstance(value, kind):
         words = {str: "text", bool: "True or False"}.get(kind, f"a {kind.__name__}")
         raise UsageError(f"{name} is {value!r}; it must be {words}{or_none}.")

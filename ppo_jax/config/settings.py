@@ -44,6 +44,8 @@ class ResponseConfig:
     """Longest response, in tokens."""
     min_new_tokens: Natural = 0
     """Forbid the end-of-sequence token before a response has this many tokens."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response as soon as it contains one of them, such as "</answer>"."""
     chat: bool = False
     """Wrap each prompt in the tokenizer's chat template, as a user's message."""
     system_prompt: str | None = None

@@ -62,6 +62,7 @@ class Settings:
     text: str = ""
     flag: bool = False
     folder: Path = Path()
+    texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -83,6 +84,8 @@ class Settings:
         ({"flag": 1}, "flag is 1; it must be True or False."),
         ({"flag": "yes"}, "flag is 'yes'; it must be True or False."),
         ({"folder": "x"}, "folder is 'x'; it must be a Path."),
+        ({"texts": "x"}, "texts is 'x'; it must be a list."),
+        ({"texts": ["x", 1]}, "texts[1] is 1; it must be text."),
     ],
 )
 def test_values_of_another_type(fields: dict[str, Any], words: str) -> None:
@@ -96,3 +99,4 @@ def test_numbers_of_numpy_become_those_of_python() -> None:
     assert (settings.size, settings.rate) == (3, 0.5)
     assert (type(settings.size), type(settings.rate)) == (int, float)
     assert type(Settings(rate=2).rate) is float
+    assert Settings(texts=["a", "b"]).texts == ("a", "b")  # type: ignore[arg-type]

@@ -23,6 +23,8 @@ from qwen_env.errors import UsageError
 @pytest.mark.parametrize("name", PRESETS)
 def test_config_json_round_trip(name: str) -> None:
     assert from_json(json.loads(json.dumps(as_json(PRESETS[name])))) == PRESETS[name]
+    config = TrainConfig(task=TaskConfig(stop=("</answer>", "\n")))
+    assert from_json(json.loads(json.dumps(as_json(config)))) == config
 
 
 def test_the_reference_algorithms_numbers() -> None:
