@@ -52,7 +52,8 @@ class FlaxReward:
     """A Qwen2 sequence-classification reward model, run by our own port on the device.
 
     If it shares the policy's vocabulary, it reads the tokens as they were chosen, the
-    end-of-sequence id included; otherwise the text, in its own tokens.
+    end-of-sequence id included; otherwise the text in its own tokens, with its own end-of-sequence
+    id where the policy chose one. `HuggingFaceReward` without a chat template reads the same.
 
     Args:
         folder: a folder in Hugging Face layout, or a hub id.
@@ -72,6 +73,8 @@ class FlaxReward:
                 f"flax:{folder}: the tokenizer has {self._tokenizer.vocab_size} ids, but the model "
                 f"a vocabulary of {model.config.vocab_size}; put the model's own tokenizer there."
             )
+        eos = self._tokenizer.special_token("eos_token")
+        self._end = [] if eos is None else [self._tokenizer.backend.token_to_id(eos)]
         self._max_length = model.config.max_position_embeddings
         graphdef, self._params = nnx.split(model)
         self._score = jit(lambda params, ids, mask: nnx.merge(graphdef, params)(ids, mask))
@@ -107,8 +110,11 @@ class FlaxReward:
                 np.concatenate(ids)
                 for ids in zip(batch.prompt_ids, batch.completion_ids, strict=True)
             ]
-        texts = [p + c for p, c in zip(batch.prompts, batch.completions, strict=True)]
-        return [self._tokenizer.encode(text) for text in texts]
+        rows = zip(batch.prompts, batch.completions, batch.finish_reasons, strict=True)
+        return [
+            self._tokenizer.encode(prompt + completion) + (self._end if reason == "eos" else [])
+            for prompt, completion, reason in rows
+        ]
 
 
 class WithGold:

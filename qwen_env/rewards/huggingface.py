@@ -22,7 +22,9 @@ class HuggingFaceReward:
 
     With a chat template, the model reads the row's `"messages"` (or its prompt, as a user's
     message) and the completion as the assistant's answer; without one, prompt and completion as
-    one text. Batches are sorted by length, so that little is padded.
+    one text. An end-of-sequence token follows a text that the policy ended with one, where the
+    tokenizer puts nothing of its own at the end of every text. Batches are sorted by length, so
+    that little is padded.
 
     Args:
         model: a folder, or a hub id; weights are read from safetensors only, and no code of the
@@ -59,11 +61,24 @@ class HuggingFaceReward:
         self.batch_size = integer("batch_size", batch_size, at_least=1)
         folder = resolve(model, allow_patterns=_FILES)
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            config._attn_implementation = None  # it may name a repository of kernels
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False
+            )
             self.model, loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder, use_safetensors=True, output_loading_info=True
+                folder,
+                config=config,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
             )
         except (OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise UsageError(
+                    f"hf:{model} needs code of its own, and code of a repository is never run; "
+                    "write a reward function that runs it (package.module:callable)."
+                ) from error
             raise UsageError(f"hf:{model} cannot be loaded: {error}") from error
         if missing := sorted(loaded["missing_keys"]):
             raise UsageError(
@@ -79,8 +94,9 @@ class HuggingFaceReward:
             raise UsageError(
                 f"hf:{model} cannot be moved to the device {self.device!r}: {reason}"
             ) from error
-        self.max_length = _max_length(max_length, self.tokenizer, self.model.config)
+        self.max_length = _max_length(max_length, self.tokenizer, self.model)
         self.tokenizer.truncation_side = "left"
+        self._end = _end_of_text(self.tokenizer)
         self.use_chat_template = use_chat_template and self.tokenizer.chat_template is not None
         self.__qualname__ = f"hf:{model}"  # the name in messages
 
@@ -107,14 +123,17 @@ class HuggingFaceReward:
                 {"role": "assistant", "content": completion},
             ]
             text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            end = []
         else:
             text = prompt + completion
-        return self.tokenizer.encode(
+            end = self._end if batch.finish_reasons[row] == "eos" else []
+        ids: list[int] = self.tokenizer.encode(
             text,
             add_special_tokens=not self.use_chat_template,  # a template writes its own
             truncation=self.max_length is not None,
-            max_length=self.max_length,
+            max_length=self.max_length and self.max_length - len(end),
         )
+        return ids + end
 
     def _forward(self, rows: list[list[int]]) -> np.ndarray:
         import torch  # not kept: an environment is copied and pickled with its reward
@@ -138,7 +157,7 @@ class HuggingFaceReward:
         none of the texts will then do, since padding is masked.
         """
         last_ids = {ids[-1] for ids in rows}
-        pad = self.tokenizer.pad_token_id
+        pad: int | None = self.tokenizer.pad_token_id
         if pad is None or pad in last_ids:
             pad = next(i for i in range(len(last_ids) + 1) if i not in last_ids)
         self.model.config.pad_token_id = pad
@@ -147,18 +166,42 @@ class HuggingFaceReward:
 
 def _messages(row: Mapping[str, Any], prompt: str) -> Sequence[Mapping[str, Any]]:
     """The chat that led to the completion, before any chat template was applied."""
-    if row.get("messages") is not None:
-        return row["messages"]
+    messages: Sequence[Mapping[str, Any]] | None = row.get("messages")
+    if messages is not None:
+        return messages
     return [{"role": "user", "content": row.get("prompt", prompt)}]
 
 
-def _max_length(wanted: int | None, tokenizer: Any, config: Any) -> int | None:
+def _end_of_text(tokenizer: Any) -> list[int]:
+    """The end-of-sequence id, unless there is none or the tokenizer ends every text by itself."""
+    plain, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+    ends_texts = whole[-1:] != plain[-1:]
+    return [] if ends_texts or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _max_length(wanted: int | None, tokenizer: Any, model: Any) -> int | None:
     """The lowest of the limits, in tokens; None without one."""
     if wanted is not None:
-        least = tokenizer.num_special_tokens_to_add() + 1
+        least = tokenizer.num_special_tokens_to_add() + len(_end_of_text(tokenizer)) + 1
         wanted = integer("max_length", wanted, at_least=least)
-    limits = (wanted, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+    limits = (wanted, tokenizer.model_max_length, _usable_positions(model))
     return min((n for n in limits if n is not None and 0 < n < _NO_LIMIT), default=None)
+
+
+def _usable_positions(model: Any) -> int | None:
+    """How many tokens have a position of their own; None where the config names no limit.
+
+    RoBERTa and its kin number positions from behind the padding's, so the first rows of their table
+    are never a token's.
+    """
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            limit = min(limit, len(module.weight) - padding - 1)
+    return limit
 
 
 def _label_column(config: Any, label: str | None, model: str) -> int:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,16 +85,44 @@ def test_flax_reward_reads_the_tokens_as_they_were_chosen(
     np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
-def test_flax_reward_with_another_vocabulary_reads_the_text(
-    folder: Path, tokenizer: Tokenizer
-) -> None:
+@pytest.fixture(scope="module")
+def of_words() -> Tokenizer:
+    """A policy's tokenizer that has nothing in common with the reward model's."""
     words = {"<eos>": 0, "The": 1, "plot": 2, "was": 3, "fine": 4, ".": 5, "?": 6}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    policy = Tokenizer(backend, eos_token_ids=(0,))
-    expected = by_transformers(folder, [tokenizer.encode(p + c) for p, c in TEXTS])
-    scores = FlaxReward(str(folder), policy)(batch(policy))
+    return Tokenizer(backend, eos_token_ids=(0,))
+
+
+def test_flax_reward_with_another_vocabulary_reads_the_text(
+    folder: Path, tokenizer: Tokenizer, of_words: Tokenizer
+) -> None:
+    """And where the policy ended it, the model's own end-of-sequence token."""
+    ends = {"eos": [tokenizer.eos_token_ids[0]], "length": []}
+    reasons = ["eos", "length", "eos"]
+    rows = zip(TEXTS, reasons, strict=True)
+    expected = by_transformers(folder, [tokenizer.encode(p + c) + ends[r] for (p, c), r in rows])
+    episodes = replace(batch(of_words), finish_reasons=reasons)
+    scores = FlaxReward(str(folder), of_words)(episodes)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shares_vocabulary", [True, False])
+def test_transformers_and_our_port_give_one_model_the_same_score(
+    folder: Path, tokenizer: Tokenizer, of_words: Tokenizer, shares_vocabulary: bool
+) -> None:
+    policy = tokenizer if shares_vocabulary else of_words
+    finished = batch(policy)
+    cut_off = replace(
+        finished,
+        completion_ids=[ids[:-1] for ids in finished.completion_ids],
+        finish_reasons=["length"] * len(finished),
+    )
+    ours, theirs = (load_training_reward(f"{form}:{folder}", policy) for form in ("flax", "hf"))
+    for episodes in (finished, cut_off):
+        scores = score(ours, episodes).values
+        np.testing.assert_allclose(scores, score(theirs, episodes).values, atol=1e-4)
+    assert np.abs(scores - score(ours, finished).values).min() > 1e-3
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_has(

@@ -1,6 +1,8 @@
 import copy
+import dataclasses
 import json
 import pickle
+import shutil
 
 import gymnasium as gym
 import numpy as np
@@ -13,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 import qwen_env  # noqa: F401
 from qwen_env.errors import UsageError
 from qwen_env.rewards import load_reward, score
-from qwen_env.rewards.huggingface import HuggingFaceReward
+from qwen_env.rewards.huggingface import HuggingFaceReward, _usable_positions
 
 PAD, START, END = range(3)
 SPECIAL = ["<pad>", "<start>", "<end>"]
@@ -82,13 +84,21 @@ def one_by_one(model, tokenizer, texts):
 def test_batches_score_as_single_texts_do(tmp_path, make_batch):
     model, tokenizer = build(tmp_path)
     batch = make_batch(COMPLETIONS)
-    expected = one_by_one(model, tokenizer, ["The film" + text for text in COMPLETIONS])[:, 0]
+    texts = [f"The film{text}<end>" for text in COMPLETIONS]
+    expected = one_by_one(model, tokenizer, texts)[:, 0]
     assert np.ptp(expected) > 0.5, "else the comparison would say nothing"
     for batch_size in (1, 2, 16):
         values = score(HuggingFaceReward(tmp_path, batch_size=batch_size), batch).values
         np.testing.assert_allclose(values, expected, atol=1e-5)
     values = score(load_reward(f"hf:{tmp_path}?batch_size=3&device=cpu"), batch).values
     np.testing.assert_allclose(values, expected, atol=1e-5)
+
+
+def test_only_a_finished_text_ends_with_the_end_of_sequence_token(tmp_path, make_batch):
+    model, tokenizer = build(tmp_path)
+    batch = dataclasses.replace(make_batch([" is", " is"]), finish_reasons=["eos", "length"])
+    expected = one_by_one(model, tokenizer, ["The film is<end>", "The film is"])[:, 0]
+    np.testing.assert_allclose(HuggingFaceReward(tmp_path)(batch), expected, atol=1e-5)
 
 
 def test_batches_are_sorted_by_length_so_that_little_is_padded(tmp_path, make_batch, monkeypatch):
@@ -115,7 +125,7 @@ def test_in_the_environment_whose_tokenizer_is_another(tmp_path):
     for token in (*env.unwrapped.task.tokenizer.encode(" is dull."), 0):
         _, reward, terminated, _, info = env.step(token)
     assert terminated and info["completion"] == " is dull."
-    (expected,) = one_by_one(model, tokenizer, ["The plot is dull."])[:, 0]
+    (expected,) = one_by_one(model, tokenizer, ["The plot is dull.<end>"])[:, 0]
     assert reward == pytest.approx(expected, abs=1e-5)
 
 
@@ -138,13 +148,13 @@ def test_chats_are_read_by_the_reward_model_s_own_template(tmp_path, make_batch)
     np.testing.assert_allclose(HuggingFaceReward(tmp_path)(batch), expected, atol=1e-5)
 
     plain = HuggingFaceReward(tmp_path, use_chat_template=False)
-    expected = one_by_one(model, tokenizer, ["<policy template> c"])[:, 0]
+    expected = one_by_one(model, tokenizer, ["<policy template> c<end>"])[:, 0]
     np.testing.assert_allclose(plain(batch), expected, atol=1e-5)
 
 
 def test_long_texts_keep_their_end(tmp_path, make_batch):
     model, tokenizer = build(tmp_path)
-    expected = one_by_one(model, tokenizer, ["!" * 10])[:, 0]
+    expected = one_by_one(model, tokenizer, ["!" * 9 + "<end>"])[:, 0]
     for ten in (10, np.uint8(10)):
         reward = HuggingFaceReward(tmp_path, max_length=ten)
         np.testing.assert_allclose(reward(make_batch(["!" * 40])), expected, atol=1e-5)
@@ -178,6 +188,99 @@ def test_long_texts_of_an_encoder_keep_its_special_tokens_and_their_end(
     np.testing.assert_allclose(values, expected, atol=1e-5)
 
 
+SIZES = {
+    "vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 16, "max_position_embeddings": 34, "num_labels": 1, "pad_token_id": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("Bert", SIZES),
+        ("Roberta", SIZES),
+        ("Roberta", SIZES | {"pad_token_id": 0}),
+        ("MPNet", SIZES),
+        ("OPT", SIZES | {"ffn_dim": 16, "word_embed_proj_dim": 16}),
+        ("GPT2", {"n_positions": 34, "n_embd": 16, "n_layer": 1, "n_head": 2, "pad_token_id": 1}),
+    ],
+)
+def test_usable_positions(kind, sizes):
+    """As many as the model takes: one more, and torch finds no row in its table."""
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+    limit = _usable_positions(model)
+    with torch.inference_mode():
+        model(torch.full((1, limit), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, limit + 1), 5))
+
+
+def test_texts_beyond_roberta_s_positions_lose_their_left_end(tmp_path, make_batch):
+    words = ["<s>", "<pad>", "</s>", "<unk>", *"abcdefgh"]
+    backend = Backend(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), add_prefix_space=False
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(**SIZES | {"initializer_range": 0.5})
+    model = transformers.RobertaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    long = [*"abcdefgh" * 6]
+    (score,) = HuggingFaceReward(tmp_path)(make_batch([" ".join(long)], prompt=""))
+    with torch.no_grad():
+        kept = tokenizer(" ".join(long[-30:]), return_tensors="pt")
+        expected = model(kept.input_ids).logits.item()
+    assert kept.input_ids.shape == (1, 32)  # <s> and </s> among them; no second </s>
+    assert score == pytest.approx(expected, abs=1e-5)
+
+
+HOSTILE = """
+from pathlib import Path
+Path(__file__).with_name("ran").touch()
+from transformers import PreTrainedTokenizerFast as Tokenizer
+from transformers import Qwen2Config as Config, Qwen2ForSequenceClassification as Model
+"""
+AUTO_MAP = {
+    "AutoConfig": "hostile.Config",
+    "AutoModelForSequenceClassification": "hostile.Model",
+    "AutoTokenizer": ["hostile.Tokenizer", "hostile.Tokenizer"],
+}
+
+
+def test_code_of_a_repository_is_never_run(tmp_path, make_batch, monkeypatch):
+    """Whatever it says, and whoever answers "y" where transformers asks."""
+    build(tmp_path / "safe")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    expected = HuggingFaceReward(tmp_path / "safe")(make_batch(COMPLETIONS))
+    for number, (name, changes) in enumerate(
+        [
+            ("config.json", {"auto_map": AUTO_MAP}),
+            ("config.json", {"auto_map": AUTO_MAP, "model_type": "hostile"}),
+            ("config.json", {"attn_implementation": "hostile/kernels"}),
+            ("tokenizer_config.json", {"auto_map": AUTO_MAP, "tokenizer_class": "Tokenizer"}),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "safe", folder)
+        (folder / "hostile.py").write_text(HOSTILE)
+        config = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(config | changes))
+        if "model_type" in changes:
+            with pytest.raises(UsageError, match=r"needs code of its own, .* is never run; write"):
+                HuggingFaceReward(folder)
+        else:
+            values = HuggingFaceReward(folder)(make_batch(COMPLETIONS))
+            np.testing.assert_array_equal(values, expected)
+    assert not list(tmp_path.rglob("ran"))
+
+
 def test_a_limit_that_leaves_no_room_for_the_text(tmp_path):
     build_bert(tmp_path)
     with pytest.raises(UsageError, match="max_length is 2; it must be at least 3"):
@@ -186,7 +289,7 @@ def test_a_limit_that_leaves_no_room_for_the_text(tmp_path):
 
 def test_a_label_of_a_classifier(tmp_path, make_batch):
     model, tokenizer = build(tmp_path, num_labels=3)
-    expected = one_by_one(model, tokenizer, ["The film"])[:, 2]
+    expected = one_by_one(model, tokenizer, ["The film<end>"])[:, 2]
     reward = load_reward(f"hf:{tmp_path}?label=LABEL_2")
     np.testing.assert_allclose(reward(make_batch([""])), expected, atol=1e-5)
     for label in (None, "LABEL_3"):
@@ -236,7 +339,7 @@ def test_wrong_folders_and_arguments(tmp_path):
     for arguments, message in (
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"batch_size": 2.5}, "batch_size is 2.5; it must be an integer"),
-        ({"max_length": 0}, "max_length is 0; it must be at least 1"),
+        ({"max_length": 1}, "max_length is 1; it must be at least 2"),
         ({"device": "abacus"}, "cannot be moved to the device 'abacus'"),
     ):
         with pytest.raises(UsageError, match=message):
