@@ -74,7 +74,8 @@ class FlaxReward:
                 f"a vocabulary of {model.config.vocab_size}; put the model's own tokenizer there."
             )
         eos = self._tokenizer.special_token("eos_token")
-        self._end = [] if eos is None else [self._tokenizer.backend.token_to_id(eos)]
+        eos_id = None if eos is None else self._tokenizer.backend.token_to_id(eos)
+        self._end = [] if eos_id is None else [eos_id]
         self._max_length = model.config.max_position_embeddings
         graphdef, self._params = nnx.split(model)
         self._score = jit(lambda params, ids, mask: nnx.merge(graphdef, params)(ids, mask))

@@ -153,7 +153,8 @@ def score(reward: RewardFn, batch: RewardBatch) -> Scores:
 def reward_name(reward: RewardFn) -> str:
     """The name in messages: `module.function`, `module.Class`, or the `__qualname__` of an instance
     that sets one itself."""
-    if own_name := getattr(reward, "__dict__", {}).get("__qualname__"):
+    own_name: str | None = getattr(reward, "__dict__", {}).get("__qualname__")
+    if own_name:
         return own_name
     kind = type(reward)
     module = getattr(reward, "__module__", kind.__module__)

@@ -147,7 +147,8 @@ class HuggingFaceReward:
                 input_ids=torch.tensor(input_ids, device=self.device),
                 attention_mask=torch.tensor(mask, device=self.device),
             ).logits
-        return logits[:, self._column].float().cpu().numpy()
+        rewards: np.ndarray = logits[:, self._column].float().cpu().numpy()
+        return rewards
 
     def _pad_token_id(self, rows: list[list[int]]) -> int:
         """An id to pad with, told to the model.

@@ -74,7 +74,8 @@ def load_reward(spec: Any, schemes: Schemes = MappingProxyType({})) -> RewardFn:
     elif isinstance(spec, Mapping):
         return WeightedSum({name: _load_term(name, term, schemes) for name, term in spec.items()})
     elif callable(spec):
-        return _instance(spec, spec)
+        reward: RewardFn = _instance(spec, spec)
+        return reward
     raise UsageError(f"reward is {spec!r}; give a callable, or a string: {FORMS}.")
 
 
@@ -143,7 +144,7 @@ def _load_callable(module_name: str, attribute: str) -> RewardFn:
             f"reward {module_name}:{attribute}: there is no module {module_name!r}; it is looked "
             "for among the installed packages and in the current directory."
         ) from error
-    reward = _instance(getattr(module, attribute, None), f"{module_name}:{attribute}")
+    reward: RewardFn = _instance(getattr(module, attribute, None), f"{module_name}:{attribute}")
     if not callable(reward):
         raise UsageError(
             f"reward {module_name}:{attribute}: {module_name} has no callable {attribute!r}."
