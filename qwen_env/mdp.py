@@ -151,7 +151,7 @@ def step(state: State, action: Array, rules: Rules, xp: Any) -> State:
 
 
 def at(state: State, index: Any) -> State:
-    """Each array at `index`: one state of a batch, some of them, or, of one, a batch (`None`)."""
+    """Every array indexed alike: one row or some rows of a batch, or, with None, a batch of one."""
     return State(*(None if field is None else field[index] for field in state))
 
 

@@ -50,7 +50,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class TextTask:
-    """See `make_task`."""
+    """Prompts, the rules of the MDP, and a reward; `make_task` builds and checks one.
+
+    `prompt_encoder` is what tokenised the prompts; it also tokenises those that the options of a
+    reset bring. `missing_eos_penalty` is taken from the reward of a response that was cut off.
+    """
 
     tokenizer: Tokenizer
     prompts: PromptDataset

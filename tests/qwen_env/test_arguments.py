@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from qwen_env.arguments import finite, integer, one_of, token_ids
+from qwen_env.arguments import finite, integer, one_of, texts, token_ids
 from qwen_env.errors import UsageError
 
 
@@ -60,6 +60,22 @@ def test_a_single_token_id(one):
 def test_what_are_not_token_ids(wrong):
     with pytest.raises(UsageError, match=r"^ids is .*; it must be a list of token ids"):
         token_ids("ids", wrong)
+
+
+@pytest.mark.parametrize("value", [["b", "a", "b"], ("b", "a"), iter("ba"), np.array(["b", "a"])])
+def test_texts_keep_their_order_and_come_once(value):
+    assert texts("stop", value) == ("b", "a")
+
+
+def test_a_single_text_and_none_at_all():
+    assert texts("stop", "ba") == ("ba",)
+    assert texts("stop", []) == ()
+
+
+@pytest.mark.parametrize("wrong", ["", [""], ["a", 3], b"a", [b"a"], 3, None, [["a"]]])
+def test_what_are_not_texts(wrong):
+    with pytest.raises(UsageError, match=r"^stop is .*; it must be text or a list of texts"):
+        texts("stop", wrong)
 
 
 def test_a_long_list_is_not_printed_whole():
