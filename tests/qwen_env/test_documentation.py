@@ -115,9 +115,13 @@ def test_the_reward_of_the_readme_scores():
     example, *_ = readme_blocks("Train on your own prompts and reward")
     variables: dict = {}
     exec(example, variables)
-    env = gym.make("QwenText-v0", reward=variables["short_and_polite"], max_new_tokens=1)
-    env.reset(seed=0)
-    assert env.step(100)[1] == pytest.approx(-0.01)
+    prompts = [{"prompt": "The plot of this", "answer": "film"}]
+    reward = variables["short_and_right"]
+    env = gym.make("QwenText-v0", prompts=prompts, reward=reward, max_new_tokens=1)
+    for text, score in ((" film", 0.99), (" drama", -0.01)):
+        env.reset()
+        (token,) = env.unwrapped.task.tokenizer.encode(text)
+        assert env.step(token)[1] == pytest.approx(score)
 
 
 def test_every_key_of_the_infos_is_there():
