@@ -10,10 +10,15 @@ from typing import Any, Literal, get_args, overload
 import numpy as np
 
 from qwen_env.arguments import integer, one_of
-from qwen_env.errors import UsageError
+from qwen_env.errors import UsageError, reason
+from qwen_env.files import expand, json_error, kind_of
 from qwen_env.tokenizer import Tokenizer
+from qwen_env.tokenizer.chat import ARGUMENTS_OF_OUR_OWN
 
 Overflow = Literal["error", "drop", "truncate_left"]
+
+_CHAT_COLUMNS = ("messages", "tools", "chat_template_kwargs")
+_OPEN_FILES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class PromptEncoder:
                 f"system_prompt is {reprlib.repr(self.system_prompt)}; it must be text, or None."
             )
         if self.chat_template_kwargs is not None:
-            _check_variables(self.chat_template_kwargs, "chat_template_kwargs")
+            _check_arguments(self.chat_template_kwargs, "chat_template_kwargs")
 
     def encode(self, row: Mapping[str, Any] | str, index: int, place: str) -> Prompt | None:
         """The prompt of `row`, or None where `overflow` drops it.
@@ -90,28 +95,46 @@ class PromptEncoder:
                 f"{place} is a {type(row).__name__}; it must be text, or an object with "
                 "'prompt' or 'messages'."
             )
-        text = self._text(row, place)
+        text, prefix = self._text(row, place)
         try:
-            ids = np.array(self.tokenizer.encode(text), np.int32)
-        except TypeError as error:  # what the Rust library says of half a surrogate pair
-            raise UsageError(f"{place} holds a prompt that is not valid Unicode text.") from error
-        if not len(ids):
+            ids, are_all = self.tokenizer.encode_end(text, max(self.max_prompt_length, 1) + 1)
+        except UsageError as error:
+            raise UsageError(f"{place}: {error}") from error
+        if not ids:
             raise UsageError(f"{place} holds an empty prompt; a prompt needs at least one token.")
-        excess = len(ids) - self.max_prompt_length
-        if excess > 0:
+        if are_all and tuple(ids[: len(prefix)]) == prefix:
+            ids = ids[len(prefix) :]  # the text has it already
+        length = len(prefix) + len(ids)
+        if length > self.max_prompt_length:
             if self.overflow == "drop":
                 return None
             if self.overflow == "error":
                 raise UsageError(
-                    f"{place} holds a prompt of {len(ids)} tokens, over the limit of "
-                    f"{self.max_prompt_length}; raise max_prompt_length, or set prompt_overflow "
-                    "to 'drop' or 'truncate_left'."
+                    f"{place} holds a prompt of {'' if are_all else 'at least '}{length} tokens, "
+                    f"over the limit of {self.max_prompt_length}; raise max_prompt_length, or set "
+                    "prompt_overflow to 'drop' or 'truncate_left'."
                 )
-            ids = ids[excess:]
-            text = self.tokenizer.decode(ids, skip_special_tokens=False)
-        return Prompt(text, ids, dict(row), index)
+            text, ids = self._right_end(text, ids, self.max_prompt_length - len(prefix), place)
+        return Prompt(text, np.array([*prefix, *ids], np.int32), dict(row), index)
 
-    def _text(self, row: Mapping[str, Any], place: str) -> str:
+    def _right_end(
+        self, text: str, ids: list[int], length: int, place: str
+    ) -> tuple[str, list[int]]:
+        """The last `length` of `ids` and their text, from the first whole character on."""
+        ids = ids[max(len(ids) - length, 0) :] if length > 0 else []
+        end = self.tokenizer.decode(ids, skip_special_tokens=False)
+        while ids and end.startswith("\ufffd") and not text.endswith(end):
+            ids = ids[1:]  # bytes of a character whose first ones are cut off
+            end = self.tokenizer.decode(ids, skip_special_tokens=False)
+        if not ids:
+            raise UsageError(
+                f"{place} holds a prompt whose last character alone is over the limit of "
+                f"{self.max_prompt_length}; raise max_prompt_length."
+            )
+        return end, ids
+
+    def _text(self, row: Mapping[str, Any], place: str) -> tuple[str, tuple[int, ...]]:
+        """The text to encode, and the ids that go before it."""
         if row.get("messages") is not None:
             messages = row["messages"]
             if self.chat_template is False:
@@ -126,7 +149,7 @@ class PromptEncoder:
                         f"{place} is plain text, which takes no system_prompt; set chat_template "
                         "to True to make it a user's message."
                     )
-                return prompt
+                return prompt, self.tokenizer.prefix_ids
             messages = [{"role": "user", "content": prompt}]
         elif "prompt" in row:
             raise UsageError(
@@ -139,26 +162,34 @@ class PromptEncoder:
                 f"{', '.join(map(repr, row)) or 'none'}."
             )
         of_the_row = row.get("chat_template_kwargs") or {}
-        _check_variables(of_the_row, f"chat_template_kwargs of {place}")
+        _check_arguments(of_the_row, f"chat_template_kwargs of {place}")
         try:
-            return self.tokenizer.apply_chat_template(
+            chat = self.tokenizer.apply_chat_template(
                 messages,
                 system_prompt=self.system_prompt,
                 chat_template=self.chat_template if isinstance(self.chat_template, str) else None,
-                **{**(self.chat_template_kwargs or {}), **of_the_row},
+                **{**(self.chat_template_kwargs or {}), **_tools(row), **of_the_row},
             )
         except UsageError as error:
             raise UsageError(f"{place}: {error}") from error
+        return chat, ()  # a template writes its own beginning of sequence
 
 
-def _check_variables(variables: Any, name: str) -> None:
-    if not isinstance(variables, Mapping) or not all(isinstance(key, str) for key in variables):
+def _check_arguments(arguments: Any, name: str) -> None:
+    if not isinstance(arguments, Mapping) or not all(isinstance(key, str) for key in arguments):
         raise UsageError(
-            f"{name} is {reprlib.repr(variables)}; it must be an object with names as keys."
+            f"{name} is {reprlib.repr(arguments)}; it must be an object with names as keys."
         )
-    for taken in ("messages", "system_prompt", "chat_template", "template", "self"):
-        if taken in variables:
+    for taken in (*ARGUMENTS_OF_OUR_OWN, "template"):
+        if taken in arguments:
             raise UsageError(f"{name} holds {taken!r}, which is set elsewhere; leave it out.")
+
+
+def _tools(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The tools that a row with a chat offers the policy, as TRL and OpenAI's files have them."""
+    tools = row.get("tools")
+    is_list = isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
+    return {"tools": tools} if tools and is_list else {}
 
 
 class PromptDataset(Sequence[Prompt]):
@@ -207,12 +238,14 @@ def load_prompts(source: Any, encoder: PromptEncoder) -> PromptDataset:
             )
         return source
     if isinstance(source, str | Path):
-        name, rows = str(source), _read_jsonl(Path(source).expanduser())
+        name, rows = str(source), _read_jsonl(expand(source))
     elif isinstance(source, Set):
         raise UsageError("prompts is a set, whose order no seed can reproduce; sort it.")
     elif type(source).__name__ == "DataFrame":  # whose items are its columns
         raise UsageError("prompts is a DataFrame; give its rows, as df.to_dict('records') does.")
     elif isinstance(source, Iterable) and not isinstance(source, Mapping | bytes):
+        if type(source).__module__.startswith("datasets."):
+            source = _rows_of_dataset(source)
         name, rows = "prompts", ((f"prompts[{i}]", row) for i, row in enumerate(source))
     else:
         raise UsageError(
@@ -228,22 +261,58 @@ def load_prompts(source: Any, encoder: PromptEncoder) -> PromptDataset:
     return dataset
 
 
+def _rows_of_dataset(dataset: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The rows as they were put in: `datasets` gives all the objects of a column the same keys,
+    with None for what one does not have, which a chat template would print."""
+    for row in dataset:
+        yield {key: _without_nones(row[key]) if key in _CHAT_COLUMNS else row[key] for key in row}
+
+
+def _without_nones(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nones(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nones(item) for item in value]
+    return value
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     """Each row, after its name in messages. Blank lines are skipped."""
-    if not path.exists():
+    kind = kind_of(path)
+    if kind == "nothing":
         raise UsageError(
             f"{path}: no such file; a string names a .jsonl file of prompts, a list holds texts."
         )
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a .jsonl file of prompts.")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+    # A shell's <(command) is a pipe under /dev/fd; any other could be one that nobody writes to.
+    if kind != "a file" and not (kind == "a pipe" and str(path).startswith(_OPEN_FILES)):
+        raise UsageError(f"{path} is {kind}; name a .jsonl file of prompts.")
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {reason(error)}.") from error
+    with file:
+        for number, line in enumerate(file, start=1):
             place = f"line {number} of {path}"
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
-                    yield place, json.loads(text)
+                    yield place, json.loads(text, object_pairs_hook=_unique)
             except UnicodeDecodeError as error:
                 raise UsageError(f"{place} is not UTF-8 text: {error}.") from error
-            except ValueError as error:
-                raise UsageError(f"{place} is not JSON: {error}.") from error
+            except _Duplicate as error:
+                raise UsageError(f"{place} holds {error} twice; leave one out.") from error
+            except (ValueError, RecursionError) as error:
+                raise UsageError(f"{place} is not JSON: {json_error(error)}.") from error
+
+
+class _Duplicate(ValueError):
+    """A key that an object has twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Its keys should be unique, and of two most readers drop one in silence."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Duplicate(reprlib.repr(next(key for key in keys if keys.count(key) > 1)))
+    return content

@@ -168,7 +168,8 @@ class TextTask:
 
     def completion(self, state: mdp.State) -> str:
         """The text written so far in `state`, which has no batch axis."""
-        return self.tokenizer.decode(state.tokens[state.prompt_length : state.length])
+        prompt, response = np.split(state.tokens[: state.length], [state.prompt_length])
+        return self.tokenizer.decode_after(prompt, response)
 
     def evaluate(self, episodes: Sequence[Episode]) -> list[Outcome]:
         """Score finished episodes in one call of the reward function.
@@ -176,7 +177,10 @@ class TextTask:
         Raises:
             RewardError: the reward function raised, or its answer cannot be a reward.
         """
-        completions = [self.tokenizer.decode(episode.completion_ids) for episode in episodes]
+        completions = [
+            self.tokenizer.decode_after(episode.prompt.ids, episode.completion_ids)
+            for episode in episodes
+        ]
         reasons = [episode.finish_reason for episode in episodes]
         scores = score(
             self.reward,
