@@ -81,11 +81,12 @@ def open_gguf(path: str | Path) -> GGUFFile:
         raise UsageError(f"{path}: no such file.")
     import_extra("gguf", extra="gguf")
     status = path.stat()
-    return _open(path.resolve(), str(path), status.st_mtime_ns, status.st_size)
+    version = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    return _open(path.resolve(), str(path), version)
 
 
 @lru_cache(maxsize=1)
-def _open(path: Path, name: str, modified: int, size: int) -> GGUFFile:
+def _open(path: Path, name: str, version: tuple[int, ...]) -> GGUFFile:
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -181,7 +182,9 @@ def _parse(mapped: mmap.mmap) -> GGUFFile:
 
 def _refuse_parts(fields: Mapping[str, Field]) -> None:
     number, count = (fields.get(f"split.{name}", Field(0)).value for name in ("no", "count"))
-    if count not in (0, 1):
+    if not isinstance(number, int) or not isinstance(count, int):
+        raise ValueError(f"split.no is {number!r} and split.count is {count!r}, not numbers")
+    if count > 1:
         raise _PartOfSeveral(number + 1, count)
 
 
