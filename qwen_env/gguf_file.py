@@ -76,10 +76,10 @@ def open_gguf(path: str | Path) -> GGUFFile:
         UsageError: no such file, not a GGUF file, a damaged one, or one part of several.
         gymnasium.error.DependencyNotInstalled: the `gguf` package is missing.
     """
+    import_extra("gguf", extra="gguf")
     path = expand(path)
     if not is_file(path):
         raise UsageError(f"{path}: no such file.")
-    import_extra("gguf", extra="gguf")
     status = path.stat()
     version = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
     return _open(path.resolve(), str(path), version)
