@@ -1,10 +1,14 @@
 """Files that are whole or not there, and a disk that is full in a sentence."""
 
+import ctypes
+import errno
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,113 @@ def atomic(path: Path) -> Iterator[Path]:
     with disk_errors(path):
         yield partial
         partial.replace(path)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder` when the block ends without an error.
+
+    Whoever opens `folder` finds the old one or the new one, and the old one goes only when the new
+    one is on the disk. Linux exchanges the two in one step; elsewhere there is none for an instant,
+    and a process that is killed in that instant leaves the old one to `sweep`.
+    """
+    folder = folder.resolve()
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        scratch = Path(
+            tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=PARTIAL, dir=folder.parent)
+        )
+    new, old = scratch / "new", scratch / "old"
+    try:
+        with disk_errors(folder), _locked(scratch):
+            new.mkdir()
+            yield new
+            sync(new)
+            if not folder.exists():
+                new.rename(folder)
+            elif not _exchange(new, folder):
+                folder.rename(old)
+                try:
+                    new.rename(folder)
+                except BaseException:
+                    old.rename(folder)
+                    raise
+            sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a `replacing_folder` that was killed has left beside `folder`."""
+    folder = folder.resolve()
+    scratch_name = re.compile(rf"\.{re.escape(folder.name)}-[a-z0-9_]{{8}}{re.escape(PARTIAL)}")
+    for scratch in folder.parent.iterdir():
+        if scratch_name.fullmatch(scratch.name) and scratch.is_dir():
+            with _locked(scratch) as is_abandoned:
+                if is_abandoned:
+                    if (scratch / "old").exists() and not folder.exists():
+                        (scratch / "old").rename(folder)
+                    shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether the folder is this process's own within the block, as far as the system can tell."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield False
+        return
+    with ExitStack() as stack:
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = True
+        except OSError:  # another process has it, or the file system has no locks
+            is_locked = False
+        yield is_locked
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two paths change names in one step, if the system can."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # no Linux, or a very old one
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    done: int = renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange)
+    return done == 0
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder with all that it holds, is on the disk."""
+    if path.is_dir():
+        for child in path.iterdir():
+            sync(child)
+        sync_folder(path)
+    else:
+        _fsync(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names of a folder's files are on the disk, though not what they hold."""
+    if os.name == "nt":  # Windows opens no folders
+        return
+    try:
+        _fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems that do not have it for folders
+            raise
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, content: Any) -> None:
