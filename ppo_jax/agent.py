@@ -83,7 +83,7 @@ class PPOAgent:
         elif network.critic is not None:
             raise UsageError(
                 f"critic is {config.ppo.critic!r}, but the model has a separate critic "
-                "(critic.safetensors); set critic to 'separate', or remove that file."
+                "(critic/model.safetensors); set critic to 'separate', or remove that file."
             )
         mesh = make_mesh(config.run.num_devices)
         graphdef, params = nnx.split(network)

@@ -13,10 +13,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 BLOCK = 256
 """Query positions that are computed together: fewer would save more, and take longer to compile."""
+
+
+_LEAST = float(np.finfo(np.float32).min)
 
 
 class KeyValue(NamedTuple):
@@ -65,7 +69,7 @@ def _attend_forward(
 ) -> tuple[Array, tuple[Array, KeyValue, Array, Array, Array]]:
     logits = jnp.einsum("BKRN,BKSN->BKRS", query, key_value.key, preferred_element_type=jnp.float32)
     by_query = logits.reshape(*logits.shape[:2], -1, *mask.shape[1:]) / math.sqrt(query.shape[-1])
-    by_query = jnp.where(mask[:, None, None], by_query, jnp.finfo(jnp.float32).min)
+    by_query = jnp.where(mask[:, None, None], by_query, _LEAST)
     weights = jax.nn.softmax(by_query, axis=-1).astype(query.dtype).reshape(logits.shape)
     mixed = jnp.einsum("BKRS,BKSN->BKRN", weights, key_value.value)
     return mixed, (query, key_value, mask, weights, mixed)

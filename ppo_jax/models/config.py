@@ -1,18 +1,29 @@
-"""The architecture of a Qwen2, as numbers."""
+"""The architecture of a decoder, as numbers."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import reprlib
+from dataclasses import dataclass, fields
 from typing import Any, Self
+
+import numpy as np
 
 from qwen_env.errors import UsageError
 
-READABLE_MODEL_TYPES = ("qwen2", "llama")
-"""Hugging Face `model_type`s that this port reads. A Llama is a Qwen2 whose q/k/v biases are 0."""
+MODEL_TYPES = ("qwen2", "llama")
+"""Hugging Face's `model_type`s of the architectures that are computed."""
+
+_LARGEST_SIZE = 2**31 - 1
+_LARGEST_NUMBER = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class Qwen2Config:
-    """Sizes of a Qwen2, under their Hugging Face names. Hashable."""
+    """Sizes of a Qwen2 or of a relative, under their Hugging Face names. Hashable.
+
+    Raises:
+        UsageError: the type is another, a size is no integer from 1 to 2³¹ - 1, a number is not
+            positive or too large for float32, the heads cannot share the KV heads evenly, or the
+            head size is odd.
+    """
 
     vocab_size: int  # V
     hidden_size: int  # D
@@ -25,8 +36,16 @@ class Qwen2Config:
     rope_theta: float = 1e6
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 32768
+    model_type: str = "qwen2"
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            for kind, check in _CHECKS:
+                if field.type is kind:
+                    check(field.name, getattr(self, field.name))
+        if self.model_type not in MODEL_TYPES:
+            known = " or ".join(MODEL_TYPES)
+            raise UsageError(f"model_type is {reprlib.repr(self.model_type)}; it must be {known}.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UsageError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -34,6 +53,11 @@ class Qwen2Config:
             )
         if self.head_dim % 2:
             raise UsageError(f"head_dim is {self.head_dim}; rotary positions need an even number.")
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return self.model_type == "qwen2"
 
     @classmethod
     def qwen2_5_0_5b(cls) -> Self:
@@ -48,92 +72,27 @@ class Qwen2Config:
             head_dim=64,
         )
 
-    @classmethod
-    def from_huggingface(cls, config: Mapping[str, Any], where: str = "config.json") -> Self:
-        """Read the contents of a `config.json`.
 
-        Args:
-            where: how messages call what was read.
+def check_size(name: str, value: object) -> None:
+    """Raise a `UsageError` unless `value` is an integer that can be the size of an array."""
+    # Python counts True as an integer.
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST_SIZE:
+        raise UsageError(
+            f"{name} is {reprlib.repr(value)}; it must be an integer from 1 to {_LARGEST_SIZE}."
+        )
 
-        Raises:
-            UsageError: another architecture, a missing field, one that is not a positive number, or
-                a variant this port does not compute (scaled RoPE, sliding-window attention,
-                quantised weights, ...).
-        """
-        model_type = config.get("model_type")
-        if model_type not in READABLE_MODEL_TYPES:
-            raise UsageError(
-                f"{where} describes a model of type {model_type!r}; this port reads "
-                f"{' and '.join(READABLE_MODEL_TYPES)} models (Qwen2.5-0.5B and its relatives)."
-            )
-        # transformers 5 groups the RoPE settings; before, they stood at the top level.
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        settings = {**config, **rope}
-        quantization = config.get("quantization_config") or {}
-        for setting, found, supported in (
-            ("the RoPE type", rope.get("rope_type", rope.get("type", "default")), "default"),
-            ("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0), 1.0),
-            ("use_sliding_window", bool(config.get("use_sliding_window", False)), False),
-            ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-            ("mlp_bias", bool(config.get("mlp_bias", False)), False),
-            ("attention_bias", bool(config.get("attention_bias", False)), False),
-            ("the quantization method", quantization.get("quant_method", "none"), "none"),
-        ):
-            if found != supported:
-                raise UsageError(
-                    f"{where} sets {setting} to {found!r}; this port computes only {supported!r}."
-                )
 
-        def number(name: str, default: float | None = None) -> Any:
-            value = default if settings.get(name) is None else settings[name]
-            if value is None:
-                raise UsageError(f"{where} has no field {name!r}, which every Qwen2 needs.")
-            if not isinstance(value, int | float) or not value > 0:
-                raise UsageError(f"{where} sets {name} to {value!r}; it must be a positive number.")
-            return value
+def check_number(name: str, value: Any) -> None:
+    """Raise a `UsageError` unless `value` is a positive number that float32 can hold."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and 0 < value <= _LARGEST_NUMBER):
+        raise UsageError(f"{name} is {reprlib.repr(value)}; it must be a positive number.")
 
-        def size(name: str, default: int | None = None) -> int:
-            value = number(name, default)
-            if not isinstance(value, int):
-                raise UsageError(f"{where} sets {name} to {value!r}; it must be an integer.")
-            return value
 
-        hidden_size, heads = size("hidden_size"), size("num_attention_heads")
-        fields: dict[str, Any] = {
-            "vocab_size": size("vocab_size"),
-            "hidden_size": hidden_size,
-            "intermediate_size": size("intermediate_size"),
-            "num_hidden_layers": size("num_hidden_layers"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": size("num_key_value_heads", heads),
-            "head_dim": size("head_dim", hidden_size // heads),
-            "rms_norm_eps": float(number("rms_norm_eps", 1e-6)),
-            "rope_theta": float(number("rope_theta", 10_000.0)),
-            "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
-            "max_position_embeddings": size("max_position_embeddings", 32768),
-        }
-        try:
-            return cls(**fields)
-        except UsageError as error:
-            raise UsageError(f"{where}: {error}") from None
+def check_flag(name: str, value: object) -> None:
+    """Raise a `UsageError` unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} is {reprlib.repr(value)}; it must be true or false.")
 
-    def to_huggingface(self, architecture: str = "Qwen2ForCausalLM") -> dict[str, Any]:
-        """The contents of a `config.json` that `transformers` loads as a Qwen2."""
-        return {
-            "architectures": [architecture],
-            "model_type": "qwen2",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "max_position_embeddings": self.max_position_embeddings,
-            "use_sliding_window": False,
-            "attention_dropout": 0.0,
-        }
+
+_CHECKS = ((int, check_size), (float, check_number), (bool, check_flag))

@@ -4,15 +4,15 @@ Quantised tensors come out dequantised, in float32. llama.cpp interleaves the tw
 q and k in `llama` files; they are put back into halves here.
 """
 
-import math
-from collections.abc import Collection
-from functools import cached_property
+import reprlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ppo_jax.models.config import READABLE_MODEL_TYPES
+from ppo_jax.models.config import MODEL_TYPES, Qwen2Config
+from ppo_jax.models.config_json import config_from_json
 from qwen_env.errors import UsageError
 from qwen_env.extras import import_extra
 from qwen_env.gguf_file import open_gguf
@@ -34,96 +34,206 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 
+# Below, names of metadata are without the architecture's name that they begin with.
+_CONFIG_KEYS = {
+    "vocab_size": "vocab_size",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+    "context_length": "max_position_embeddings",
+}
+_REQUIRED = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count")
+_HEAD_SIZES = ("attention.value_length", "rope.dimension_count")
+"""Sizes that llama.cpp keeps apart; here they are one with the size of a head."""
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # A factor is a linear one unless the type says otherwise; 0 stands for 1 there.
+    "rope.scaling.type": ("none", "linear"),
+    "rope.scaling.factor": (1.0, 0.0),
+    "rope.scale_linear": (1.0, 0.0),  # the factor's old name
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.finetuned": (False, True),  # nothing reads it
+    "attention.causal": (True,),
+    "attention.scale": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.sliding_window": (0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (1.0, 0.0),
+    "residual_scale": (1.0, 0.0),
+    "embedding_scale": (1.0, 0.0),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "nextn_predict_layers": (0,),
+    "pooling_type": (0,),
+    "use_parallel_residual": (False,),
+    "tensor_data_layout": ("Meta AI original pth",),  # the interleaved halves
+}
+"""Metadata that may change the computation, and its values that do not. Whatever else has the
+architecture's name is refused: there is little in a GGUF file that is not about the computation."""
+
+_CHUNK = 2**19  # numbers that are dequantised together, so that they stay in the processor's cache
+
 
 class GGUFTensors:
-    """Tensors by Hugging Face name, and `config` as a `config.json` would hold it.
+    """The tensors of a GGUF file by Hugging Face name, and its metadata as a config.
 
     Raises:
-        UsageError: no such file, not a GGUF file, or metadata missing from it.
+        UsageError: no such file, not a GGUF file, one part of several, or tensors or metadata that
+            are missing, malformed, or of a variant that this port does not compute.
         gymnasium.error.DependencyNotInstalled: the `gguf` package is missing.
     """
 
     def __init__(self, path: str | Path):
-        self._reader = open_gguf(path)
-        self._dequantize = import_extra("gguf", extra="gguf").dequantize
-        self._tensors = {_huggingface_name(t.name): t for t in self._reader.tensors}
         self.where = self.config_where = str(path)
-
-    @property
-    def names(self) -> Collection[str]:
-        return self._tensors.keys()
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        model_type = self._field("general.architecture")
-        if model_type not in READABLE_MODEL_TYPES:
-            return {"model_type": model_type}
-        if "model.embed_tokens.weight" not in self.names:
-            raise UsageError(f"{self.where}: tensor token_embd.weight is missing from the weights.")
-
-        def field(name: str, default: Any = None) -> Any:
-            return self._field(f"{model_type}.{name}", default)
-
-        heads = field("attention.head_count")
-        hidden_size = field("embedding_length")
-        head_dim = field("attention.key_length", hidden_size // heads)
-        rope_type = field("rope.scaling.type", "none")
-        # The scaled angles of Llama 3.1 and later are a tensor; its name is not in the metadata.
-        if "rope_freqs.weight" in self.names:
-            rope_type = "rope_freqs.weight"
-        return {
-            "model_type": model_type,
-            "vocab_size": int(self._tensors["model.embed_tokens.weight"].shape[1]),
-            "hidden_size": hidden_size,
-            "intermediate_size": field("feed_forward_length"),
-            "num_hidden_layers": field("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": field("attention.head_count_kv", heads),
-            "head_dim": head_dim,
-            "rms_norm_eps": field("attention.layer_norm_rms_epsilon", 1e-6),
-            "rope_parameters": {
-                "rope_theta": field("rope.freq_base", 10_000.0),
-                "rope_type": "default" if rope_type == "none" else rope_type,
-                "partial_rotary_factor": field("rope.dimension_count", head_dim) / head_dim,
-            },
-            "attention_bias": "model.layers.0.self_attn.o_proj.bias" in self.names,
-            "max_position_embeddings": field("context_length", 32768),
-            "tie_word_embeddings": "lm_head.weight" not in self.names,
-        }
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
-        # dequantize takes 16 rows at a time; longer rows make that fewer and larger steps.
-        rows = tensor.data.reshape(-1, tensor.data.shape[-1])
-        longer = rows.reshape(len(rows) // math.gcd(len(rows), 64), -1)
-        try:
-            array = self._dequantize(longer, tensor.tensor_type)
-        except NotImplementedError as error:
+        reader = open_gguf(path)
+        if getattr(reader, "byte_order", "I") != "I":
             raise UsageError(
-                f"{self.where}: tensor {tensor.name} is stored as {tensor.tensor_type.name}, which "
-                "the gguf package cannot dequantise; requantise the file, to Q8_0 for example."
-            ) from error
-        array = array.reshape(tuple(reversed(tensor.shape.tolist())))
-        if self.config["model_type"] == "llama":
-            if "q_proj" in name:
-                array = _halves_from_pairs(array, self.config["num_attention_heads"])
-            elif "k_proj" in name:
-                array = _halves_from_pairs(array, self.config["num_key_value_heads"])
-        return array
+                f"{path} is written for machines of the other byte order; convert the model again."
+            )
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        # The metadata is not kept: with the vocabulary it takes more memory than many a tensor.
+        self.config = _read_config(_Metadata(reader.fields, self.where), tensors)
+        self._gguf: Any = import_extra("gguf", extra="gguf")
+        self._tensors = {_huggingface_name(name, self.where): t for name, t in tensors.items()}
+        self.shapes = {name: _shape(tensor) for name, tensor in self._tensors.items()}
 
-    def _field(self, name: str, default: Any = None) -> Any:
-        field = self._reader.fields.get(name)
-        value = default if field is None else field.contents()
+    def read(self, name: str, out: np.ndarray) -> None:
+        """Fill `out`, a contiguous array of the tensor's shape, in its own type."""
+        tensor, heads = self._tensors[name], self._interleaved_heads(name)
+        in_order = np.empty(out.shape, np.float32) if heads else out
+        flat, done = in_order.reshape(-1), 0
+        for numbers in self._dequantized(tensor):
+            flat[done : done + numbers.size] = numbers
+            done += numbers.size
+        if heads:
+            out[...] = _halves_from_pairs(in_order, heads)
+
+    def are_equal(self, first: str, second: str) -> bool:
+        """Whether two tensors are stored alike, to the last bit."""
+        a, b = self._tensors[first], self._tensors[second]
+        return a.tensor_type == b.tensor_type and np.array_equal(a.data, b.data)
+
+    def _dequantized(self, tensor: Any) -> Iterator[np.ndarray]:
+        """The numbers of a tensor in float32, a piece at a time."""
+        numbers, size = self._gguf.GGML_QUANT_SIZES[tensor.tensor_type]  # of a block; in bytes
+        blocks = np.asarray(tensor.data).reshape(-1).view(np.uint8).reshape(-1, size)
+        step = max(_CHUNK // numbers, 1)
+        for start in range(0, len(blocks), step):
+            # As one row: the gguf package takes rows 16 at a time.
+            row = blocks[start : start + step].reshape(1, -1)
+            try:
+                yield self._gguf.dequantize(row, tensor.tensor_type).reshape(-1)
+            except NotImplementedError as error:
+                raise UsageError(
+                    f"{self.where}: tensor {tensor.name} is stored as {tensor.tensor_type.name}, "
+                    "which the gguf package cannot dequantise; requantise the file, to Q8_0 for "
+                    "example."
+                ) from error
+
+    def _interleaved_heads(self, name: str) -> int:
+        """How many heads' rotary halves are interleaved in that tensor; 0 where none are."""
+        if self.config.model_type == "llama":
+            if "q_proj" in name:
+                return self.config.num_attention_heads
+            if "k_proj" in name:
+                return self.config.num_key_value_heads
+        return 0
+
+
+class _Metadata:
+    """The metadata of a file, by name."""
+
+    def __init__(self, fields: Mapping[str, Any], where: str):
+        self._fields = fields
+        self.names = fields.keys()
+        self.where = where
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of that name, or `default`, if there is one."""
+        field = self._fields.get(name)
+        try:
+            value = default if field is None else field.contents()
+        except ValueError as error:  # not UTF-8
+            raise UsageError(f"{self.where}: metadata field {name} is damaged: {error}.") from error
         if value is None:
             raise UsageError(f"{self.where} has no metadata field {name}.")
         return value
 
 
-def _huggingface_name(name: str) -> str:
+def _read_config(metadata: _Metadata, tensors: Mapping[str, Any]) -> Qwen2Config:
+    where = metadata.where
+    if (kind := metadata.get("general.type", "model")) != "model":
+        raise UsageError(
+            f"{where} holds no model (its general.type is {reprlib.repr(kind)}); name the file of "
+            "a whole model."
+        )
+    if (parts := metadata.get("split.count", 1)) != 1:
+        raise UsageError(
+            f"{where} is one of {reprlib.repr(parts)} parts of a split model; join them first "
+            "(llama-gguf-split --merge FIRST_PART WHOLE)."
+        )
+    architecture = metadata.get("general.architecture")
+    # It does not say whether output projection and embeddings are tied: unless they differ.
+    content = {"model_type": architecture, "tie_word_embeddings": True}
+    if architecture in MODEL_TYPES:
+        table = tensors.get("token_embd.weight")
+        if table is None:
+            raise UsageError(f"{where}: tensor token_embd.weight is missing from the weights.")
+        content["vocab_size"] = next(iter(_shape(table)), 0)
+        content |= _config_keys(metadata, architecture)
+    config = config_from_json(content, where)
+    for name in _HEAD_SIZES:
+        size = metadata.get(f"{architecture}.{name}", config.head_dim)
+        if size != config.head_dim:
+            raise UsageError(
+                f"{where}: {architecture}.{name} is {reprlib.repr(size)}; this port computes only "
+                f"heads that are of one size, here {config.head_dim}."
+            )
+    return config
+
+
+def _config_keys(metadata: _Metadata, architecture: str) -> dict[str, Any]:
+    """What of a `config.json` the metadata says; the rest of it must change nothing."""
+    prefix = f"{architecture}."
+    for field in metadata.names:
+        name = field.removeprefix(prefix)
+        if name == field or name in _CONFIG_KEYS or name in _HEAD_SIZES:
+            continue
+        value, neutral = metadata.get(field), _NEUTRAL.get(name)
+        if neutral is None or value not in neutral:
+            only = f"only {neutral[0]!r}" if neutral else "nothing of that name"
+            raise UsageError(
+                f"{metadata.where}: {field!a} is {reprlib.repr(value)}; this port computes {only}."
+            )
+    return {
+        key: metadata.get(prefix + name)
+        for name, key in _CONFIG_KEYS.items()
+        if name in _REQUIRED or prefix + name in metadata.names
+    }
+
+
+def _huggingface_name(name: str, where: str) -> str:
     match name.split("."):
         case ["blk", layer, module, kind] if module in _LAYER_NAMES:
             return f"model.layers.{layer}.{_LAYER_NAMES[module]}.{kind}"
-    return _NAMES.get(name, name)
+    if name not in _NAMES:
+        raise UsageError(
+            f"{where}: tensor {name!a} belongs to a variant that this port does not compute; take "
+            "a file of another model."
+        )
+    return _NAMES[name]
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    """As NumPy counts: the longest step first."""
+    return tuple(reversed(tensor.shape.tolist()))
 
 
 def _halves_from_pairs(array: np.ndarray, heads: int) -> np.ndarray:

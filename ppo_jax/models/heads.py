@@ -83,7 +83,8 @@ def with_separate_critic(network: PolicyValueNetwork) -> PolicyValueNetwork:
     )
     critic = {name: jax.tree.map(jnp.copy, x) for name, x in backbone.items() if name != "lm_head"}
     params = nnx.State({**nnx.state(network), "critic": nnx.State(critic)})
-    return nnx.merge(nnx.graphdef(shaped), params)
+    merged: PolicyValueNetwork = nnx.merge(nnx.graphdef(shaped), params)
+    return merged
 
 
 class RewardModel(nnx.Module):

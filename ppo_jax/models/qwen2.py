@@ -11,7 +11,7 @@ Shapes: B batch, Q query positions, S key positions, D hidden, F MLP width, H he
 G = H / K query heads per KV head, N head size, V vocabulary, L layers.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,9 +93,9 @@ class Attention(nnx.Module):
 
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = linear(config.hidden_size, query_size, bias=True)
-        self.k_proj = linear(config.hidden_size, key_size, bias=True)
-        self.v_proj = linear(config.hidden_size, key_size, bias=True)
+        self.q_proj = linear(config.hidden_size, query_size, bias=config.has_qkv_bias)
+        self.k_proj = linear(config.hidden_size, key_size, bias=config.has_qkv_bias)
+        self.v_proj = linear(config.hidden_size, key_size, bias=config.has_qkv_bias)
         self.o_proj = linear(query_size, config.hidden_size, bias=False)
         self.head_dim = config.head_dim
 
@@ -223,7 +223,7 @@ class Qwen2(nnx.Module):
         rotary = rotary_angles(positions, self.config)
         graphdef, layers = nnx.split(self.layers)
 
-        def apply_layer(x: Array, layer: nnx.State) -> tuple[Array, KeyValue]:
+        def apply_layer(x: Array, layer: nnx.State[str, Any]) -> tuple[Array, KeyValue]:
             return nnx.merge(graphdef, layer)(x, rotary, mask)
 
         policy = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable

@@ -1,87 +1,179 @@
 """The tensors of a folder in Hugging Face layout, read one at a time."""
 
 import json
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+import reprlib
+import struct
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ppo_jax.models.config_json import config_from_json
 from qwen_env.errors import UsageError
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-VALUE_HEAD = "value_head.safetensors"
-CRITIC = "critic.safetensors"
-OWN_FILES = {"value_head.": VALUE_HEAD, "critic.": CRITIC}
-"""Where tensors are that no Hugging Face class knows, by what their names here begin with."""
+ADAPTER = "adapter_config.json"
+
+OWN_FILES = {"value_head.": "critic/value_head.safetensors", "critic.": f"critic/{WEIGHTS}"}
+"""Where tensors are that no Hugging Face class knows, by what their names here begin with: in a
+folder of their own, since some loaders take every `*.safetensors` beside the weights."""
+
+_FORMER_FILES = {"value_head.": "value_head.safetensors", "critic.": "critic.safetensors"}
+
+_DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": jnp.dtype(jnp.bfloat16),
+}
+_CHUNK = 2**22  # numbers, or bytes, that are read together
+
+
+class _Stored(NamedTuple):
+    """Where a tensor is."""
+
+    path: Path
+    name: str
+    dtype: str  # as the format calls it
+    shape: tuple[int, ...]
+    start: int  # its first byte in the file
+    size: int  # in bytes
 
 
 class SafetensorsFolder:
-    """The weights of a folder, one file or many with an index; each tensor is read when asked.
+    """The weights of a folder, one file or many with an index.
 
-    Those of `value_head.safetensors` and `critic.safetensors` have that name before their own.
+    Those of the value head and of a separate critic have `value_head.` and `critic.` before their
+    own name.
+
+    Raises:
+        UsageError: a file is missing, damaged, or outside the folder; two hold the same tensor; the
+            config is not of a model that this port computes; or there is an adapter.
     """
 
     def __init__(self, folder: Path):
         self.where = str(folder)
         self.config_where = str(folder / "config.json")
-        self.config = _read_json(folder / "config.json")
-        self._places: dict[str, tuple[Path, str]] = {}
-        if (folder / WEIGHTS).exists():
-            self._add(folder / WEIGHTS)
-        elif (folder / WEIGHTS_INDEX).exists():
-            weight_map = _read_json(folder / WEIGHTS_INDEX).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise UsageError(f"{folder / WEIGHTS_INDEX} has no weight_map; download it again.")
-            for file in sorted(set(weight_map.values())):
-                self._add(folder / file)
-        else:
-            pickled = sorted(path.name for path in folder.glob("*.bin"))
+        if (folder / ADAPTER).exists():
             raise UsageError(
-                f"{folder} has no {WEIGHTS}"
-                + (f", only {pickled[0]}, and pickled weights are never loaded" if pickled else "")
-                + "; save the model with transformers' save_pretrained to make one."
+                f"{folder} holds an adapter ({ADAPTER}), which is not applied here; merge it into "
+                "its model first (merge_and_unload of the peft package) and save that."
             )
-        for prefix, file in OWN_FILES.items():
-            if (folder / file).exists():
-                self._add(folder / file, prefix)
+        self.config = config_from_json(_read_json(folder / "config.json"), self.config_where)
+        self._stored: dict[str, _Stored] = {}
+        for path in _weight_files(folder):
+            self._add(path)
+        for files in (OWN_FILES, _FORMER_FILES):
+            for prefix, file in files.items():
+                if (folder / file).exists():
+                    self._add(folder / file, prefix)
+        self.shapes = {name: tensor.shape for name, tensor in self._stored.items()}
 
-    @property
-    def names(self) -> Collection[str]:
-        return self._places.keys()
+    def read(self, name: str, out: np.ndarray) -> None:
+        """Fill `out`, a contiguous array of the tensor's shape, in its own type."""
+        tensor = self._stored[name]
+        if tensor.dtype not in _DTYPES:
+            raise UsageError(
+                f"{tensor.path}: tensor {name} is stored as {tensor.dtype}; weights must be of "
+                f"{', '.join(_DTYPES)}."
+            )
+        flat, dtype = out.reshape(-1), _DTYPES[tensor.dtype]
+        # A float64 beyond float32 becomes infinite, which is noticed as any other infinity.
+        with tensor.path.open("rb") as file, np.errstate(over="ignore"):
+            file.seek(tensor.start)
+            for start in range(0, flat.size, _CHUNK):
+                piece = flat[start : start + _CHUNK]
+                piece[...] = np.frombuffer(file.read(piece.size * dtype.itemsize), dtype)
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        path, stored_name = self._places[name]
-        with _opened(path) as file:
-            return file.get_tensor(stored_name)
+    def are_equal(self, first: str, second: str) -> bool:
+        """Whether two tensors are stored alike, to the last bit."""
+        a, b = self._stored[first], self._stored[second]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        with a.path.open("rb") as file_a, b.path.open("rb") as file_b:
+            file_a.seek(a.start)
+            file_b.seek(b.start)
+            sizes = [min(_CHUNK, a.size - start) for start in range(0, a.size, _CHUNK)]
+            return all(file_a.read(size) == file_b.read(size) for size in sizes)
 
     def _add(self, path: Path, prefix: str = "") -> None:
-        with _opened(path) as file:
-            self._places |= {prefix + name: (path, name) for name in file.keys()}  # noqa: SIM118
+        for tensor in _read_header(path):
+            name = prefix + tensor.name
+            if name in self._stored:
+                raise UsageError(
+                    f"tensor {name!a} is in {self._stored[name].path} and in {path}; remove "
+                    "the file that is not of this model."
+                )
+            self._stored[name] = tensor
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    index = folder / WEIGHTS_INDEX
+    if not index.exists():
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        raise UsageError(
+            f"{folder} has no {WEIGHTS}"
+            + (f", only {pickled[0]}, and pickled weights are never loaded" if pickled else "")
+            + "; save the model with transformers' save_pretrained to make one."
+        )
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UsageError(f"{index} has no weight_map; download it again.")
+    for file in weight_map.values():
+        if not isinstance(file, str) or not file.isprintable() or Path(file).name != file:
+            raise UsageError(
+                f"{index} names {reprlib.repr(file)}, which is no file of its folder; download it "
+                "again."
+            )
+    return [folder / file for file in sorted(set(weight_map.values()))]
+
+
+def _read_header(path: Path) -> list[_Stored]:
     try:
-        with safe_open(path, "np") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is not a readable safetensors file: {error}.") from error
+        if not path.is_file():
+            raise FileNotFoundError("there is no such file")
+        with safe_open(path, "np"):  # which checks sizes, places and types
+            pass
+        with path.open("rb") as file:
+            [size] = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(size))
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = ascii(str(error))[1:-1]  # which may quote the file
+        raise UsageError(f"{path} is not a readable safetensors file: {reason}.") from error
+    header.pop("__metadata__", None)
+    stored = []
+    for name, tensor in header.items():
+        start, end = tensor["data_offsets"]
+        shape = tuple(tensor["shape"])
+        stored.append(_Stored(path, name, tensor["dtype"], shape, 8 + size + start, end - start))
+    return stored
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         raise UsageError(
             f"{path.parent} has no {path.name}; a model is a folder in Hugging Face layout "
-            "(config.json and model.safetensors)."
-        ) from None
-    except ValueError as error:
+            f"(config.json and {WEIGHTS})."
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}; it must hold an object.")
+    return content
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name!a} stands there twice")
     return content

@@ -293,9 +293,9 @@ def whitened(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def parameters_in(folder: Path) -> Tensors:
     """Those of a saved network, by the names that they have in `TorchPPO.parameters`."""
     named = load_file(folder / "model.safetensors")
-    head = load_file(folder / "value_head.safetensors")
+    head = load_file(folder / "critic" / "value_head.safetensors")
     named |= {f"value_head.{name}": x for name, x in head.items()}
-    if (critic := folder / "critic.safetensors").exists():
+    if (critic := folder / "critic" / "model.safetensors").exists():
         named |= {name.replace("model.", "critic.", 1): x for name, x in load_file(critic).items()}
     return named
 

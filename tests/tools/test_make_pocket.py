@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ppo_jax.models import PolicyValueNetwork, Qwen2Config, load_pretrained
-from ppo_jax.models.huggingface import load_reward_model
+from ppo_jax.models import PolicyValueNetwork, Qwen2Config, load_pretrained, load_reward_model
 from qwen_env.errors import UsageError
 from qwen_env.pocket import corpus, grammar
 from qwen_env.tokenizer import Tokenizer, load_tokenizer

@@ -2,13 +2,17 @@
 
 import struct
 import sys
+import tracemalloc
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from gymnasium.error import DependencyNotInstalled
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from ppo_jax.models import gguf as gguf_module
 from ppo_jax.models import load_pretrained
 from qwen_env.errors import UsageError
 
@@ -44,7 +48,10 @@ def permuted(tensor, heads):
 
 
 def write_gguf(path, model, kind=F32, *, without=(), extra_tensors=(), architecture=None, **fields):
-    """Write `model` with its matrices stored as `kind`, and put back into it what that lost."""
+    """Write `model` with its matrices stored as `kind`, and put back into it what that lost.
+
+    Fields have the architecture's name before their own, unless theirs begins with a slash.
+    """
     config = model.config
     architecture = architecture or config.model_type
     writer = gguf.GGUFWriter(path, architecture)
@@ -55,13 +62,13 @@ def write_gguf(path, model, kind=F32, *, without=(), extra_tensors=(), architect
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "context_length": config.max_position_embeddings,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": config.rope_parameters["rope_theta"],
     }
     for name, value in (metadata | fields).items():
         if name not in without:
-            add = writer.add_string if isinstance(value, str) else writer.add_uint32
-            add(f"{architecture}.{name}", value)
-    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
-    writer.add_float32(f"{architecture}.rope.freq_base", config.rope_parameters["rope_theta"])
+            key = name[1:] if name.startswith("/") else f"{architecture}.{name}"
+            add_field(writer, key, value)
     for name, parameter in model.named_parameters():
         stored_as = kind if parameter.ndim == 2 else F32
         data = gguf.quantize(parameter.detach().numpy(), stored_as)
@@ -80,6 +87,11 @@ def write_gguf(path, model, kind=F32, *, without=(), extra_tensors=(), architect
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_field(writer, key, value):
+    kinds = {bool: "bool", int: "int64", float: "float32", str: "string", list: "array"}
+    getattr(writer, f"add_{kinds[type(value)]}")(key, value)
 
 
 @pytest.mark.parametrize("kind", [F32, F16, Q8_0, Q4_1], ids=lambda kind: kind.name)
@@ -116,29 +128,140 @@ def test_untied_qwen2_with_wide_heads(torch_model, torch_logits, outputs, ragged
     np.testing.assert_allclose(logits[mask], expected[mask], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"architecture": "gpt2"}, r"describes a model of type 'gpt2'; .*qwen2 and llama"),
-        ({"without": ("block_count",)}, r"no metadata field qwen2\.block_count"),
-        ({"without": ("token_embd.weight",)}, r"tensor token_embd\.weight is missing"),
-        (
-            {"without": ("blk.1.attn_q.bias",)},
-            r"tensor model\.layers\.1\.self_attn\.q_proj\.bias is missing",
-        ),
-        ({"feed_forward_length": 60}, r"down_proj\.weight has shape \(32, 64\).* is \(32, 60\)"),
-        ({"rope.scaling.type": "yarn"}, r"sets the RoPE type to 'yarn'"),
-        ({"extra_tensors": ("rope_freqs.weight",)}, r"sets the RoPE type to 'rope_freqs\.weight'"),
-        ({"extra_tensors": ("blk.0.attn_output.bias",)}, r"sets attention_bias to True"),
-        ({"rope.dimension_count": 4}, r"sets partial_rotary_factor to 0\.5"),
-        ({"attention.head_count_kv": 3}, r"num_attention_heads \(4\) must be a multiple"),
-    ],
-)
+@pytest.mark.parametrize("same", [True, False])
+def test_an_output_projection_is_the_embeddings_only_where_they_are_equal(
+    same, torch_model, torch_logits, outputs, ragged, tmp_path
+):
+    """The metadata does not say whether they are tied."""
+    theirs = torch_model(tie_word_embeddings=False)
+    if same:
+        with torch.no_grad():
+            theirs.lm_head.weight.copy_(theirs.model.embed_tokens.weight)
+    network = load_pretrained(write_gguf(tmp_path / "model.gguf", theirs))
+    assert (network.backbone.lm_head is None) == same
+    ids, mask = ragged()
+    logits, _ = outputs(network, ids, mask)
+    expected = torch_logits(theirs, ids, mask)
+    np.testing.assert_allclose(logits[mask], expected[mask], rtol=0, atol=1e-5)
+
+
+NEUTRAL = [
+    {"vocab_size": 96},
+    {"attention.key_length": 8, "attention.value_length": 8, "rope.dimension_count": 8},
+    {"rope.scaling.type": "none", "rope.scaling.factor": 1.0},
+    {"rope.scaling.type": "linear", "rope.scaling.finetuned": False, "rope.scale_linear": 0.0},
+    {"attention.causal": True, "attention.scale": 0.0, "attention.sliding_window": 0},
+    {"logit_scale": 1.0, "residual_scale": 0.0, "embedding_scale": 0.0},
+    {"expert_count": 0, "expert_used_count": 0, "pooling_type": 0, "nextn_predict_layers": 0},
+    {"tensor_data_layout": "Meta AI original pth"},
+    {"/general.type": "model", "/general.name": "x", "/general.sampling.temp": 0.5},
+    {"/split.count": 1, "/tokenizer.ggml.model": "gpt2", "/another.expert_count": 8},
+    {"without": ("attention.layer_norm_rms_epsilon", "context_length")},
+]
+
+
+@pytest.mark.parametrize("changes", NEUTRAL, ids=str)
+def test_metadata_that_changes_nothing(
+    changes, torch_model, torch_logits, outputs, ragged, tmp_path
+):
+    theirs = torch_model(rms_norm_eps=1e-6)
+    network = load_pretrained(write_gguf(tmp_path / "model.gguf", theirs, **changes))
+    ids, mask = ragged()
+    logits, _ = outputs(network, ids, mask)
+    expected = torch_logits(theirs, ids, mask)
+    np.testing.assert_allclose(logits[mask], expected[mask], rtol=0, atol=1e-5)
+
+
+BAD_FILES = [
+    ({"architecture": "gpt2"}, r"describes a model of type 'gpt2'; .*qwen2 and llama"),
+    ({"without": ("block_count",)}, r"no metadata field qwen2\.block_count"),
+    ({"without": ("attention.head_count",)}, r"no metadata field qwen2\.attention\.head_count"),
+    ({"without": ("token_embd.weight",)}, r"tensor token_embd\.weight is missing"),
+    (
+        {"without": ("blk.1.attn_q.bias",)},
+        r"tensor model\.layers\.1\.self_attn\.q_proj\.bias is missing",
+    ),
+    ({"feed_forward_length": 60}, r"down_proj\.weight has shape \(32, 64\).* is \(32, 60\)"),
+    ({"feed_forward_length": [64, 64, 64]}, r"intermediate_size is \[64, 64, 64\]; it must"),
+    ({"block_count": 10**9}, r"holds 38 tensors, too few for the 1000000000 layers"),
+    ({"block_count": 2}, r"no place for tensor 'model\.layers\.2\.\S+' \(as for 11 others\)"),
+    ({"embedding_length": 0}, r"hidden_size is 0; it must be an integer"),
+    ({"embedding_length": "x"}, r"hidden_size is 'x'; it must be an integer"),
+    ({"embedding_length": True}, r"hidden_size is True; it must be an integer"),
+    ({"attention.head_count": 0}, r"num_attention_heads is 0; it must be an integer"),
+    ({"attention.head_count_kv": 3}, r"num_attention_heads \(4\) must be a multiple"),
+    ({"attention.layer_norm_rms_epsilon": float("inf")}, r"rms_norm_eps is inf; it must"),
+    ({"rope.freq_base": -1.0}, r"rope_theta is -1\.0; it must be a positive number"),
+    ({"vocab_size": 95}, r"embed_tokens\.weight has shape \(96, 32\).* is \(95, 32\)"),
+    ({"rope.scaling.type": "yarn"}, r"'qwen2\.rope\.scaling\.type' is 'yarn'; .* only 'none'"),
+    ({"rope.scaling.factor": 4.0}, r"'qwen2\.rope\.scaling\.factor' is 4\.0; .* only 1\.0"),
+    ({"rope.dimension_count": 4}, r"rope\.dimension_count is 4; .* one size, here 8"),
+    ({"attention.value_length": 16}, r"attention\.value_length is 16; .* one size, here 8"),
+    ({"attention.causal": False}, r"'qwen2\.attention\.causal' is False; .* only True"),
+    ({"attention.sliding_window": 4096}, r"sliding_window' is 4096; .* only 0"),
+    ({"expert_count": 8}, r"'qwen2\.expert_count' is 8; .* only 0"),
+    ({"logit_scale": 0.5}, r"'qwen2\.logit_scale' is 0\.5; .* only 1\.0"),
+    ({"something.new": 3}, r"'qwen2\.something\.new' is 3; this port computes nothing of that"),
+    ({"/general.type": "adapter"}, r"holds no model \(its general\.type is 'adapter'\)"),
+    ({"/split.count": 2}, r"one of 2 parts of a split model; join them first"),
+    (
+        {"extra_tensors": ("rope_freqs.weight",)},
+        r"tensor 'rope_freqs\.weight' belongs to a variant",
+    ),
+    ({"extra_tensors": ("model.norm.weight",)}, r"tensor 'model\.norm\.weight' belongs to a"),
+    ({"extra_tensors": ("blk.0.attn_qkv.weight",)}, r"tensor 'blk\.0\.attn_qkv\.weight' belongs"),
+    ({"extra_tensors": ("blk.0.attn_output.bias",)}, r"no place for tensor '\S+o_proj\.bias'"),
+    ({"extra_tensors": ("blk.3.attn_q.bias",)}, r"no place for tensor '\S+3\.self_attn\.q_proj"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_FILES, ids=str)
 def test_bad_files(changes, message, torch_model, tmp_path):
+    """A sentence, and no array is made that the file does not hold."""
     path = write_gguf(tmp_path / "model.gguf", torch_model(), **changes)
-    with pytest.raises(UsageError, match=message) as caught:
-        load_pretrained(path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UsageError, match=message) as caught:
+            load_pretrained(path)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
     assert str(path) in str(caught.value)
+    assert str(caught.value).endswith(".")
+    assert str(caught.value).isprintable()
+
+
+values = (
+    st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(width=32)
+    | st.text(max_size=5)
+    | st.lists(st.integers(0, 99), min_size=1, max_size=3)
+)
+names = st.sampled_from(
+    [
+        *gguf_module._CONFIG_KEYS,
+        *gguf_module._HEAD_SIZES,
+        *gguf_module._NEUTRAL,
+        *("/general.type", "/split.count", "/general.name"),
+    ]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(names | st.text(min_size=1, max_size=5), values, max_size=4))
+def test_any_metadata_is_a_model_or_a_sentence(small_model, tmp_path_factory, fields):
+    path = write_gguf(tmp_path_factory.mktemp("fuzz") / "model.gguf", small_model, **fields)
+    try:
+        load_pretrained(path)
+    except UsageError as error:
+        assert str(error).endswith(".")
+        assert str(error).isprintable()
+
+
+@pytest.fixture(scope="module")
+def small_model(torch_model):
+    return torch_model(num_hidden_layers=1)
 
 
 def test_missing_layer_tensor_of_a_llama_is_not_taken_for_zeros(torch_model, tmp_path):

@@ -1,37 +1,28 @@
-"""Folders of transformers in, folders for transformers out, and all the ways to be wrong."""
+"""Models from files, as transformers reads them, and all the ways for files to be wrong."""
 
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 import torch
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import torch as torch_tensors
 from safetensors.numpy import load_file, save_file
-from tokenizers import models
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ppo_jax.models import (
-    Qwen2Config,
-    huggingface,
-    load_pretrained,
-    load_reward_model,
-    save_pretrained,
-    save_reward_model,
-)
+from ppo_jax.models import load_pretrained, load_reward_model, save_pretrained, save_reward_model
+from ppo_jax.models.safetensors_folder import SafetensorsFolder
 from qwen_env.errors import UsageError
-from qwen_env.tokenizer import Tokenizer, load_tokenizer
 
 
 def edit_json(path, **changes):
@@ -43,7 +34,7 @@ def edit_json(path, **changes):
 def edit_tensors(path, edit):
     tensors = load_file(path)
     edit(tensors)
-    save_file(tensors, path)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def state_of(network):
@@ -77,58 +68,62 @@ class TestReading:
         expected = torch_logits(theirs, ids, mask)
         np.testing.assert_allclose(logits[mask], expected[mask], rtol=0, atol=1e-5)
 
-    def test_a_llama_is_a_qwen2_with_zero_biases(
-        self, torch_model, torch_logits, outputs, ragged, tmp_path
-    ):
-        theirs = torch_model("LlamaForCausalLM", tie_word_embeddings=False)
-        theirs.save_pretrained(tmp_path / "llama")
-        network = load_pretrained(tmp_path / "llama")
-        ids, mask = ragged()
-        logits, _ = outputs(network, ids, mask)
-        expected = torch_logits(theirs, ids, mask)[mask]
-        np.testing.assert_allclose(logits[mask], expected, rtol=0, atol=1e-5)
-
-        save_pretrained(network, tmp_path / "qwen2")
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen2")
-        assert again.config.model_type == "qwen2"
-        np.testing.assert_allclose(
-            torch_logits(again, ids, mask)[mask], expected, rtol=0, atol=1e-5
-        )
-
-    def test_the_config_of_transformers_4(self, model_folder):
-        expected = load_pretrained(model_folder).config
-        assert expected.rope_theta == 500.0
-        edit_json(
-            model_folder / "config.json", rope_parameters=None, rope_theta=500.0, head_dim=None
-        )
-        assert load_pretrained(model_folder).config == expected
-
-    def test_our_config_is_read_alike_by_transformers(self, torch_model, tmp_path):
-        theirs = torch_model(head_dim=20, num_key_value_heads=1).config
-        theirs.save_pretrained(tmp_path)
-        ours = Qwen2Config.from_huggingface(json.loads((tmp_path / "config.json").read_text()))
-        (tmp_path / "config.json").write_text(json.dumps(ours.to_huggingface()))
-        again = AutoConfig.from_pretrained(tmp_path)
-        for name in ours.to_huggingface().keys() - {"rope_theta", "architectures"}:
-            assert getattr(again, name) == getattr(theirs, name), name
-        assert again.rope_parameters == theirs.rope_parameters
-
     def test_one_file_wins_over_an_index_as_in_transformers(self, model_folder):
         (model_folder / "model.safetensors.index.json").write_text("{}")
         load_pretrained(model_folder)
 
-    def test_the_config_decides_whether_the_head_is_tied(self, model_folder, outputs, ragged):
-        logits, _ = outputs(load_pretrained(model_folder), *ragged())
-        edit_tensors(
-            model_folder / "model.safetensors",
-            lambda t: t.update({"lm_head.weight": -t["model.embed_tokens.weight"]}),
-        )
-        with_head, _ = outputs(load_pretrained(model_folder), *ragged())
-        np.testing.assert_array_equal(logits, with_head)
-
     def test_a_home_directory_is_expanded(self, model_folder, monkeypatch):
         monkeypatch.setenv("HOME", str(model_folder.parent))
         load_pretrained("~/model")
+
+
+class TestTying:
+    """Of the output projection and the embeddings, where the config says that they are."""
+
+    @pytest.fixture
+    def parity(self, model_folder, torch_logits, outputs, ragged):
+        def check():
+            theirs = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+            ids, mask = ragged()
+            network = load_pretrained(model_folder)
+            logits, _ = outputs(network, ids, mask)
+            expected = torch_logits(theirs, ids, mask)
+            np.testing.assert_allclose(logits[mask], expected[mask], rtol=0, atol=1e-5)
+            return network
+
+        return check
+
+    def test_another_projection_in_the_file_is_used(self, parity, model_folder):
+        other = np.random.default_rng(0).normal(size=(96, 32)).astype(np.float32)
+        edit_tensors(
+            model_folder / "model.safetensors", lambda t: t.update({"lm_head.weight": other})
+        )
+        network = parity()
+        assert not network.config.tie_word_embeddings
+        np.testing.assert_array_equal(network.backbone.lm_head[...], other)
+
+    def test_the_same_one_is_none(self, parity, model_folder):
+        edit_tensors(
+            model_folder / "model.safetensors",
+            lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}),
+        )
+        network = parity()
+        assert network.backbone.lm_head is None
+
+    def test_one_in_the_place_of_the_embeddings_is_both(self, parity, model_folder):
+        edit_tensors(
+            model_folder / "model.safetensors",
+            lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}),
+        )
+        assert parity().backbone.lm_head is None
+
+    def test_a_projection_of_another_size_is_of_another_model(self, model_folder):
+        edit_tensors(
+            model_folder / "model.safetensors",
+            lambda t: t.update({"lm_head.weight": np.zeros((97, 32), np.float32)}),
+        )
+        with pytest.raises(UsageError, match=r"lm_head\.weight has shape \(97, 32\), but"):
+            load_pretrained(model_folder)
 
 
 class TestValueHead:
@@ -149,6 +144,15 @@ class TestValueHead:
         np.testing.assert_allclose(values[mask], expected, rtol=0, atol=1e-5)
         assert np.abs(values[mask]).min() > 0
 
+    def test_where_it_was_before(self, folder):
+        """Folders of version 0.1.0 have it beside the model."""
+        network = load_pretrained(folder)
+        (folder / "critic" / "value_head.safetensors").rename(folder / "value_head.safetensors")
+        assert_same(load_pretrained(folder), network)
+        shutil.copy(folder / "value_head.safetensors", folder / "critic")
+        with pytest.raises(UsageError, match=r"'value_head\.\w+' is in .* and in .*; remove the"):
+            load_pretrained(folder)
+
     def test_transformers_does_not_mind_it(self, folder):
         _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not any(info.values())
@@ -162,15 +166,23 @@ class TestValueHead:
             ),
             ({"weight": np.zeros((1, 32), np.float32)}, "value_head.bias is missing"),
             ({"v_head": np.zeros((1, 32), np.float32)}, "value_head.bias is missing"),
+            (
+                {
+                    "weight": np.zeros((1, 32), np.float32),
+                    "bias": np.zeros(1, np.float32),
+                    "scale": np.ones(1, np.float32),
+                },
+                "no place for tensor 'value_head.scale' in the model",
+            ),
         ],
     )
     def test_of_another_model(self, head, message, folder):
-        save_file(head, folder / "value_head.safetensors")
+        save_file(head, folder / "critic" / "value_head.safetensors")
         with pytest.raises(UsageError, match=message):
             load_pretrained(folder)
 
     def test_cut_short(self, folder):
-        path = folder / "value_head.safetensors"
+        path = folder / "critic" / "value_head.safetensors"
         path.write_bytes(path.read_bytes()[:-3])
         with pytest.raises(UsageError, match=r"value_head.safetensors is not a readable"):
             load_pretrained(folder)
@@ -203,6 +215,20 @@ class TestRewardModel:
             back = again(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits[:, 0]
         np.testing.assert_allclose(back, expected, rtol=0, atol=1e-5)
 
+    def test_made_from_a_language_model(self, torch_model, tmp_path):
+        """Whose output projection may still be there; transformers passes over it."""
+        theirs = torch_model("Qwen2ForSequenceClassification", num_labels=1)
+        theirs.save_pretrained(tmp_path)
+        before = load_reward_model(tmp_path)
+        head = np.ones((96, 32), np.float32)
+        edit_tensors(tmp_path / "model.safetensors", lambda t: t.update({"lm_head.weight": head}))
+        assert_same(load_reward_model(tmp_path), before)
+
+    def test_as_a_policy(self, torch_model, tmp_path):
+        torch_model("Qwen2ForSequenceClassification", num_labels=1).save_pretrained(tmp_path)
+        with pytest.raises(UsageError, match=r"no place for tensor 'score\.weight' in the model"):
+            load_pretrained(tmp_path)
+
     def test_with_two_labels(self, torch_model, tmp_path):
         theirs = torch_model("Qwen2ForSequenceClassification", num_labels=2)
         theirs.save_pretrained(tmp_path)
@@ -212,95 +238,6 @@ class TestRewardModel:
     def test_that_is_a_language_model(self, model_folder):
         with pytest.raises(UsageError, match=r"tensor score\.weight is missing"):
             load_reward_model(model_folder)
-
-
-class TestSaving:
-    def test_replaces_an_older_model_whole(self, torch_model, model_folder, tmp_path):
-        torch_model().save_pretrained(tmp_path / "old", max_shard_size="20KB")
-        network = load_pretrained(model_folder)
-        save_pretrained(network, tmp_path / "old")
-        assert sorted(path.name for path in (tmp_path / "old").iterdir()) == [
-            "config.json",
-            "model.safetensors",
-            "value_head.safetensors",
-        ]
-        assert_same(load_pretrained(tmp_path / "old"), network)
-
-    def test_makes_parents_and_readable_files(self, model_folder, tmp_path):
-        folder = tmp_path / "runs" / "x" / "final"
-        umask = os.umask(0o022)
-        try:
-            save_pretrained(load_pretrained(model_folder), folder)
-        finally:
-            os.umask(umask)
-        assert folder.stat().st_mode & 0o777 == 0o755
-        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
-
-    def test_with_a_tokenizer(self, model_folder, tmp_path):
-        backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "<end>": 2, "<turn>": 3}))
-        tokenizer = Tokenizer(
-            backend, eos_token_ids=(2, 3), config={"eos_token": "<end>", "pad_token": "<end>"}
-        )
-        save_pretrained(load_pretrained(model_folder), tmp_path / "saved", tokenizer)
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-        assert theirs.generation_config.eos_token_id == [2, 3]
-        assert theirs.generation_config.pad_token_id == theirs.config.pad_token_id == 2
-        assert AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token == "<end>"
-        assert load_tokenizer(tmp_path / "saved").eos_token_ids == (2, 3)
-
-    def test_with_a_tokenizer_that_names_no_end(self, model_folder, tmp_path):
-        tokenizer = Tokenizer(tokenizers.Tokenizer(models.WordLevel({"a": 0})))
-        save_pretrained(load_pretrained(model_folder), tmp_path / "saved", tokenizer)
-        assert load_tokenizer(tmp_path / "saved").eos_token_ids == ()
-
-    def test_into_the_current_directory(self, model_folder, monkeypatch):
-        network = load_pretrained(model_folder)
-        monkeypatch.chdir(model_folder)
-        save_pretrained(network, ".")
-        assert_same(load_pretrained(model_folder), network)
-
-    @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-    @pytest.mark.parametrize(
-        "at", ["model.safetensors", "value_head.safetensors", "the last rename"]
-    )
-    def test_an_interrupted_save_leaves_the_old_folder_whole(
-        self, error, at, model_folder, monkeypatch
-    ):
-        network = load_pretrained(model_folder)
-        before = {path.name: path.read_bytes() for path in model_folder.iterdir()}
-        network.value_head.bias[...] = jnp.array([3.0])
-        save, rename = huggingface.save_file, Path.rename
-
-        def failing_save(tensors, path, **options):
-            save(tensors, path, **options)
-            if path.name == at:
-                raise error
-
-        def failing_rename(self, target):
-            if self.name == "new":
-                raise error
-            return rename(self, target)
-
-        monkeypatch.setattr(huggingface, "save_file", failing_save)
-        if at == "the last rename":
-            monkeypatch.setattr(Path, "rename", failing_rename)
-        # A full disk becomes a sentence where the files are written.
-        with pytest.raises((type(error), UsageError)):
-            save_pretrained(network, model_folder)
-        assert {path.name: path.read_bytes() for path in model_folder.iterdir()} == before
-        assert [path.name for path in model_folder.parent.iterdir()] == ["model"]  # no leftovers
-
-    def test_never_replaces_what_is_not_a_model(self, model_folder, tmp_path):
-        network = load_pretrained(model_folder)
-        home = tmp_path / "home"
-        home.mkdir()
-        save_pretrained(network, home)  # empty: nothing to lose
-        (home / "config.json").unlink()
-        with pytest.raises(UsageError, match="home holds something that is not a model"):
-            save_pretrained(network, home)
-        with pytest.raises(UsageError, match=r"model\.safetensors is a file"):
-            save_pretrained(network, home / "model.safetensors")
-        assert (home / "model.safetensors").is_file()
 
 
 def no_config(folder):
@@ -357,37 +294,80 @@ def index(content):
     return edit
 
 
+def tensors(**changes):
+    """Set tensors, by name with __ for a point; one set to None is removed."""
+
+    def edit(folder):
+        def change(stored):
+            stored.update({name.replace("__", "."): x for name, x in changes.items()})
+            for name in [name for name, x in stored.items() if x is None]:
+                del stored[name]
+
+        edit_tensors(folder / "model.safetensors", change)
+
+    return edit
+
+
+def more_layers(folder):
+    edit_json(folder / "config.json", num_hidden_layers=2, layer_types=["full_attention"] * 2)
+
+
+def as_type(dtype):
+    def edit(folder):
+        edit_tensors(
+            folder / "model.safetensors",
+            lambda t: t.update({"model.norm.weight": np.ones(32, dtype)}),
+        )
+
+    return edit
+
+
+def in_float8(folder):
+    stored = torch_tensors.load_file(folder / "model.safetensors")
+    stored["model.norm.weight"] = stored["model.norm.weight"].to(torch.float8_e4m3fn)
+    torch_tensors.save_file(stored, folder / "model.safetensors")
+
+
+def twice_in_the_config(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace("{", '{"hidden_size": 64, ', 1))
+
+
+def deeply_nested(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+
+
+def in_two_shards(folder):
+    index('{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}')(folder)
+    save_file({"model.norm.weight": np.ones(32)}, folder / "model-2.safetensors")
+
+
+def a_pipe(name):
+    def edit(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return edit
+
+
+def an_adapter(folder):
+    (folder / "adapter_config.json").write_text("{}")
+
+
+NORM = "model__norm__weight"
 BAD_FOLDERS = [
     (no_config, r"model has no config\.json; a model is a folder"),
+    (a_pipe("config.json"), r"model has no config\.json; a model is a folder"),
     (broken_json, r"config\.json is not valid JSON: .*line 1 column"),
+    (deeply_nested, r"config\.json is not valid JSON: .*recursion"),
+    (twice_in_the_config, r"config\.json is not valid JSON: 'hidden_size' stands there twice"),
     (json_list, r"config\.json holds a list; it must hold an object"),
-    (
-        config(model_type="gpt2"),
-        r"config\.json describes a model of type 'gpt2'; .*qwen2 and llama",
-    ),
-    (config(model_type=None), r"describes a model of type None"),
-    (
-        config(rope_parameters={"rope_type": "yarn", "rope_theta": 1.0, "factor": 4.0}),
-        r"config\.json sets the RoPE type to 'yarn'; this port computes only 'default'",
-    ),
-    (config(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}), r"to 'linear'"),
-    (config(partial_rotary_factor=0.5), r"sets partial_rotary_factor to 0\.5"),
-    (config(use_sliding_window=True), r"sets use_sliding_window to True"),
-    (config(hidden_act="gelu"), r"sets hidden_act to 'gelu'"),
-    (config(mlp_bias=True), r"sets mlp_bias to True"),
-    (config(attention_bias=True), r"sets attention_bias to True"),
-    (
-        config(quantization_config={"quant_method": "gptq", "bits": 4}),
-        r"sets the quantization method to 'gptq'",
-    ),
-    (config(hidden_size=None), r"config\.json has no field 'hidden_size'"),
-    (config(vocab_size="many"), r"sets vocab_size to 'many'; it must be a positive number"),
-    (config(num_hidden_layers=0), r"sets num_hidden_layers to 0; it must be a positive number"),
-    (config(num_hidden_layers=1.5), r"sets num_hidden_layers to 1\.5; it must be an integer"),
-    (config(num_key_value_heads=3), r"config\.json: num_attention_heads \(4\) must be a multiple"),
-    (config(head_dim=7), r"config\.json: head_dim is 7; rotary positions need an even number"),
+    (config(model_type="gpt2"), r"config\.json describes a model of type 'gpt2'"),
+    (config(hidden_size=None), r"config\.json: there is no hidden_size"),
+    (an_adapter, r"model holds an adapter \(adapter_config\.json\), .* merge it"),
     (only_pickle, r"no model\.safetensors, only pytorch_model\.bin, and pickled .* never loaded"),
     (no_weights, r"model has no model\.safetensors; save the model with"),
+    (a_pipe("model.safetensors"), r"model\.safetensors is not a readable safetensors file"),
     (truncated, r"model\.safetensors is not a readable safetensors file"),
     (not_safetensors, r"model\.safetensors is not a readable safetensors file"),
     (missing_tensor, r"tensor model\.layers\.1\.self_attn\.k_proj\.bias is missing"),
@@ -395,28 +375,161 @@ BAD_FOLDERS = [
         wrong_shape,
         r"layers\.2\.mlp\.up_proj\.weight has shape \(64, 30\).*config\.json it is \(64, 32\)",
     ),
-    (config(num_hidden_layers=4), r"tensor model\.layers\.3\..* is missing"),
-    (config(tie_word_embeddings=False), r"tensor lm_head\.weight is missing"),
-    (index("{}"), r"model\.safetensors\.index\.json has no weight_map"),
-    (index('{"weight_map": {"a": "b.safetensors"}}'), r"b\.safetensors is not a readable"),
+    (config(num_hidden_layers=4, layer_types=None), r"tensor model\.layers\.3\..* is missing"),
     (
-        index('{"weight_map": {"a": "model-1.safetensors"}, "model_type": 1}'),
-        None,  # the files themselves say which tensors they hold
+        config(num_hidden_layers=10**9, layer_types=None),
+        r"38 tensors, too few for the 1000000000 layers",
     ),
+    (config(vocab_size=10**9), r"shape \(96, 32\), but .* it is \(1000000000, 32\)"),
+    (config(intermediate_size=10**9), r"shape \(32, 64\), but .* it is \(32, 1000000000\)"),
+    (config(head_dim=10**9), r"shape \(16,\), but .* it is \(2000000000,\)"),
+    (config(tie_word_embeddings=False), r"tensor lm_head\.weight is missing"),
+    (more_layers, r"no place for tensor 'model\.layers\.2\.[\w.]+' \(as for 11 others\) in the"),
+    (tensors(model__layers__0__self_attn__o_proj__bias=np.ones(32)), r"'\S+o_proj\.bias' in the"),
+    (tensors(v_head__summary__weight=np.ones((1, 32))), r"no place for tensor 'v_head\.summary\."),
+    (tensors(**{"a\n\x1b[2J": np.ones(1)}), r"no place for tensor 'a\\n\\x1b\[2J' in the"),
+    (
+        as_type(np.int64),
+        r"tensor model\.norm\.weight is stored as I64; weights must be of F64, F32",
+    ),
+    (as_type(bool), r"tensor model\.norm\.weight is stored as BOOL; weights must be of"),
+    (in_float8, r"tensor model\.norm\.weight is stored as F8_E4M3; weights must be of"),
+    (tensors(**{NORM: np.full(32, 1e300)}), r"model\.norm\.weight holds numbers .* not finite"),
+    (tensors(**{NORM: np.full(32, np.nan)}), r"model\.norm\.weight holds numbers .* not finite"),
+    (tensors(**{NORM: np.ones(())}), r"model\.norm\.weight has shape \(\), but"),
+    (index("{}"), r"model\.safetensors\.index\.json has no weight_map"),
+    (
+        index('{"weight_map": {"a": "b.safetensors"}}'),
+        r"b\.safetensors is not a readable .* no such",
+    ),
+    (index('{"weight_map": {"a": "../model/model-1.safetensors"}}'), r"no file of its folder"),
+    (index('{"weight_map": {"a": "/etc/passwd"}}'), r"'/etc/passwd', which is no file of its"),
+    (index('{"weight_map": {"a": ".."}}'), r"\.\. is not a readable safetensors file"),
+    (index('{"weight_map": {"a": "\\u0000"}}'), r"names '\\x00', which is no file"),
+    (index('{"weight_map": {"a": ["model-1.safetensors"]}}'), r"names \['model-1.* no file"),
+    (in_two_shards, r"'model\.norm\.weight' is in .*-1\.safetensors and in .*-2\.safetensors"),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "message"), BAD_FOLDERS)
+@pytest.mark.parametrize(("spoil", "message"), BAD_FOLDERS, ids=lambda x: getattr(x, "__name__", x))
 def test_bad_folders(spoil, message, model_folder):
+    """A sentence, and no array is made that the file does not hold."""
     spoil(model_folder)
-    if message is None:
-        load_pretrained(model_folder)
-        return
-    with pytest.raises(UsageError, match=message) as caught:
-        load_pretrained(model_folder)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UsageError, match=message) as caught:
+            load_pretrained(model_folder)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
     assert str(model_folder) in str(caught.value)  # the place
     assert str(caught.value).endswith(".")
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        tensors(model__layers__1__self_attn__rotary_emb__inv_freq=np.ones(4)),  # transformers 4.30
+        tensors(**{NORM: np.ones(32)}),  # of float64
+        index(
+            '{"weight_map": {"a": "model-1.safetensors"}, "metadata": {}}'
+        ),  # its files say what they hold
+    ],
+)
+def test_odd_folders_that_are_read_as_transformers_does(
+    change, model_folder, torch_logits, outputs, ragged
+):
+    change(model_folder)
+    theirs = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    ids, mask = ragged()
+    logits, _ = outputs(load_pretrained(model_folder), ids, mask)
+    expected = torch_logits(theirs, ids, mask)
+    np.testing.assert_allclose(logits[mask], expected[mask], rtol=0, atol=1e-5)
+
+
+def test_a_llama_has_no_biases_to_load(torch_model, tmp_path):
+    """transformers passes over them; a file that has some is of another model."""
+    torch_model("LlamaForCausalLM").save_pretrained(tmp_path)
+    tensors(model__layers__0__self_attn__q_proj__bias=np.ones(32, np.float32))(tmp_path)
+    with pytest.raises(
+        UsageError, match=r"no place for tensor 'model\.layers\.0\.\S+q_proj\.bias'"
+    ):
+        load_pretrained(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def sharded(torch_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    torch_model().save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+def loads_or_says_why(folder):
+    try:
+        load_pretrained(folder)
+    except UsageError as error:
+        assert str(error).endswith(".")
+        assert str(error).isprintable()
+
+
+FUZZED = settings(max_examples=60, deadline=None)
+odd_values = st.none() | st.integers() | st.text(max_size=8) | st.lists(st.text(max_size=3))
+
+
+@FUZZED
+@given(st.dictionaries(st.text(max_size=8), odd_values, max_size=3), odd_values)
+def test_any_index_is_a_model_or_a_sentence(sharded, weight_map, instead):
+    path = sharded / "model.safetensors.index.json"
+    original = path.read_text()
+    changed = json.loads(original)
+    changed["weight_map"] |= weight_map
+    try:
+        for content in (changed, {"weight_map": weight_map}, {"weight_map": instead}, instead):
+            path.write_text(json.dumps(content))
+            loads_or_says_why(sharded)
+    finally:
+        path.write_text(original)
+
+
+@FUZZED
+@given(st.data())
+def test_damaged_weights_are_a_model_or_a_sentence(sharded, data):
+    """Bytes of the header are changed: of names, types, shapes and places."""
+    path = min(sharded.glob("model-00002-of-*.safetensors"))
+    original = path.read_bytes()
+    [size] = struct.unpack("<Q", original[:8])
+    damaged = bytearray(original)
+    for place in data.draw(st.lists(st.integers(0, 7 + size), min_size=1, max_size=4)):
+        damaged[place] = data.draw(st.integers(0, 255))
+    path.write_bytes(damaged[: data.draw(st.sampled_from([len(damaged), 8 + size, 20]))])
+    try:
+        loads_or_says_why(sharded)
+    finally:
+        path.write_bytes(original)
+
+
+def test_a_folder_that_is_replaced_meanwhile_is_read_whole(model_folder, monkeypatch):
+    """By a run that goes on: each version has one number in its policy and in its value head."""
+    network = load_pretrained(model_folder)
+
+    def write(number):
+        network.backbone.norm.weight[...] = jnp.full(32, float(number))
+        network.value_head.bias[...] = jnp.array([float(number)])
+        save_pretrained(network, model_folder)
+
+    write(0)
+    read, reads = SafetensorsFolder.read, []
+
+    def read_and_replace(self, name, out):
+        reads.append(name)
+        if len(reads) in (1, 3, 20):  # twice in the first attempt, then in the second
+            write(len(reads))
+        read(self, name, out)
+
+    monkeypatch.setattr(SafetensorsFolder, "read", read_and_replace)
+    loaded = load_pretrained(model_folder)
+    assert loaded.value_head.bias[0] == loaded.backbone.norm.weight[0] == 20.0
 
 
 @pytest.mark.parametrize("name", ["./no/such", Path("no/such"), "/no/such/folder"])

@@ -66,7 +66,12 @@ def assert_same_state(run: Path, other: Path, iteration: int) -> None:
         np.testing.assert_array_equal(array, theirs[name], err_msg=name)
 
 
-MODEL_FILES = ("model.safetensors", "value_head.safetensors", "config.json", "tokenizer.json")
+MODEL_FILES = (
+    "model.safetensors",
+    "critic/value_head.safetensors",
+    "config.json",
+    "tokenizer.json",
+)
 
 
 @pytest.fixture(autouse=True)

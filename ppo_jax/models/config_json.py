@@ -1,0 +1,186 @@
+"""`config.json`, read and written.
+
+What this port computes with is read below. A key by which transformers, or another library that
+loads such folders, would compute something else must have its neutral value. All other keys pass:
+transformers makes of a key that it does not know an attribute that nothing reads, and the folders
+of fine-tuned models are full of them (`unsloth_version`, `_name_or_path`). Those that it knows and
+that change nothing (`use_cache`, `initializer_range`, ...) are listed, with reasons, in the tests,
+which hold each to be harmless.
+"""
+
+import dataclasses
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from ppo_jax.models.config import MODEL_TYPES, Qwen2Config, check_flag, check_number, check_size
+from qwen_env.errors import UsageError
+
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_chunk_size": (),
+    "per_layer_config": ({},),
+    "quantization_config": (),
+    "compression_config": (),
+    "kv_sharing_modes": (),
+    # transformers has these for other architectures, vLLM or a fork for this one.
+    "attention_multiplier": (),
+    "attn_logit_softcapping": (),
+    "embedding_multiplier": (1.0,),
+    "final_logit_softcapping": (),
+    "logit_scale": (1.0,),
+    "logits_scaling": (1.0,),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "qk_layernorm": (False,),
+    "query_pre_attn_scalar": (),
+    "residual_multiplier": (1.0,),
+    "use_qk_norm": (False,),
+}
+"""Keys that may change the computation, and their values that do not; null never does."""
+
+_FULL_ATTENTION = ("full_attention", "attention")  # in `layer_types`, new spelling and old
+
+
+def config_from_json(content: Mapping[str, Any], where: str = "config.json") -> Qwen2Config:
+    """The architecture that the contents of a `config.json` describe.
+
+    Args:
+        where: how messages call what was read.
+
+    Raises:
+        UsageError: another architecture, a key missing, of a wrong type or out of range, or a
+            variant this port does not compute (scaled RoPE, sliding-window attention, quantised
+            weights, ...).
+    """
+    model_type = content.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise UsageError(
+            f"{where} describes a model of type {reprlib.repr(model_type)}; this port reads "
+            f"{' and '.join(MODEL_TYPES)} models (Qwen2.5-0.5B and its relatives)."
+        )
+    try:
+        return _read(content)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def _read(content: Mapping[str, Any]) -> Qwen2Config:
+    for key, neutral in NEUTRAL_VALUES.items():
+        # Qwen2 has biases on q, k and v whatever that key says.
+        if not (key == "attention_bias" and content["model_type"] == "qwen2"):
+            _check_neutral(key, content.get(key), neutral)
+
+    def required(name: str) -> int:
+        if content.get(name) is None:
+            raise UsageError(f"there is no {name}, which every model needs.")
+        check_size(name, content[name])
+        return content[name]  # type: ignore[no-any-return]
+
+    hidden_size, heads = required("hidden_size"), required("num_attention_heads")
+    layers = required("num_hidden_layers")
+    _check_full_attention(content, layers)
+    return Qwen2Config(
+        vocab_size=required("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=required("intermediate_size"),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=_get(content, "num_key_value_heads", heads),
+        head_dim=_get(content, "head_dim", hidden_size // heads),
+        rms_norm_eps=_number("rms_norm_eps", _get(content, "rms_norm_eps", 1e-6)),
+        rope_theta=_number("rope_theta", _rope_theta(content)),
+        tie_word_embeddings=_get(content, "tie_word_embeddings", False),
+        max_position_embeddings=_get(content, "max_position_embeddings", 32768),
+        model_type=content["model_type"],
+    )
+
+
+def _get(content: Mapping[str, Any], name: str, default: Any) -> Any:
+    """A value, or `default` where there is none or null."""
+    return default if content.get(name) is None else content[name]
+
+
+def _number(name: str, value: Any) -> float:
+    check_number(name, value)
+    return float(value)
+
+
+def _check_neutral(key: str, value: Any, neutral: tuple[Any, ...]) -> None:
+    if value is not None and value not in neutral:
+        only = repr(neutral[0]) if neutral else "models without it"
+        raise UsageError(f"{key} is {reprlib.repr(value)}; this port computes only {only}.")
+
+
+def _check_full_attention(content: Mapping[str, Any], layers: int) -> None:
+    """Refuse windows; which layers have one is decided as in transformers' config classes."""
+    types = content.get("layer_types")
+    if types is not None:
+        if not isinstance(types, list) or len(types) != layers:
+            raise UsageError(f"layer_types is {reprlib.repr(types)}; it must list {layers} layers.")
+        for kind in types:
+            _check_neutral("layer_types", kind, _FULL_ATTENTION)
+        return
+    if content["model_type"] == "llama":
+        window, first = content.get("sliding_window"), 0
+    else:
+        is_used = _get(content, "use_sliding_window", False)
+        check_flag("use_sliding_window", is_used)
+        window = content.get("sliding_window", 4096) if is_used else None
+        first = _get(content, "max_window_layers", 28)
+    if window is not None and not (isinstance(first, int) and first >= layers):
+        raise UsageError(
+            f"sliding_window is {reprlib.repr(window)}; this port computes only full attention."
+        )
+
+
+def _rope_theta(content: Mapping[str, Any]) -> Any:
+    """The base of the rotary angles.
+
+    transformers 5 groups the settings of RoPE; before, there was a group for scaling alone, and
+    the rest stood at the top level.
+    """
+    group: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        found = _get(content, name, {})
+        if not isinstance(found, dict):
+            raise UsageError(f"{name} is {reprlib.repr(found)}; it must be an object.")
+        if found and group and found != group:
+            raise UsageError("rope_parameters and rope_scaling differ; leave one of them.")
+        group = group or found
+    group = {key: value for key, value in group.items() if value is not None}
+    _check_neutral("rope_type", group.pop("rope_type", None), ("default",))
+    _check_neutral("the type of rope_scaling", group.pop("type", None), ("default",))
+    settings = {}
+    for name in ("rope_theta", "partial_rotary_factor"):
+        settings[name] = group.pop(name, content.get(name))
+        if content.get(name) not in (None, settings[name]):
+            raise UsageError(
+                f"{name} is {reprlib.repr(content[name])} and, with the other settings of RoPE, "
+                f"{reprlib.repr(settings[name])}; leave one of them."
+            )
+    _check_neutral("partial_rotary_factor", settings["partial_rotary_factor"], (1.0,))
+    for name, value in group.items():
+        _check_neutral(f"{reprlib.repr(name)} of RoPE", value, ())
+    return _get(settings, "rope_theta", 10_000.0)
+
+
+def config_to_json(config: Qwen2Config, head: str = "ForCausalLM") -> dict[str, Any]:
+    """The contents of a `config.json` that transformers loads as what the config describes.
+
+    Args:
+        head: the end of the name of transformers' class.
+    """
+    family = {"qwen2": "Qwen2", "llama": "Llama"}[config.model_type]
+    return {
+        "architectures": [family + head],
+        **dataclasses.asdict(config),
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        **({"use_sliding_window": False} if config.model_type == "qwen2" else {}),
+    }
