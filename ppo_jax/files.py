@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,39 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when the block ends without an error."""
+    """A path to write a file to, which becomes `path` when the block ends without an error."""
     partial = path.with_name(path.name + PARTIAL)
     with disk_errors(path):
-        yield partial
-        partial.replace(path)
+        try:
+            yield partial
+            sync(partial)
+            partial.replace(path)
+        except Exception:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder with all that it holds, is on the disk."""
+    if path.is_dir():
+        for child in path.iterdir():
+            sync(child)
+        sync_folder(path)
+    else:
+        _fsync(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names of a folder's files are on the disk, though not what they hold."""
+    if os.name == "nt":  # Windows opens no folders
+        return
+    try:
+        _fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems that do not have it for folders
+            raise
 
 
 @contextmanager
@@ -124,27 +152,6 @@ def _exchange(first: Path, second: Path) -> bool:
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     done: int = renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange)
     return done == 0
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder with all that it holds, is on the disk."""
-    if path.is_dir():
-        for child in path.iterdir():
-            sync(child)
-        sync_folder(path)
-    else:
-        _fsync(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names of a folder's files are on the disk, though not what they hold."""
-    if os.name == "nt":  # Windows opens no folders
-        return
-    try:
-        _fsync(folder)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # file systems that do not have it for folders
-            raise
 
 
 def _fsync(path: Path) -> None:

@@ -3,260 +3,284 @@
 config.json  metrics.jsonl  distributions.jsonl  samples.jsonl  curves.png  tensorboard/
 checkpoints/  best/  final/
 
-distributions.jsonl holds, for each iteration, what single numbers would hide:
-
-    ratio                counts of π_new / π_old over the tokens of all minibatches
-    advantage            counts of advantages, in standard deviations from their mean
-    length               counts of responses with 1, 2, ..., T tokens
-    kl_by_position       log π_old - log π_ref, a mean over the batch: tokens 1, 2, ..., T
-    entropy_by_position  likewise; null where no response is that long
-
-The bins of the first two are `algorithm.RATIO_EDGES` and `algorithm.ADVANTAGE_EDGES`.
+A run ends where its checkpoints or models cannot be written. Where its records, its curves or its
+TensorBoard files cannot be, it says so once and goes on.
 """
 
-import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
 
-import numpy as np
-from tensorboardX import SummaryWriter
-
-from ppo_jax.algorithm import ADVANTAGE_EDGES, RATIO_EDGES
-from ppo_jax.config import TrainConfig, as_json, from_json
-from ppo_jax.files import PARTIAL, atomic, disk_errors, write_json
+from ppo_jax.config import TrainConfig
+from ppo_jax.files import PARTIAL, disk_errors
+from ppo_jax.runs.config_file import (
+    Settings,
+    check_same,
+    check_unedited,
+    other_versions,
+    read_config,
+    write_config,
+)
 from ppo_jax.runs.curves import plot_curves
+from ppo_jax.runs.distributions import as_histogram
 from ppo_jax.runs.panels import Records
-from qwen_env.errors import UsageError
+from ppo_jax.runs.records import BACKUP, Record, RecordFile
+from ppo_jax.runs.trackers import TensorBoard
+from qwen_env.errors import UsageError, UserFacingError
 
-Record = dict[str, Any]
-
-_RECORDS = ("metrics.jsonl", "distributions.jsonl", "samples.jsonl")
-_DIGITS = 5  # significant ones, of what distributions.jsonl holds
+_METRICS, _DISTRIBUTIONS, _SAMPLES = "metrics.jsonl", "distributions.jsonl", "samples.jsonl"
+_RECORDS = (_METRICS, _DISTRIBUTIONS, _SAMPLES)
+_NAMES = ("config.json", *_RECORDS, "curves.png", "tensorboard", "checkpoints", "best", "final")
+_SUFFIXES = ("", PARTIAL, BACKUP, BACKUP + PARTIAL)
 
 
 class RunFolder:
-    """A run's folder. Nothing is written before `locked` and `create`.
+    """A run's folder. Nothing is written before `locked`.
 
     Args:
         folder: for a new run, it must be empty or not there.
         config: of this run; checked against the one of the run that is resumed.
         resume: continue the run that the folder holds.
+        flags: of the command line. One that is named may differ from what the checkpoint says.
 
     Raises:
         UsageError: the folder holds a run and `resume` is not set, or the other way round; it
             cannot be written; or the configs differ in a field that must not change within a run.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, *, resume: bool):
+    def __init__(
+        self, folder: Path, config: TrainConfig, *, resume: bool, flags: Sequence[str] = ()
+    ):
         self.path = folder
         self.checkpoints = folder / "checkpoints"
         self.best = folder / "best"
         self.final = folder / "final"
-        self._config, self._resume = config, resume
-        self._files: dict[str, TextIO] = {}
-        self._tensorboard: SummaryWriter | None = None
+        self._config, self._resume, self._flags = config, resume, flags
+        self._records = {name: RecordFile(folder / name) for name in _RECORDS}
+        self._tensorboard: TensorBoard | None = None
+        self._say: Callable[[str], None] = print
+        self._told: set[Path] = set()  # of what cannot be written
         if resume:
-            _check_same(read_config(folder), config, folder)
+            check_same(folder, config)
         _check_usable(folder, resume=resume)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Make the folder, and keep other processes from it within the block.
 
+        What a killed process left unfinished is swept away. If the block raises before a new run
+        has learnt anything, all that it wrote is removed, so that it does not block the next start.
+
         Raises:
-            UsageError: another process has it, or has left a run in it meanwhile.
+            UsageError: another process has the folder, or has left a run in it meanwhile; or the
+                records of the run are damaged.
         """
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            yield
-            return
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(
-                    f"{self.path} is in use by another process; wait until it ends, or choose "
-                    "another --output-dir."
-                ) from None
-            except OSError:  # a file system without locks
-                pass
+        with _lock(self.path):
             _check_usable(self.path, resume=self._resume)
-            yield
-        finally:
-            os.close(handle)
+            for file in self._records.values():
+                file.read()
+            for path in self._own_paths():
+                if path.suffix == PARTIAL:
+                    _remove(path)
+            try:
+                yield
+            except BaseException:
+                self.close()
+                if not self._resume and not self._has_learnt():
+                    for path in self._own_paths():
+                        _remove(path)
+                    for folder in missing:
+                        with suppress(OSError):  # it holds something else meanwhile
+                            folder.rmdir()
+                raise
+            self.close()
 
-    def create(self) -> None:
-        """Make the folder and write `config.json`."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with atomic(self.path / "config.json") as partial:
-            write_json(partial, as_json(self._config))
+    def begin(self, last: int, say: Callable[[str], None]) -> None:
+        """Write `config.json`, and begin to record what comes after iteration `last`.
 
-    def is_blank(self) -> bool:
-        """Nothing was learnt yet: there is neither an iteration on record nor a checkpoint."""
-        has_checkpoint = self.checkpoints.exists() and any(self.checkpoints.iterdir())
-        return not has_checkpoint and not _read_jsonl(self.path / "metrics.jsonl")
-
-    def discard(self) -> None:
-        """Remove the folder, so that a start that failed does not block the next."""
-        # With the slash, what a symbolic link names, and not the link.
-        shutil.rmtree(f"{self.path}/", ignore_errors=True)
-
-    def open(self, iteration: int, *, starts_anew: bool = False) -> None:
-        """Begin to write after `iteration`; what an interrupted run wrote beyond it is dropped.
+        What an interrupted run recorded beyond it is cut off.
 
         Args:
-            starts_anew: nothing is kept, for the untrained model is evaluated again.
+            last: iteration 0 is the evaluation of the untrained model; with -1 nothing stays.
+            say: is told of what cannot be written, and of what is missing.
+
+        Raises:
+            RunError: the folder cannot be written.
         """
-        for name in _RECORDS:
-            path = self.path / name
-            old = [] if starts_anew else _read_jsonl(path)
-            kept = [record for record in old if record["iteration"] <= iteration]
-            with atomic(path) as partial:
-                partial.write_text("".join(map(_as_line, kept)), encoding="utf-8")
-            self._files[name] = path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=iteration + 1)
+        self._say = say
+        if self._resume and (changes := other_versions(self.path)):
+            say(
+                f"The run was started with other versions ({'; '.join(changes)}): it goes on, but "
+                "not bit for bit as it would have."
+            )
+        with disk_errors(self.path):
+            write_config(self.path, self._config, self._flags)
+        for name, file in self._records.items():
+            missing = set(range(1, last + 1)) - set(file.open(last))
+            if missing and name != _SAMPLES:
+                say(f"{file.path} has no record of {len(missing)} of {last} iterations.")
+        with self._going_on(self.path / "tensorboard"):
+            self._tensorboard = TensorBoard(self.path / "tensorboard", after=last)
+
+    def check_unedited(self, checkpoint: Settings) -> None:
+        """Check `config.json` against the settings in a checkpoint.
+
+        Raises:
+            UsageError: one was edited, and is not named on the command line.
+        """
+        check_unedited(self.path, checkpoint, self._config, self._flags)
 
     def write_metrics(self, metrics: Record) -> None:
         """A line of `metrics.jsonl`, and the same numbers for TensorBoard."""
-        self._append("metrics.jsonl", [metrics])
-        assert self._tensorboard is not None
-        for name, value in metrics.items():
-            if name != "iteration" and math.isfinite(value):
-                self._tensorboard.add_scalar(name, value, metrics["iteration"])
+        self._append(_METRICS, [metrics])
+        numbers = {
+            name: value
+            for name, value in metrics.items()
+            if name != "iteration" and math.isfinite(value)
+        }
+        self._track(lambda to: to.write_scalars(metrics["iteration"], numbers))
 
     def write_distributions(self, record: Record) -> None:
-        """A line of `distributions.jsonl`, made by `distributions_record`; and for TensorBoard.
-
-        There the means by position are histograms too: position is the axis, the mean (0 where it
-        is negative or unknown) the height.
-        """
-        self._append("distributions.jsonl", [record])
-        assert self._tensorboard is not None
-        for name, values in record.items():
-            if name != "iteration":
-                heights = np.maximum(np.array(values, float), 0.0)  # null becomes NaN
-                histogram = _tensorboard_histogram(_edges(name, len(values)), heights)
-                tag = f"distribution/{name}"
-                self._tensorboard.add_histogram_raw(
-                    tag, **histogram, global_step=record["iteration"]
-                )
+        """A line of `distributions.jsonl`, and the same as histograms for TensorBoard."""
+        self._append(_DISTRIBUTIONS, [record])
+        histograms = {
+            f"distribution/{name}": as_histogram(name, values)
+            for name, values in record.items()
+            if name != "iteration"
+        }
+        self._track(lambda to: to.write_histograms(record["iteration"], histograms))
 
     def write_samples(self, samples: Sequence[Record]) -> None:
         """Lines of `samples.jsonl`."""
-        self._append("samples.jsonl", samples)
+        self._append(_SAMPLES, samples)
 
     def last_samples(self) -> list[Record]:
-        """The sampled completions of the last evaluation."""
-        samples = _read_jsonl(self.path / "samples.jsonl")
+        """The sampled completions of the last evaluation that is on record."""
+        samples: list[Record] = []
+        with self._going_on(self.path / _SAMPLES):
+            samples = self._records[_SAMPLES].read()
         last = max((s["iteration"] for s in samples), default=0)
         return [s for s in samples if s["iteration"] == last and s["decoding"] == "sampled"]
+
+    def evaluated_after(self, iteration: int) -> bool:
+        """Whether an evaluation of a later iteration is on record."""
+        return any(s["iteration"] > iteration for s in self._records[_SAMPLES].read())
+
+    def sync(self) -> None:
+        """Wait until all records are on the disk."""
+        for file in self._records.values():
+            with self._going_on(file.path):
+                file.sync()
 
     def plot(self) -> Path:
         """Draw `curves.png` anew."""
         path = self.path / "curves.png"
-        with disk_errors(path):
+        with self._going_on(path), disk_errors(path):
             plot_curves(read_records(self.path), path)
         return path
 
     def close(self) -> None:
-        """Close the files; the folder can be opened again."""
-        for file in self._files.values():
-            with suppress(OSError):  # a full disk, which was told of before
-                file.close()
+        """Close the files, after a last try to write what could not be written before."""
+        self.sync()
+        for file in self._records.values():
+            if lost := file.close():
+                self._say(f"{lost} records could not be written to {file.path}, and are lost.")
         if self._tensorboard is not None:
             self._tensorboard.close()
 
     def _append(self, name: str, records: Sequence[Record]) -> None:
-        with disk_errors(self.path / name):
-            self._files[name].write("".join(map(_as_line, records)))
-            self._files[name].flush()
+        with self._going_on(self.path / name, "The run goes on, and tries again next time."):
+            self._records[name].append(records)
 
+    def _track(self, write: Callable[[TensorBoard], None]) -> None:
+        if (tracker := self._tensorboard) is None:
+            return
+        self._tensorboard = None
+        with self._going_on(self.path / "tensorboard"):
+            write(tracker)
+            self._tensorboard = tracker
+        if self._tensorboard is None:
+            tracker.close()
 
-def read_config(folder: Path) -> TrainConfig:
-    """The config of the run in `folder`.
+    @contextmanager
+    def _going_on(
+        self, path: Path, meanwhile: str = "The run goes on without it."
+    ) -> Iterator[None]:
+        """Within the block, failing to write `path` is told of once, and no error."""
+        try:
+            with disk_errors(path):
+                yield
+        except Exception as error:
+            if path in self._told:
+                return
+            self._told.add(path)
+            what = (
+                str(error)
+                if isinstance(error, UserFacingError)
+                else f"{path} cannot be written: {type(error).__name__}: {error}."
+            )
+            self._say(f"{what} {meanwhile}")
 
-    Raises:
-        UsageError: there is no run, or its config cannot be read.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UsageError(
-            f"{folder} holds no run to resume (no config.json); leave out --resume to start one."
+    def _has_learnt(self) -> bool:
+        """Whether there is a checkpoint, or an iteration on record."""
+        metrics = self._records[_METRICS].path
+        return any(path.name.isdecimal() for path in self.checkpoints.glob("*")) or (
+            metrics.exists() and metrics.stat().st_size > 0
         )
-    try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
-    except KeyError as error:
-        raise UsageError(f"{path} has no field {error}; another version wrote it.") from error
-    except (ValueError, TypeError) as error:
-        why = str(error).rstrip(".")
-        raise UsageError(f"{path} is not the config of a run of this version: {why}.") from error
+
+    def _own_paths(self) -> Iterator[Path]:
+        """What a run may have written to its folder, unfinished things included."""
+        paths = (self.path / f"{name}{suffix}" for name in _NAMES for suffix in _SUFFIXES)
+        return filter(Path.exists, paths)
 
 
 def read_records(folder: Path) -> Records:
     """What the curves of the run in `folder` are drawn from.
 
     Raises:
-        UsageError: there is no run, or its config cannot be read.
+        UsageError: there is no run, or its config or its records cannot be read.
     """
     ppo = read_config(folder).ppo
     high = ppo.clip_range if ppo.clip_range_high is None else ppo.clip_range_high
     return Records(
-        metrics=_read_jsonl(folder / "metrics.jsonl"),
-        distributions=_read_jsonl(folder / "distributions.jsonl"),
+        metrics=RecordFile(folder / _METRICS).read(),
+        distributions=RecordFile(folder / _DISTRIBUTIONS).read(),
         clip_limits=(1 - ppo.clip_range, 1 + high),
     )
 
 
-def distributions_record(iteration: int, distributions: Mapping[str, np.ndarray]) -> Record:
-    """A record for `RunFolder.write_distributions`: JSON, apart from NaN, of a few digits."""
-    rounded = {
-        name: [float(f"{x:.{_DIGITS}g}") if isinstance(x, float) else x for x in array.tolist()]
-        for name, array in distributions.items()
-    }
-    return {"iteration": iteration, **rounded}
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Keep other processes out of `folder` within the block, where the file system can.
 
-
-def _edges(name: str, count: int) -> np.ndarray:
-    """The outer and inner edges of the bins of a distribution; of positions, halfway between."""
-    by_name = {"ratio": RATIO_EDGES, "advantage": ADVANTAGE_EDGES}
-    return by_name.get(name, np.arange(count + 1) + 0.5)
-
-
-def _tensorboard_histogram(edges: np.ndarray, heights: np.ndarray) -> dict[str, Any]:
-    heights = np.nan_to_num(heights)
-    middles = (edges[1:] + edges[:-1]) / 2
-    return {
-        "min": edges[0],
-        "max": edges[-1],
-        "num": heights.sum(),
-        "sum": (heights * middles).sum(),
-        "sum_squares": (heights * middles**2).sum(),
-        "bucket_limits": edges[1:].tolist(),
-        "bucket_counts": heights.tolist(),
-    }
-
-
-_MAY_CHANGE = {"num_iterations", "eval_every", "eval_size", "save_every", "keep_checkpoints"}
-
-
-def _check_same(saved: TrainConfig, given: TrainConfig, folder: Path) -> None:
-    old, new = as_json(saved), as_json(given)
-    for group, fields in new.items():
-        for name, value in fields.items():
-            if value != old[group][name] and name not in _MAY_CHANGE:
-                raise UsageError(
-                    f"{folder} holds a run with {name} = {old[group][name]!r}, not {value!r}; "
-                    "resume it without that flag, or start another run in another --output-dir."
-                )
+    Raises:
+        UsageError: another process is in it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{folder} is in use by another process; wait until it ends, or choose another "
+                "--output-dir."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def _check_usable(folder: Path, *, resume: bool) -> None:
@@ -266,7 +290,8 @@ def _check_usable(folder: Path, *, resume: bool) -> None:
     if not os.access(there, os.W_OK | os.X_OK):
         raise UsageError(f"{there} is not writable; choose another --output-dir.")
     # A start that was killed as it wrote its first file left that one, and no run.
-    if not resume and there == folder and any(p.suffix != PARTIAL for p in folder.iterdir()):
+    first_write = f"config.json{PARTIAL}"
+    if not resume and there == folder and any(x.name != first_write for x in folder.iterdir()):
         what = (
             "holds another run; add --resume to continue it, or choose"
             if (folder / "config.json").exists()
@@ -275,30 +300,9 @@ def _check_usable(folder: Path, *, resume: bool) -> None:
         raise UsageError(f"{folder} {what} another --output-dir.")
 
 
-def _as_line(record: Mapping[str, Any]) -> str:
-    """JSON has no NaN and no infinity: they become null."""
-    return json.dumps({k: _finite(v) for k, v in record.items()}, ensure_ascii=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_finite(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _read_jsonl(path: Path) -> list[Record]:
-    """The records of a file that may not be there, or whose last line a crash cut off."""
-    records: list[Record] = []
-    if not path.exists():
-        return records
-    # Not splitlines: a model may well write other characters that end a line.
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(record, dict) or "iteration" not in record:
-            raise UsageError(f"line {number} of {path} has no iteration; mend or remove it.")
-        records.append(record)
-    return records
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()

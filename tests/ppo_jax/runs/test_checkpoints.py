@@ -120,8 +120,8 @@ def test_all_damaged(saved: Checkpoints) -> None:
 
 
 def test_another_format_is_refused(saved: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ppo_jax.runs.checkpoints._FORMAT", 3)
-    with pytest.raises(UsageError, match=r"has format 2, but .* reads format 3"):
+    monkeypatch.setattr("ppo_jax.runs.checkpoints._FORMAT", 4)
+    with pytest.raises(UsageError, match=r"has format 3, but .* reads format 4"):
         saved.restore(state(0))
 
 
