@@ -1,6 +1,6 @@
 """Time and memory that saving and restoring a state take beside the state itself.
 
-    python benchmarks/checkpoints.py [--gigabytes 1.0]
+    python benchmarks/checkpoints.py --gigabytes 1
 
 The state has the arrays of a 24-layer decoder and of its Adam moments, in float32, of random
 numbers. Memory is the process's resident memory, at its highest less what it was before (Linux).
@@ -65,7 +65,9 @@ def _memory(name: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--folder", type=Path, default=None)
     arguments = parser.parse_args()

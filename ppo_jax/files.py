@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import re
@@ -152,6 +153,16 @@ def _exchange(first: Path, second: Path) -> bool:
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     done: int = renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange)
     return done == 0
+
+
+def folder_digest(folder: Path) -> str:
+    """A digest of the names and contents of all files below a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
 
 
 def _fsync(path: Path) -> None:

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from ppo_jax.config import (
     TrainConfig,
     preset,
 )
-from ppo_jax.runs.folder import RunFolder, read_config
+from ppo_jax.runs.config_file import read_config
+from ppo_jax.runs.folder import RunFolder
 from ppo_jax.runs.run import PROG, Run
 from ppo_jax.runs.trained import model_in
 
@@ -42,10 +42,11 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with cli.errors_as_sentences():
-        arguments, config = parse_arguments(sys.argv[1:] if argv is None else argv)
+        argv = sys.argv[1:] if argv is None else argv
+        arguments, config = parse_arguments(argv)
         cli.keep_compiled_programs()
         cli.find_devices()
-        train(config, arguments.output_dir, resume=arguments.resume)
+        train(config, arguments.output_dir, resume=arguments.resume, argv=argv)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainConfig]:
@@ -74,29 +75,26 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainConfig]:
     return arguments, TrainConfig(arguments.task, arguments.ppo, arguments.optimizer, arguments.run)
 
 
-def train(config: TrainConfig, output_dir: Path, *, resume: bool = False) -> None:
+def train(
+    config: TrainConfig, output_dir: Path, *, resume: bool = False, argv: Sequence[str] = ()
+) -> None:
     """Run or resume a training run in `output_dir`; see `ppo_jax.runs.folder` for what it leaves.
+
+    `argv` are the command line's words, if it came from one; see `RunFolder`.
 
     Raises:
         UserFacingError: a setting, a file or the reward function is wrong, or the run cannot go
             on. What was learnt is saved.
         SystemExit: a signal ended the run early; what was learnt is saved.
     """
-    folder = RunFolder(output_dir, config, resume=resume)
+    folder = RunFolder(output_dir, config, resume=resume, argv=argv)
     network, task, held_out = assemble(
         config.task, dtype=config.run.dtype, param_dtype=config.run.param_dtype, say=cli.say
     )
     assert held_out is not None  # the prompts are those of the settings
     agent = PPOAgent(network, task, config)
-    run = Run(agent, folder, held_out[: config.run.eval_size])
     with folder.locked():
-        try:
-            with closing(folder):
-                run.go(resume=resume)
-        except BaseException:
-            if not resume and folder.is_blank():
-                folder.discard()
-            raise
+        Run(agent, folder, held_out[: config.run.eval_size]).go(resume=resume)
 
 
 if __name__ == "__main__":

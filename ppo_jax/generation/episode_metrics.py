@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ppo_jax.generation.actor import Experience
+from qwen_env.prompts import Prompt
 from qwen_env.task import Episode, Outcome
 
 
@@ -79,10 +80,22 @@ def _ngrams(ids: np.ndarray, n: int) -> list[tuple[int, ...]]:
 
 def sample_record(episode: Episode, outcome: Outcome) -> dict[str, Any]:
     """An episode as a line of `samples.jsonl`."""
+    message = user_message(episode.prompt)
     return {
         "prompt": episode.prompt.text,
+        **({} if message is None else {"user_message": message}),
         "completion": outcome.info["completion"],
         "finish_reason": episode.finish_reason,
         "score": outcome.reward,
         "components": outcome.info["reward_components"],
     }
+
+
+def user_message(prompt: Prompt) -> str | None:
+    """What the user says last in a chat; None where the prompt is no chat, or was cut."""
+    text = prompt.row.get("prompt")
+    messages = prompt.row.get("messages") or [{"role": "user", "content": text}]
+    said = [message.get("content") for message in messages if message.get("role") == "user"]
+    if not said or not isinstance(said[-1], str) or said[-1] == prompt.text:
+        return None
+    return said[-1] if said[-1].strip() in prompt.text else None

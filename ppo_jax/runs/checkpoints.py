@@ -265,7 +265,7 @@ def _checksum(array: jax.Array | np.ndarray) -> int:
     if isinstance(array, jax.Array) and array.is_fully_replicated:
         array = array.addressable_data(0)
     # bfloat16 has no buffer of its own.
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _files(folder: Path) -> dict[str, list[int]]:

@@ -48,16 +48,16 @@ def read_config(folder: Path) -> TrainConfig:
         raise UsageError(f"{path} is not the config of a run of this version: {why}.") from error
 
 
-def write_config(folder: Path, config: TrainConfig, flags: Sequence[str]) -> None:
+def write_config(folder: Path, config: TrainConfig, argv: Sequence[str]) -> None:
     """Write the settings; what an earlier start or resumption wrote beside them stays.
 
     Args:
-        flags: of the command line.
+        argv: the command line's words.
     """
     path = folder / "config.json"
     old = _read(path) if path.exists() else {}
     by = {
-        "flags": shlex.join(_without_credentials(word) for word in flags),
+        "arguments": shlex.join(_without_credentials(word) for word in argv),
         "versions": _versions(),
     }
     content = old | settings(config) | {"resumed_by" if old else "created_by": by}
@@ -95,14 +95,14 @@ def check_same(folder: Path, config: TrainConfig) -> None:
 
 
 def check_unedited(
-    folder: Path, checkpoint: Settings, config: TrainConfig, flags: Sequence[str]
+    folder: Path, checkpoint: Settings, config: TrainConfig, argv: Sequence[str]
 ) -> None:
     """Check the settings in `config.json` against those that a checkpoint was made with.
 
     Raises:
-        UsageError: one was edited meanwhile, and is not among the `flags` of the command line.
+        UsageError: one was edited meanwhile, and is not named in `argv`, the command line.
     """
-    named = {word.split("=")[0].lstrip("-").replace("-", "_") for word in flags if word[:2] == "--"}
+    named = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word[:2] == "--"}
     for name, old, new in _changes(checkpoint, settings(config)):
         if not named & {name, f"no_{name}"}:
             raise UsageError(

@@ -130,7 +130,9 @@ PANELS: Sequence[Panel] = (
         only_if_it_changes=True,
     ),
 )
-"""Panels of which a run has no data are left out."""
+"""Of all runs. Those of which a run has no data are left out."""
+
+_MAX_COMPONENTS = 8
 
 _COLUMNS = 4
 _SIZE = 4.4, 3.2  # inches, width and height of a panel with all around it
@@ -139,8 +141,23 @@ _GAPS = 1.2, 1.0  # inches, between two axes
 
 def plot_curves(run: Records, path: Path) -> None:
     """Draw all that a run recorded to a PNG file."""
-    cells = [(panel, run) for panel in PANELS if panel.is_known(run)]
+    score, *others = PANELS
+    panels = (score, *component_panels(run), *others)
+    cells = [(panel, run) for panel in panels if panel.is_known(run)]
     save_png(draw_grid(cells, columns=_COLUMNS), path)
+
+
+def component_panels(run: Records) -> Sequence[Panel]:
+    """A panel for each component of the reward, but for the gold score, which has its own."""
+    metrics = dict.fromkeys(
+        name for record in run.metrics for name in record if name.startswith("reward/")
+    )
+    names = [name.removeprefix("reward/") for name in metrics]
+    return [
+        LinePanel(f"Reward: {name}", "mean", _scores(f"reward/{name}", name))
+        for name in names
+        if name not in ("gold", "gold_std")
+    ][:_MAX_COMPONENTS]
 
 
 def draw_grid(

@@ -44,7 +44,7 @@ class RunFolder:
         folder: for a new run, it must be empty or not there.
         config: of this run; checked against the one of the run that is resumed.
         resume: continue the run that the folder holds.
-        flags: of the command line. One that is named may differ from what the checkpoint says.
+        argv: the command line's words. What they name may differ from what a checkpoint says.
 
     Raises:
         UsageError: the folder holds a run and `resume` is not set, or the other way round; it
@@ -52,13 +52,13 @@ class RunFolder:
     """
 
     def __init__(
-        self, folder: Path, config: TrainConfig, *, resume: bool, flags: Sequence[str] = ()
+        self, folder: Path, config: TrainConfig, *, resume: bool, argv: Sequence[str] = ()
     ):
         self.path = folder
         self.checkpoints = folder / "checkpoints"
         self.best = folder / "best"
         self.final = folder / "final"
-        self._config, self._resume, self._flags = config, resume, flags
+        self._config, self._resume, self._argv = config, resume, argv
         self._records = {name: RecordFile(folder / name) for name in _RECORDS}
         self._tensorboard: TensorBoard | None = None
         self._say: Callable[[str], None] = print
@@ -120,7 +120,7 @@ class RunFolder:
                 "not bit for bit as it would have."
             )
         with disk_errors(self.path):
-            write_config(self.path, self._config, self._flags)
+            write_config(self.path, self._config, self._argv)
         for name, file in self._records.items():
             missing = set(range(1, last + 1)) - set(file.open(last))
             if missing and name != _SAMPLES:
@@ -134,7 +134,7 @@ class RunFolder:
         Raises:
             UsageError: one was edited, and is not named on the command line.
         """
-        check_unedited(self.path, checkpoint, self._config, self._flags)
+        check_unedited(self.path, checkpoint, self._config, self._argv)
 
     def write_metrics(self, metrics: Record) -> None:
         """A line of `metrics.jsonl`, and the same numbers for TensorBoard."""

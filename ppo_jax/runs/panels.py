@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#6b7280"
 
 _WINDOW = 9  # iterations, of the running mean that is drawn over noisy curves
+_FEW = 10  # points that a curve shows one by one
 _HEAT, _TIME = "YlGnBu", "viridis_r"
 _TOO_FEW = 0.05  # of the responses: a mean at a position that fewer of them reach is noise
 
@@ -75,7 +76,8 @@ class LinePanel:
                 style: dict[str, Any] = {"ms": 3.5, "lw": 1.2, "clip_on": False}
                 axis.plot(x, y, line.style, color=line.color, label=line.label, **style)
             elif len(y) < 2 * _WINDOW:
-                axis.plot(x, y, color=line.color, label=line.label, lw=1.4)
+                marker = "o" if len(y) < _FEW else None  # a line through one point is nothing
+                axis.plot(x, y, color=line.color, label=line.label, lw=1.4, marker=marker, ms=3.5)
             else:
                 axis.plot(x, y, color=line.color, alpha=0.3, lw=0.8)
                 axis.plot(x, _running_mean(y), color=line.color, label=line.label, lw=1.6)
@@ -144,7 +146,7 @@ class HeatPanel:
             return Normalize(0, 1)
         if not self.is_count:
             return Normalize(0, max(float(np.quantile(seen, 0.98)), 1e-6))
-        return LogNorm(seen.min(), max(seen.max(), 10 * seen.min()))
+        return LogNorm(min(seen.min(), seen.max() / 10), seen.max())
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ class PathPanel:
 
 def _dress(axis: Axes, title: str, x_unit: str, y_unit: str, *, has_legend: bool = False) -> None:
     pad = 20 if has_legend else 6
-    axis.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=pad)
+    axis.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=pad, parse_math=False)
     if has_legend:  # between title and axes, where no data can be
         where: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.02, 0.99), "ncols": 3}
         axis.legend(**where, fontsize=8, frameon=False, handlelength=1.6, columnspacing=1.2)

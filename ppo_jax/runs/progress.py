@@ -20,14 +20,14 @@ from rich.text import Text
 
 from qwen_env.rendering import printable
 
-_WATCHED = (
-    ("score", "objective/score", "+.3f"),
+_WATCHED = (  # behind the score and its components
     ("KL", "objective/kl", ".2f"),
     ("entropy", "policy/entropy", ".2f"),
     ("length", "rollout/length_mean", ".1f"),
 )
 _QUIET_SECONDS = 10.0  # between two plain lines
 _SAMPLE_CHARACTERS = 400  # of a prompt with its completion, in a table of samples
+_COMPONENTS = 3  # of a reward, in a line of an iteration and in a table of samples
 
 
 class _Lasting:
@@ -69,6 +69,7 @@ class Progress:
         self.done = 0
         self._total, self._clock = total, clock
         self._numbers = ""
+        self._doing_since: float | None = None  # instead of showing numbers
         self._speed = ""
         # The first iteration compiles: its time says nothing about the others'.
         self._timed_from: tuple[int, float] | None = None
@@ -96,15 +97,15 @@ class Progress:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def doing(self, what: str) -> None:
-        """Show what is going on instead of the last numbers."""
-        self._numbers = what
+        """Show what is going on, and for how long, instead of the last numbers."""
+        self._numbers, self._doing_since = what, self._clock()
         if not self._console.is_interactive:
             self._last_line = self._clock()
             self.say(what)
 
     def evaluating(self, decoding: str, total: int, done: int) -> None:
         """Show how far an evaluation is; it may take as long as many iterations."""
-        self._numbers = f"evaluating ({decoding}): {done}/{total}"
+        self._numbers, self._doing_since = f"evaluating ({decoding}): {done}/{total}", None
         now = self._clock()
         if not self._console.is_interactive and now - self._last_line >= _QUIET_SECONDS:
             self._last_line = now
@@ -119,7 +120,14 @@ class Progress:
             first, start = self._timed_from
             mean = (now - start) / (self.done - first)  # evaluations included
             self._ends_at = now + mean * (self._total - self.done)
-        self._numbers = "  ".join(f"{name} {metrics[key]:{form}}" for name, key, form in _WATCHED)
+        components = [
+            (name.removeprefix("reward/"), name, "+.3f")
+            for name in metrics
+            if name.startswith("reward/") and name != "reward/gold_std"
+        ]
+        watched = (("score", "objective/score", "+.3f"), *components[:_COMPONENTS], *_WATCHED)
+        self._numbers = "  ".join(f"{name} {metrics[key]:{form}}" for name, key, form in watched)
+        self._doing_since = None
         self._speed = f"{metrics['throughput/tokens_per_s']:,.0f} tokens/s"
         is_due = now - self._last_line >= _QUIET_SECONDS or self.done == self._total
         if is_due and not self._console.is_interactive:
@@ -127,31 +135,37 @@ class Progress:
             self.say(f"iteration {self._count()}  {self._numbers}  {self._speed}  {self._left()}")
 
     def evaluated(self, iteration: int, means: Mapping[str, float]) -> None:
-        """One line of an evaluation's means, which are named as in `metrics.jsonl`."""
+        """One line of an evaluation's scores, which are named as in `metrics.jsonl`."""
+        sampled = (name for name in means if name.startswith("sampled/"))
+        names = [name.removeprefix("sampled/") for name in sampled]
         numbers = "  ".join(
             f"{name} {means[f'sampled/{name}']:+.3f} (greedy {means[f'greedy/{name}']:+.3f})"
-            for name in ("score", "gold")
-            if f"sampled/{name}" in means
+            for name in names
+            if name not in ("length_mean", "eos_rate")
         )
         width = len(str(self._total))
         self.say(f"held out after {iteration:>{width}}: {numbers}")
 
     def samples(self, title: str, samples: Sequence[Mapping[str, Any]]) -> None:
         """A table of prompts, completions and scores."""
-        has_gold = any("gold" in sample["components"] for sample in samples)
+        names = dict.fromkeys(name for sample in samples for name in sample["components"])
+        components = [name for name in names if name != "score"][:_COMPONENTS]
         table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
         table.add_column("prompt and completion", overflow="fold")
         table.add_column("score", justify="right", no_wrap=True)
-        if has_gold:
-            table.add_column("gold", justify="right", no_wrap=True)
+        for name in components:
+            table.add_column(printable(name), justify="right", no_wrap=True)
         for sample in samples:
-            prompt = _one_line(sample["prompt"])
+            prompt = _one_line(sample.get("user_message", sample["prompt"]))
+            if len(prompt) > _SAMPLE_CHARACTERS // 2:
+                prompt = f"... {prompt[-_SAMPLE_CHARACTERS // 2 :]}"
             completion = _one_line(sample["completion"])
             room = max(_SAMPLE_CHARACTERS - len(prompt), _SAMPLE_CHARACTERS // 2)
             is_whole = sample["finish_reason"] != "length" and len(completion) <= room
             text = Text.assemble((prompt, "dim"), completion[:room], "" if is_whole else " ...")
-            gold = [f"{sample['components']['gold']:+.2f}"] if has_gold else []
-            table.add_row(text, f"{sample['score']:+.2f}", *gold)
+            parts = (sample["components"].get(name) for name in components)
+            numbers = ("" if number is None else f"{number:+.2f}" for number in parts)
+            table.add_row(text, f"{sample['score']:+.2f}", *numbers)
         self._console.print(table)
 
     def leave(self) -> None:
@@ -169,7 +183,10 @@ class Progress:
         bar = ProgressBar(total=self._total, completed=self.done, complete_style="cyan")
         right = "  ".join(filter(None, (self._speed, self._left())))
         first.add_row(f"PPO {self._count()}", bar, right)
-        return Group(first, Text(self._numbers, no_wrap=True, overflow="ellipsis"))
+        numbers = self._numbers
+        if self._doing_since is not None:
+            numbers += f" {_time(self._clock() - self._doing_since)}"
+        return Group(first, Text(numbers, no_wrap=True, overflow="ellipsis"))
 
     def _count(self) -> str:
         return f"{self.done:>{len(str(self._total))}}/{self._total}"
@@ -177,8 +194,11 @@ class Progress:
     def _left(self) -> str:
         if self._ends_at is None:
             return "ETA -:--:--"
-        seconds = max(round(self._ends_at - self._clock()), 0)
-        return f"ETA {datetime.timedelta(seconds=seconds)}"
+        return f"ETA {_time(self._ends_at - self._clock())}"
+
+
+def _time(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=max(round(seconds), 0)))
 
 
 def _one_line(text: str) -> str:

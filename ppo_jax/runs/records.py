@@ -1,6 +1,6 @@
 """Files of records: JSON objects, one a line, each of an iteration, in order.
 
-What is on record stays as it is. When a run is resumed, only two things go: a last line that was not
+What is on record stays as it is. Only two things go when a run is resumed: a last line that was not
 finished, and the records of iterations that will be done again. The file as it was is then kept
 beside it, under its name with `.bak`.
 """
@@ -20,6 +20,9 @@ from qwen_env.errors import UsageError
 Record = dict[str, Any]
 
 BACKUP = ".bak"
+
+# Those that JSON allows within a string, and at which `str.splitlines` and editors break lines.
+_LINE_ENDS = {ord(x): f"\\u{ord(x):04x}" for x in "\x85\u2028\u2029"}
 
 
 class RecordFile:
@@ -145,9 +148,9 @@ def _parse(line: bytes, previous: int) -> Record:
 
 
 def _as_line(record: Mapping[str, Any]) -> bytes:
-    """JSON has no NaN and no infinity: they become null."""
+    """JSON has no NaN and no infinity: they become null. No reader sees the end of a line in it."""
     text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
-    return text.encode(errors="backslashreplace") + b"\n"
+    return text.translate(_LINE_ENDS).encode(errors="backslashreplace") + b"\n"
 
 
 def _finite(value: Any) -> Any:

@@ -1,9 +1,12 @@
 """A training run under way: iterations, evaluations, records, checkpoints, and how it ends."""
 
+import dataclasses
 import hashlib
+import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,6 +14,7 @@ import jax
 import numpy as np
 
 from ppo_jax.agent import PPOAgent, TooManyNonfiniteUpdates
+from ppo_jax.files import folder_digest
 from ppo_jax.generation.episode_metrics import (
     evaluation_means,
     gold_spread,
@@ -19,32 +23,56 @@ from ppo_jax.generation.episode_metrics import (
 )
 from ppo_jax.models import save_pretrained
 from ppo_jax.runs.checkpoints import Checkpoints
-from ppo_jax.runs.folder import Record, RunFolder, distributions_record
+from ppo_jax.runs.config_file import Settings, settings
+from ppo_jax.runs.distributions import distributions_record
+from ppo_jax.runs.folder import RunFolder
 from ppo_jax.runs.interruption import EXIT_STATUS, stop_on_signal
 from ppo_jax.runs.progress import Progress
+from ppo_jax.runs.records import Record
 from qwen_env.errors import RunError, UsageError, UserFacingError
 from qwen_env.prompts import PromptDataset
 
 PROG = "python -m ppo_jax.train"
 NUM_SAMPLES = 8  # held-out prompts whose completions are kept in samples.jsonl
 SECONDS_BETWEEN_PLOTS = 20.0
+ALIKE = 3  # iterations in a row in which all scores are alike, before that is said
+
+
+@dataclass
+class RunState:
+    """What a run remembers beside the agent's state; JSON, in every checkpoint."""
+
+    settings: Settings
+    model_digest: str  # of the model that it began with
+    prompts_digest: str  # of the training prompts
+    best_score: float | None = None
+    best_iteration: int | None = None
+    best_digest: str | None = None  # of best/, where it was not written since the last checkpoint
+    unfinished: dict[str, Record] | None = None
+    """What an iteration will record whose update is done and whose evaluation is not."""
 
 
 class Run:
-    """A run under way: the agent, its files, and what is remembered between iterations."""
+    """A run under way: the agent, its files, and what is remembered between iterations.
+
+    Args:
+        agent: trained to its `num_iterations`, from its present state if nothing was saved.
+        folder: locked.
+        eval_prompts: held out, all of them answered at every evaluation.
+    """
 
     def __init__(self, agent: PPOAgent, folder: RunFolder, eval_prompts: PromptDataset):
         self.agent, self.folder, self.eval_prompts = agent, folder, eval_prompts
-        self.settings = agent.config.run
+        self.config = agent.config.run
+        self.checkpoints = Checkpoints(folder.checkpoints, self.config.keep_checkpoints)
+        self.progress = Progress(agent.num_iterations)
+        self.state = RunState(
+            settings=settings(agent.config),
+            model_digest=model_digest(agent.initial_backbone),
+            prompts_digest=prompts_digest(agent.task.prompts),
+        )
         self.plotted_at = -SECONDS_BETWEEN_PLOTS
-        # What is saved beside the agent's state.
-        self.metadata: dict[str, Any] = {
-            "model_fingerprint": fingerprint(agent.initial_backbone),
-            "prompts_fingerprint": fingerprint(ids_and_lengths(agent.task.prompts)),
-            "best_score": None,
-            "best_iteration": None,
-            "unfinished": None,  # what an iteration whose evaluation failed will record
-        }
+        self.num_alike, self.told_alike = 0, False  # iterations in a row whose scores are alike
 
     def go(self, *, resume: bool) -> None:
         """Train from the start, or from the last checkpoint, to the end or an interruption.
@@ -54,8 +82,6 @@ class Run:
             SystemExit: it was interrupted, and is saved.
         """
         agent = self.agent
-        self.checkpoints = Checkpoints(self.folder.checkpoints, self.settings.keep_checkpoints)
-        self.progress = Progress(agent.num_iterations)
         stopping = "Stopping after this iteration; a second Ctrl-C leaves at once, without saving."
         with (
             self.progress,
@@ -63,9 +89,9 @@ class Run:
         ):
             if resume:
                 self._restore()
-            self.folder.create()
-            recorded = agent.iteration - (self.metadata["unfinished"] is not None)
-            self.folder.open(recorded, starts_anew=agent.iteration == 0)
+            recorded = agent.iteration - (self.state.unfinished is not None)
+            # The untrained model is evaluated again, if nothing was learnt since.
+            self.folder.begin(recorded if agent.iteration else -1, self.progress.say)
             try:
                 self._learn(should_stop)
                 self._save()
@@ -95,12 +121,12 @@ class Run:
             baseline = {f"baseline/{name}": mean for name, mean in means.items()}
             self.progress.samples("Before training", samples)
             self.progress.doing("compiling ...")
-        if self.metadata["unfinished"] is not None:
+        if self.state.unfinished is not None:
             self._finish_iteration()
         for experience, metrics in self.agent.learn():
             lengths = length_counts(experience, self.agent.task.rules.max_new_tokens)
             distributions = self.agent.distributions | {"length": lengths}
-            self.metadata["unfinished"] = {
+            self.state.unfinished = {
                 "metrics": metrics | gold_spread(experience) | baseline,
                 "distributions": distributions_record(self.agent.iteration, distributions),
             }
@@ -111,20 +137,23 @@ class Run:
 
     def _finish_iteration(self) -> None:
         """Evaluate, record and save what falls due after an iteration's update."""
-        iteration, settings = self.agent.iteration, self.settings
-        metrics: Record = self.metadata["unfinished"]["metrics"]
-        evaluates = iteration % settings.eval_every == 0 or iteration >= self.agent.num_iterations
+        assert self.state.unfinished is not None
+        iteration = self.agent.iteration
+        metrics, distributions = (self.state.unfinished[x] for x in ("metrics", "distributions"))
+        is_last = iteration >= self.agent.num_iterations
+        evaluates = iteration % self.config.eval_every == 0 or is_last
         if evaluates:
             means, _ = self._evaluate()
             metrics = metrics | {f"eval/{name}": mean for name, mean in means.items()}
-        self.folder.write_distributions(self.metadata["unfinished"]["distributions"])
+        self.folder.write_distributions(distributions)
         self.folder.write_metrics(metrics)
-        self.metadata["unfinished"] = None
+        self.state.unfinished = None
         self.progress.iterated(metrics)
+        self._warn_of_scores_alike(metrics)
         if evaluates and time.monotonic() - self.plotted_at > SECONDS_BETWEEN_PLOTS:
             self.folder.plot()
             self.plotted_at = time.monotonic()
-        if iteration % settings.save_every == 0:
+        if iteration % self.config.save_every == 0:
             self._save()
 
     def _evaluate(self) -> tuple[dict[str, float], list[Record]]:
@@ -146,17 +175,31 @@ class Run:
             ]
         self.folder.write_samples(samples["greedy"] + samples["sampled"])
         self.progress.evaluated(iteration, means)
-        best, score = self.metadata["best_score"], means["sampled/score"]
+        best, score = self.state.best_score, means["sampled/score"]
         if iteration and self._is_sound() and (best is None or score > best):
-            self.metadata |= {"best_score": score, "best_iteration": iteration}
+            self.folder.sync()  # whoever finds another best/ than a checkpoint's finds out why
             save_pretrained(self.agent.network, self.folder.best, self.agent.task.tokenizer)
+            self.state.best_score, self.state.best_iteration = score, iteration
+            self.state.best_digest = None
         return means, samples["sampled"]
+
+    def _warn_of_scores_alike(self, metrics: Record) -> None:
+        score, spread = metrics["objective/score"], metrics["objective/score_std"]
+        self.num_alike = self.num_alike + 1 if spread <= 1e-6 * abs(score) else 0
+        if self.num_alike == ALIKE and not self.told_alike:
+            self.told_alike = True
+            self.progress.say(
+                f"All responses of {ALIKE} iterations in a row scored {score:g}, and PPO learns "
+                "only from differences. See samples.jsonl for what was written, and whether the "
+                "reward is right; if it is, try easier prompts, a reward with more steps, a larger "
+                "batch_size or a higher temperature."
+            )
 
     def _finish(self) -> None:
         save_pretrained(self.agent.network, self.folder.final, self.agent.task.tokenizer)
         self.progress.samples("After training", self.folder.last_samples())
         best = (
-            f"the best one (iteration {self.metadata['best_iteration']}) in {self.folder.best}, "
+            f"the best one (iteration {self.state.best_iteration}) in {self.folder.best}, "
             if self.folder.best.exists()
             else ""
         )
@@ -175,39 +218,66 @@ class Run:
                 )
             self.progress.say("Nothing was saved before the interruption: starting again.")
             return
-        state, metadata = restored
-        metadata = self.metadata | metadata  # an earlier version may not have noted all of them
-        if metadata["model_fingerprint"] != self.metadata["model_fingerprint"]:
+        self.agent.state = restored[0]
+        now, self.state = self.state, RunState(**restored[1])
+        iteration, total = self.agent.iteration, self.agent.num_iterations
+        self.folder.check_unedited(self.state.settings)
+        self.state.settings = now.settings
+        if self.state.model_digest != now.model_digest:
             raise UsageError(
                 f"{self.agent.config.task.model} is not the model that the run in "
                 f"{self.folder.path} was started with: its weights have changed."
             )
-        if metadata["prompts_fingerprint"] != self.metadata["prompts_fingerprint"]:
+        if self.state.prompts_digest != now.prompts_digest:
             raise UsageError(
                 f"{self.agent.config.task.prompts} does not hold the prompts that the run in "
                 f"{self.folder.path} was started with; put those back, or start another run."
             )
-        iteration, total = int(state.iteration), self.agent.num_iterations
         if iteration > total:
             raise UsageError(
                 f"num_iterations is {total}, but the run in {self.folder.path} has done "
                 f"{iteration}; raise it, or leave it out."
             )
-        self.agent.state, self.metadata = state, metadata
+        self._check_best()
         self.progress.done = iteration
         self.progress.say(
             f"Continuing after iteration {iteration} of {total}, with the settings of the start."
             if iteration < total
-            else f"All {total} iterations were done already."
+            else f"All {total} iterations were done already; --num-iterations with a larger number "
+            "goes on."
         )
+
+    def _check_best(self) -> None:
+        """Check that best/ is what the checkpoint knows, or was written after it.
+
+        Raises:
+            UsageError: it was changed.
+        """
+        if self.state.best_digest is None:
+            return
+        if not self.folder.best.exists():
+            self.progress.say(f"{self.folder.best} is gone: the next evaluation makes it again.")
+            self.state.best_score = self.state.best_iteration = self.state.best_digest = None
+            return
+        recorded = self.agent.iteration - (self.state.unfinished is not None)
+        is_same = folder_digest(self.folder.best) == self.state.best_digest
+        if not is_same and not self.folder.evaluated_after(recorded):
+            raise UsageError(
+                f"{self.folder.best} was changed since iteration {self.state.best_iteration} wrote "
+                "it; put it back, or move it away, and the next evaluation makes it again."
+            )
 
     def _is_sound(self) -> bool:
         """Whether the last update was finite; where it was not, the policy may have diverged."""
         return not self.agent.state.nonfinite_in_a_row
 
     def _save(self) -> None:
-        if self._is_sound():  # or what is saved already is the better place to go on from
-            self.checkpoints.save(self.agent.state, self.metadata)
+        if not self._is_sound():  # what is saved already is the better place to go on from
+            return
+        self.folder.sync()
+        if self.state.best_iteration is not None and self.state.best_digest is None:
+            self.state.best_digest = folder_digest(self.folder.best)
+        self.checkpoints.save(self.agent.state, dataclasses.asdict(self.state))
 
     def _where_saved(self) -> str:
         saved = self.checkpoints.iterations()
@@ -220,15 +290,18 @@ class Run:
         )
 
 
-def ids_and_lengths(prompts: PromptDataset) -> list[np.ndarray]:
-    """The ids of each prompt, and int [prompts] how many: together they tell where one ends."""
-    ids = [prompt.ids for prompt in prompts]
-    return [*ids, np.array([len(row) for row in ids])]
-
-
-def fingerprint(arrays: Any) -> str:
-    """A digest of all arrays of a tree: tells whether a resumed run has what it began with."""
+def model_digest(params: Any) -> str:
+    """A digest of all arrays of a tree."""
     digest = hashlib.blake2b(digest_size=16)
-    for leaf in jax.tree.leaves(arrays):
+    for leaf in jax.tree.leaves(params):
         digest.update(np.asarray(leaf).view(np.uint8).data)  # bfloat16 has no buffer of its own
+    return digest.hexdigest()
+
+
+def prompts_digest(prompts: PromptDataset) -> str:
+    """A digest of all that a run takes from its prompts: tokens, and the rows that rewards see."""
+    digest = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        row = json.dumps(dict(prompt.row), sort_keys=True, default=repr)
+        digest.update(f"{prompt.ids.tolist()} {row}\n".encode(errors="backslashreplace"))
     return digest.hexdigest()

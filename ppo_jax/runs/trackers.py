@@ -16,8 +16,8 @@ from tensorboardX.record_writer import masked_crc32c
 class TensorBoard:
     """Writes one event file: TFRecords of `Event` messages.
 
-    It writes at once and in the caller's thread. tensorboardX's `SummaryWriter` has a thread for it,
-    and where that dies of a full disk, its queue fills and the run waits for ever.
+    It writes at once and in the caller's thread. tensorboardX's `SummaryWriter` has a thread that
+    does: where that dies of a full disk, its queue fills and the run waits for ever.
 
     Args:
         folder: made if it is not there; each writer has a file of its own in it.

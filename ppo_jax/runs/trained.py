@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ppo_jax.config import PPOConfig, SamplingConfig, TrainConfig
-from ppo_jax.runs.folder import read_config
+from ppo_jax.runs.config_file import read_config
 from qwen_env.errors import UsageError
 
 _MODELS = ("final", "best")

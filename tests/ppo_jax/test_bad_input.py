@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ppo_jax.runs.folder import RunFolder, read_config
+from ppo_jax.runs.config_file import read_config
+from ppo_jax.runs.folder import RunFolder
 from ppo_jax.train import main
 
 Damage = Callable[[Path], object]
