@@ -46,12 +46,6 @@ _SPECIAL_TOKENS = tuple(
 )
 
 
-_ADVICE = (
-    "which AutoTokenizer.from_pretrained(...).save_pretrained(folder) would make, and transformers "
-    "cannot make it of the other files"
-)
-
-
 def load_tokenizer(source: Any) -> Tokenizer:
     """The tokenizer that `source` names or is.
 
@@ -186,14 +180,21 @@ def _load_with_transformers(folder: Path) -> Any:
             raise UsageError(
                 f"{folder} holds a tokenizer that transformers cannot load: {reason(error)}."
             ) from error
-        raise UsageError(f"{folder} has no tokenizer.json, {_ADVICE}: {reason(error)}.") from error
+        raise _no_tokenizer(folder, reason(error)) from error
     # Some classes are content without the files that they are made of: with no vocabulary.
     sources = {n: folder / file for n, file in type(tokenizer).vocab_files_names.items()}
     whole = sources.pop("tokenizer_file", folder / "tokenizer.json")
     missing = [file.name for file in sources.values() if not is_file(file)]
     if missing and not is_file(whole):
-        raise UsageError(f"{folder} has no tokenizer.json, {_ADVICE}: there is no {missing[0]}.")
+        raise _no_tokenizer(folder, f"there is no {missing[0]}")
     return tokenizer
+
+
+def _no_tokenizer(folder: Path, why: str) -> UsageError:
+    return UsageError(
+        f"{folder} has no tokenizer.json, and transformers cannot make it of the other files "
+        f"({why}); AutoTokenizer.from_pretrained(...).save_pretrained(folder) puts one there."
+    )
 
 
 def _from_transformers(tokenizer: Any) -> Tokenizer:

@@ -20,6 +20,8 @@ _LARGEST_ID = 2**22
 
 _WINDOW = 2**16
 """Characters. Longer texts are encoded whole only where that is needed."""
+_SHIFT = 10_007
+"""Characters, a prime: of a run that is cut into groups of n, the end tells where it began."""
 
 
 class Tokenizer:
@@ -85,14 +87,15 @@ class Tokenizer:
         """The last ids of `text`, no fewer than `at_least` of them, and whether these are all.
 
         Encoding takes 150 times the memory of the text, so of a long text only the end is encoded:
-        from two places, until the ids agree, which are then those of the whole text.
+        from two places, further and further back until the ids agree, which are then those of the
+        whole text.
         """
         window = max(_WINDOW, 8 * at_least)
-        while 2 * window < len(text):
-            ids, more = self.encode(text[-window:]), self.encode(text[-2 * window :])
+        while window + _SHIFT < len(text):
+            ids, more = (self.encode(text[-size:]) for size in (window, window + _SHIFT))
             if len(ids) > at_least and ids[-at_least:] == more[-at_least:]:
                 return more, False
-            window *= 2
+            window *= 4
         return self.encode(text), True
 
     @cached_property
