@@ -1,3 +1,5 @@
+import errno
+import os
 from pathlib import Path
 
 import huggingface_hub
@@ -44,14 +46,37 @@ def test_a_file_is_not_a_folder(tmp_path, monkeypatch):
         resolve("model.safetensors", allow_patterns=[])
 
 
+def test_what_is_neither_folder_nor_file(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "none")
+    monkeypatch.chdir(tmp_path)
+    for name, kind in {"pipe": "a pipe", "link": "a link to a file that is not there"}.items():
+        with pytest.raises(UsageError, match=f"^{name} is {kind}; name the folder"):
+            resolve(name, allow_patterns=[])
+    for name, message in {"a\0b": "null", "a" * 999: "too long", "~nobody-here/a": "user"}.items():
+        with pytest.raises(UsageError, match=f"cannot be read: .*{message}"):
+            resolve(name, allow_patterns=[])
+
+
 def test_a_name_that_the_hub_does_not_take():
     with pytest.raises(UsageError, match=r"my--tok: no such folder, and no such repository"):
         resolve("my--tok", allow_patterns=[])
 
 
-def test_a_hub_that_cannot_be_reached(monkeypatch):
-    download(monkeypatch, LocalEntryNotFoundError("no network"))
+class NetworkError(Exception):
+    """As of httpx, which is no OSError."""
+
+
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError("no network"), NetworkError("reset")])
+def test_a_hub_that_cannot_be_reached(monkeypatch, error):
+    download(monkeypatch, error)
     with pytest.raises(UsageError, match=r"hub cannot be reached; .*local folder.*\.gguf.*pocket"):
+        resolve("Qwen/Qwen2.5-0.5B", allow_patterns=[])
+
+
+def test_a_full_disk(monkeypatch):
+    download(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(UsageError, match=r"0.5B cannot be downloaded: No space left on device.$"):
         resolve("Qwen/Qwen2.5-0.5B", allow_patterns=[])
 
 

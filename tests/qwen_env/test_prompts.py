@@ -1,9 +1,16 @@
+import json
 import os
+import subprocess
+import sys
+import textwrap
 
 import datasets
 import numpy as np
 import pandas
 import pytest
+import tokenizers
+import transformers
+from tokenizers import processors
 
 from qwen_env.errors import UsageError
 from qwen_env.prompts import PromptEncoder, load_prompts
@@ -154,6 +161,9 @@ def test_overflow(load):
             "line 2 of .* it must be text .a chat goes under 'messages'.",
         ),
         ('{"prompt": "\\ud800"}', "line 2 of .* not valid Unicode text"),
+        ('{"prompt": "a", "prompt": "b"}', "line 2 of .* holds 'prompt' twice; leave one out"),
+        ('{"prompt": "a", "x": [{"y": 1, "y": 1}]}', "line 2 of .* holds 'y' twice"),
+        ('{"prompt": "a", "x": ' + "[" * 10**5, "line 2 of .* is not JSON: it is nested too deep"),
         ('{"messages": "hi"}', "line 2 of .*: messages is a str; it must be a list"),
         ('{"messages": {"role": "user"}}', "line 2 of .*: messages is a dict; it must be a list"),
         (
@@ -232,6 +242,173 @@ def test_wrong_arguments(load, backend):
         load([{"messages": CHAT}], chat_template=False)
     with pytest.raises(UsageError, match=r"prompts\[0\]: the tokenizer has no chat template"):
         load_prompts([{"messages": CHAT}], PromptEncoder(load_tokenizer(backend), 9))
-    for name in ("self", "template"):
+    for name in ("self", "template", "messages", "tokenize", "padding", "return_dict"):
         with pytest.raises(UsageError, match=f"holds '{name}', which is set elsewhere"):
             load([{"messages": CHAT}], chat_template_kwargs={name: "x"})
+
+
+def with_bos(backend):
+    backend = tokenizers.Tokenizer.from_str(backend.to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    return backend
+
+
+def test_a_text_begins_as_its_model_expects_and_never_twice(backend):
+    backend = with_bos(backend)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|endoftext|>"
+    )
+    tokenizer = load_tokenizer(theirs)
+
+    def ids(source, **arguments):
+        encoder = PromptEncoder(tokenizer, **({"max_prompt_length": 30} | arguments))
+        (prompt,) = load_prompts(source, encoder)
+        return prompt.ids.tolist()
+
+    text = "the film was good"
+    expected = theirs(text).input_ids
+    assert ids([text]) == ids(["<|endoftext|>" + text]) == expected
+    assert expected[0] == 0 != expected[1]
+    for template in ("{{ bos_token }}{{ messages[0].content }}", "{{ messages[0].content }}"):
+        chat = theirs.apply_chat_template(CHAT, chat_template=template, return_dict=False)
+        assert ids([{"messages": CHAT}], chat_template=template) == chat
+    limit = len(expected) - 2
+    with pytest.raises(UsageError, match=f"of {len(expected)} tokens, over the limit of {limit}"):
+        ids([text], max_prompt_length=limit)
+    theirs.truncation_side = "left"
+    cut = theirs(text, truncation=True, max_length=limit).input_ids
+    for written in (text, "<|endoftext|>" + text):
+        assert ids([written], max_prompt_length=limit, overflow="truncate_left") == cut
+    with pytest.raises(UsageError, match="whose last character alone is over the limit of 1"):
+        ids([text], max_prompt_length=1, overflow="truncate_left")
+
+
+def test_a_cut_prompt_begins_with_a_whole_character(load):
+    text = "a\N{GRINNING FACE} the plot"
+    whole = load([text])[0].ids.tolist()
+    rest = load.tokenizer.encode(" the plot")
+    for limit in range(len(rest), len(whole)):
+        (prompt,) = load([text], max_prompt_length=limit, overflow="truncate_left")
+        assert prompt.ids.tolist() == load.tokenizer.encode(prompt.text)
+        assert text.endswith(prompt.text)
+    assert prompt.text == text[1:], "the last one keeps all but the first letter"
+    (prompt,) = load(["a\ufffd\ufffdb"], max_prompt_length=4, overflow="truncate_left")
+    assert prompt.text == "\ufffdb", "written as such"
+    with pytest.raises(UsageError, match=r"prompts\[0\] .* last character alone .* limit of 3"):
+        load(["a\N{GRINNING FACE}"], max_prompt_length=3, overflow="truncate_left")
+
+
+def test_the_last_message_may_be_left_open(load):
+    messages = [*CHAT, {"role": "assistant", "content": "The plot"}]
+    (prompt,) = load(
+        [{"messages": messages}], chat_template_kwargs={"continue_final_message": True}
+    )
+    assert prompt.text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nThe plot"
+
+
+def test_tools_may_stand_in_a_column_of_their_own(load):
+    template = "{% for tool in tools or [] %}{{ tool.name }} {% endfor %}{{ messages[0].content }}"
+    rows = [
+        {"messages": CHAT, "tools": [{"name": "look"}]},
+        {"messages": CHAT, "tools": None},
+        {"messages": CHAT, "tools": ["a column of somebody's own"]},
+        {
+            "messages": CHAT,
+            "tools": [{"name": "look"}],
+            "chat_template_kwargs": {"tools": [{"name": "run"}]},
+        },
+    ]
+    prompts = load(rows, chat_template=template)
+    assert [prompt.text for prompt in prompts] == ["look hi", "hi", "hi", "run hi"]
+
+
+def test_what_a_dataset_fills_in_is_left_out(load, tmp_path):
+    """Its objects all have the keys of all; a template would print None for those left out."""
+
+    def tool(name, **properties):
+        parameters = {"type": "object", "properties": properties}
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    rows = [
+        {
+            "messages": [*CHAT, {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}],
+            "tools": [tool("look", place={"type": "string"})],
+            "chat_template_kwargs": {"mood": {"a": 1}},
+        },
+        {
+            "messages": CHAT,
+            "tools": [tool("wait", time={"type": "number"}, unit={"enum": ["s"]})],
+            "chat_template_kwargs": {"mood": {"b": 2}},
+        },
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    dataset = datasets.Dataset.from_list(rows)
+    arguments = {
+        "chat_template": "{{ [tools, mood, messages] | tojson(sort_keys=true) }}",
+        "max_prompt_length": 999,
+    }
+    expected = [prompt.text for prompt in load(rows, **arguments)]
+    assert "null" not in expected[0]
+    for source in (path, dataset, dataset.to_iterable_dataset()):
+        prompts = load(source, **arguments)
+        assert [prompt.text for prompt in prompts] == expected
+        assert [prompt.row for prompt in prompts] == rows
+
+
+@pytest.mark.parametrize("overflow", ["drop", "error", "truncate_left"])
+def test_a_huge_prompt_takes_no_more_than_a_few_times_its_size(tmp_path, overflow):
+    size = 2 * 10**7
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "the plot " * (size // 9)}) + '\n{"prompt": "a"}\n')
+    code = f"""
+        import resource
+        from qwen_env import pocket
+        from qwen_env.prompts import PromptEncoder, load_prompts
+        from qwen_env.tokenizer import load_tokenizer
+        encoder = PromptEncoder(load_tokenizer(pocket.POLICY_FOLDER), 64, overflow={overflow!r})
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak()
+        try:
+            print([prompt.text[-9:] for prompt in load_prompts({str(path)!r}, encoder)])
+        except ValueError as error:
+            print(error)
+        print((peak() - before) * 1024 // {size})
+        """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    said, growth = run.stdout.splitlines()
+    assert int(growth) < 10
+    assert {"drop": "['a']", "truncate_left": "['the plot ', 'a']", "error": "at least"}[
+        overflow
+    ] in said
+
+
+@pytest.mark.parametrize("kind", ["fifo", "/dev/zero", "link"])
+def test_what_is_no_file(load, tmp_path, kind):
+    path = tmp_path / "p.jsonl"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to(tmp_path / "none")
+    else:
+        path = kind
+    with pytest.raises(UsageError, match=r"is a (pipe|device|link .*); name a .jsonl file"):
+        load(path)
+
+
+def test_odd_names_of_files(load, tmp_path):
+    path = tmp_path / "tést 😀 [x] %20 .jsonl"
+    path.write_text('{"prompt": "a"}')
+    assert load(path)[0].text == "a"
+    for name, message in (
+        ("~nobody-here/p.jsonl", "no such user"),
+        ("x" * 999, "too long"),
+        ("a\0", "null"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            load(name)
