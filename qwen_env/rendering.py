@@ -1,10 +1,10 @@
 """An episode as text, for a terminal or a notebook, and as a picture of one, for a video."""
 
 from pathlib import Path
-from unicodedata import category
 
 import numpy as np
 
+from qwen_env.printing import printable
 from qwen_env.task import Outcome
 
 
@@ -36,15 +36,6 @@ class LiveText:
         if self._shown and not self._shown.endswith("\n"):
             print(flush=True)
         self._shown = ""
-
-
-def printable(text: str) -> str:
-    """`text` with escapes for control characters, which a terminal would obey."""
-    return "".join(
-        # Category Zs: spaces of all kinds, such as the wide one of Chinese text.
-        c if c.isprintable() or c == "\n" or category(c) == "Zs" else ascii(c)[1:-1]
-        for c in text
-    )
 
 
 _COLUMNS, _ROWS = 80, 24

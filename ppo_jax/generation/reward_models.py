@@ -11,6 +11,7 @@ from ppo_jax.compilation import jit
 from ppo_jax.models import load_reward_model
 from qwen_env.errors import UsageError, UserFacingError
 from qwen_env.rewards import RewardBatch, RewardError, RewardFn, Scores, load_reward, score
+from qwen_env.rewards.addresses import shown
 from qwen_env.rewards.base import describe, is_ctrl_c, place, row_name
 from qwen_env.tokenizer import Tokenizer, load_tokenizer
 
@@ -39,7 +40,7 @@ def load_training_reward(spec: str, tokenizer: Tokenizer, gold: str | None = Non
             if is_ctrl_c(error):
                 raise
             raise UsageError(
-                f"The reward {spec} cannot be loaded: {describe(error)}{place(error)}."
+                f"The reward {shown(spec)} cannot be loaded: {describe(error)}{place(error)}."
             ) from error
 
     if not spec:

@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qwen_env.rendering import printable
+from qwen_env.printing import printable
 
 _WATCHED = (  # behind the score and its components
     ("KL", "objective/kl", ".2f"),

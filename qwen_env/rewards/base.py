@@ -95,14 +95,15 @@ RESERVED_COMPONENTS = ("score", "missing_eos_penalty")
 """Components that the environment reports itself."""
 
 NAMES_ALLOWED = (
-    "names must be text, and none of "
+    "names must be printable text, and none of "
     f"{', '.join(map(repr, (*RESERVED_COMPONENTS, '_...')))}, which are taken"
 )
 
 
 def may_be_named(name: Any) -> bool:
     """Whether a component can have this name: Gymnasium keeps the underscore for its masks."""
-    return isinstance(name, str) and name not in RESERVED_COMPONENTS and not name.startswith("_")
+    is_text = isinstance(name, str) and name.isprintable()
+    return is_text and name not in RESERVED_COMPONENTS and not name.startswith("_")
 
 
 def score(reward: RewardFn, batch: RewardBatch) -> Scores:

@@ -9,36 +9,48 @@ server answers with status 200 and
 
     {"rewards": [...], "components": {"name": [...], ...}}
 
-where `"components"`, reported beside the reward, may be left out.
+where `"components"`, reported beside the reward, may be left out. What JSON lacks, NaN in a row for
+instance, is sent as null.
 """
 
-import http.client
+import base64
 import json
-import re
+import math
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin
+
+import numpy as np
+import urllib3
 
 from qwen_env.arguments import finite, integer
 from qwen_env.errors import RewardError, UsageError
-from qwen_env.rewards.base import RewardBatch
+from qwen_env.printing import printable
+from qwen_env.rewards.addresses import Address, parse_address, redacted
+from qwen_env.rewards.base import RewardBatch, describe, row_name
+from qwen_env.rewards.http_post import Answer, post
 from qwen_env.rewards.progress import with_progress
 
 _WORTH_RETRYING = (408, 425, 429, 500, 502, 503, 504)
+_MOST_REDIRECTS = 5
+_LONGEST_PAUSE = 60.0  # seconds, whatever the server asks for
+_LARGEST_ANSWER = 64 * 2**20  # bytes
+_SHOWN = 200  # characters of what a server says
 
 
 class HTTPReward:
     """Asks the reward server at `url`.
 
     Args:
+        url: `http://HOST:PORT/PATH`, or `https://...`. A user and a password
+            (`http://USER:PASSWORD@HOST/...`) are sent, and shown nowhere.
         batch_size: rows per request.
-        timeout: seconds to wait for an answer.
-        retries: further attempts after a connection that failed, a timeout, or an answer that
-            says "later" (429, 5xx); every other answer is final.
-        backoff: seconds before the first further attempt; doubled before each next one.
+        timeout: seconds to wait for a whole answer.
+        retries: further attempts after a connection that failed or broke, a timeout, or an answer
+            that says "later" (429, 5xx); every other answer is final.
+        backoff: seconds before the first further attempt; doubled before each next one, and longer
+            where the server asks for it (Retry-After). No pause is longer than a minute.
     """
 
     def __init__(
@@ -50,8 +62,8 @@ class HTTPReward:
         retries: int = 3,
         backoff: float = 1.0,
     ) -> None:
-        _check_url(url)
-        self.url = url
+        self._address = parse_address(url)
+        self.url = self._address.url
         self.batch_size = integer("batch_size", batch_size, at_least=1)
         self.timeout = finite("timeout", timeout)
         self.retries = integer("retries", retries, at_least=0)
@@ -83,21 +95,14 @@ class HTTPReward:
         }
 
     def _ask(self, batch: RewardBatch, start: int) -> dict[str, Any]:
-        part = slice(start, start + self.batch_size)
-        columns: dict[str, Sequence[Any]] = {
-            "prompts": batch.prompts[part],
-            "completions": batch.completions[part],
-            "rows": batch.rows[part],
-            "finish_reasons": batch.finish_reasons[part],
-        }
-        answer = self._post(json.dumps(columns).encode())
+        part = range(start, min(start + self.batch_size, len(batch)))
+        answer = self._parsed(self._post(_request(batch, part)))
         rewards, components = None, None
         if isinstance(answer, dict):
             rewards, components = answer.get("rewards"), answer.get("components") or {}
-        count = len(batch.prompts[part])
 
         def is_column(values: Any) -> bool:
-            return isinstance(values, list) and len(values) == count
+            return isinstance(values, list) and len(values) == len(part)
 
         if not (
             is_column(rewards)
@@ -106,51 +111,131 @@ class HTTPReward:
         ):
             raise RewardError(
                 f"The reward server {self.url} must answer with an object whose 'rewards' are a "
-                f"list of {count} numbers, as is each of its 'components', if it has any; it "
-                f"answered {str(answer)[:200]}."
+                f"list of {len(part)} numbers, as is each of its 'components', if it has any; it "
+                f"answered {_shown(answer)}."
             )
         return {"rewards": rewards, "components": components}
 
-    def _post(self, body: bytes) -> Any:
-        request = urllib.request.Request(
-            self.url, data=body, headers={"Content-Type": "application/json"}
-        )
+    def _parsed(self, body: bytes) -> Any:
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise RewardError(
+                f"The reward server {self.url} answered with something that is not JSON: "
+                f"{_shown(error)}."
+            ) from error
+
+    def _post(self, body: bytes) -> bytes:
+        """The body of the server's answer with status 200, asked for until it comes."""
+        pause = 0.0
         for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(self.backoff * 2 ** (attempt - 1))
+            time.sleep(pause)
+            pause = min(self.backoff * 2**attempt, _LONGEST_PAUSE)
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return json.loads(response.read())
-            except urllib.error.HTTPError as error:
-                text = error.read(200).decode(errors="replace").strip()
-                problem = f"answered {error.code} {error.reason}: {text}"
-                if error.code not in _WORTH_RETRYING:
-                    raise RewardError(f"The reward server {self.url} {problem}") from error
-            except (OSError, http.client.HTTPException) as error:  # no connection, or a broken one
-                problem = f"cannot be reached ({getattr(error, 'reason', error)})"
-            except ValueError as error:
-                raise RewardError(
-                    f"The reward server {self.url} answered with something that is not JSON: "
-                    f"{error}."
-                ) from error
+                answer = self._follow(body)
+            except (urllib3.exceptions.HTTPError, TimeoutError) as error:
+                problem = f"gives no answer ({_shown(_root(error))})"
+                continue
+            except OverflowError as error:
+                raise RewardError(f"The reward server {self.url}: {error}.") from error
+            if answer.status == 200:
+                return answer.body
+            said = answer.body.decode(errors="replace").strip()
+            problem = f"answered {answer.status} {_shown(answer.reason)}: {_shown(said)}"
+            if answer.status not in _WORTH_RETRYING:
+                raise RewardError(f"The reward server {self.url} {problem}")
+            pause = min(max(pause, _asked_for(answer)), _LONGEST_PAUSE)
+        times = f"{self.retries + 1} times" if self.retries else "once"
         raise RewardError(
-            f"The reward server {self.url} {problem}, {self.retries + 1} times; "
-            "start it, or raise timeout or retries."
+            f"The reward server {self.url} {problem}, {times}; start it, or raise timeout or "
+            "retries."
+        )
+
+    def _follow(self, body: bytes) -> Answer:
+        """The answer, from wherever the server has it repeat the request."""
+        address, deadline = self._address, time.monotonic() + self.timeout
+        for _ in range(_MOST_REDIRECTS + 1):
+            headers = {"Content-Type": "application/json"}
+            # A password is for the server that it was given for.
+            if self._address.credentials and address.origin == self._address.origin:
+                headers["Authorization"] = _basic(*self._address.credentials)
+            seconds = max(deadline - time.monotonic(), 1e-3)
+            answer = post(address.url, body, headers, seconds=seconds, largest=_LARGEST_ANSWER)
+            location = answer.headers.get("Location")
+            if not (300 <= answer.status < 400 and location):
+                return answer
+            address = self._moved(address, answer.status, location)
+        raise RewardError(
+            f"The reward server {self.url} redirects more than {_MOST_REDIRECTS} times, at last to "
+            f"{_shown(address.url)}; name the address that answers."
+        )
+
+    def _moved(self, address: Address, status: int, location: str) -> Address:
+        """The next address. What is not 307 or 308 would have a POST become a GET."""
+        moved = urljoin(address.url, location)
+        if status in (307, 308):
+            try:
+                return parse_address(moved)
+            except UsageError:
+                pass
+        raise RewardError(
+            f"The reward server {self.url} answered {status}: it has moved to "
+            f"{_shown(redacted(moved))}; name that address, if it is the reward server's."
         )
 
 
-def _check_url(url: str) -> None:
+def _request(batch: RewardBatch, part: range) -> bytes:
+    """The rows of `part` as JSON."""
+    columns: dict[str, Sequence[Any]] = {
+        "prompts": [batch.prompts[row] for row in part],
+        "completions": [batch.completions[row] for row in part],
+        "rows": [_plain(batch.rows[row]) for row in part],
+        "finish_reasons": [batch.finish_reasons[row] for row in part],
+    }
     try:
-        parts = urlsplit(url)
-        is_right = (
-            parts.scheme in ("http", "https")
-            and parts.hostname
-            and parts.port != 0
-            and not re.search("[^!-~]", url)  # a space, or beyond ASCII
-        )
-    except (ValueError, AttributeError):  # no such port, no text
-        is_right = False
-    if not is_right:
-        raise UsageError(
-            f"the reward server is {url!r}; write it as 'http://HOST:PORT/PATH', percent-encoded."
-        )
+        return json.dumps(columns, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        for row, content in zip(part, columns["rows"], strict=True):
+            try:
+                json.dumps(content)
+            except (TypeError, ValueError, RecursionError):
+                raise RewardError(
+                    f"{row_name(batch, row)} cannot be sent to a reward server: {describe(error)}."
+                ) from error
+        raise
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: arrays become lists; NaN and infinities null."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(of_key) for key, of_key in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(of_place) for of_place in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _shown(text: object) -> str:
+    """What a server says, as a message may show it."""
+    return printable(" ".join(str(text).split())[:_SHOWN])
+
+
+def _root(error: BaseException) -> BaseException | str:
+    """What lies at the bottom of an error of urllib3, which wraps it in others."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return getattr(error, "strerror", None) or error
+
+
+def _asked_for(answer: Answer) -> float:
+    """The pause in seconds that the server asks for, 0 where it asks for none that makes sense."""
+    try:
+        wish = answer.headers.get("Retry-After")
+        return 0.0 if wish is None else urllib3.Retry().parse_retry_after(wish)
+    except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
+        return 0.0
+
+
+def _basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from qwen_env.errors import UsageError
+from qwen_env.rewards.addresses import redacted, shown
 from qwen_env.rewards.base import RewardFn, describe, is_ctrl_c, may_be_named, place
 from qwen_env.rewards.weighted_sum import WeightedSum, weight_and_reward
 
@@ -65,18 +66,18 @@ def load_reward(spec: Any, schemes: Schemes = MappingProxyType({})) -> RewardFn:
             )
         if scheme == "hf":
             return _load_huggingface(rest)
-        if scheme in ("http", "https"):
+        if scheme.lower() in ("http", "https"):
             from qwen_env.rewards.http import HTTPReward
 
             return HTTPReward(spec.strip())
-        if scheme and rest:
+        if scheme and rest and "@" not in rest:  # a mistyped scheme, before a password
             return _load_callable(scheme, rest)
     elif isinstance(spec, Mapping):
         return WeightedSum({name: _load_term(name, term, schemes) for name, term in spec.items()})
     elif callable(spec):
         reward: RewardFn = _instance(spec, spec)
         return reward
-    raise UsageError(f"reward is {spec!r}; give a callable, or a string: {FORMS}.")
+    raise UsageError(f"reward is {shown(spec)!r}; give a callable, or a string: {FORMS}.")
 
 
 def _load_term(name: str, term: Any, schemes: Schemes) -> tuple[float, RewardFn]:
@@ -86,25 +87,25 @@ def _load_term(name: str, term: Any, schemes: Schemes) -> tuple[float, RewardFn]
 
 def _load_sum(text: str, schemes: Schemes) -> WeightedSum:
     """Components are named after the last part of their spec; after all of it if that is taken."""
-    weights: dict[str, float] = {}
+    specs: dict[str, tuple[float, str]] = {}  # by how they are shown
     for term in re.split(r"\s\+\s", text):
         match = _WEIGHTED.fullmatch(term)
         factor, spec = match.groups() if match else ("1", term)
         if not (spec := spec.strip()):
-            raise UsageError(f"reward {text!r} has an empty term; write it as {FORMS}.")
-        if spec in weights:
-            raise UsageError(f"reward {text!r} names {spec!r} twice; add up its weights.")
+            raise UsageError(f"reward {shown(text)!r} has an empty term; write it as {FORMS}.")
+        if (whole := redacted(spec)) in specs:
+            raise UsageError(f"reward {shown(text)!r} names {whole!r} twice; add up its weights.")
         try:
-            weights[spec] = float(factor)
+            specs[whole] = float(factor), spec
         except ValueError:
             raise UsageError(
-                f"reward {text!r}: {factor!r} is not a weight; write it as {FORMS}."
+                f"reward {shown(text)!r}: {factor!r} is not a weight; write it as {FORMS}."
             ) from None
-    names = [re.split(r"[:/]", spec.rstrip("/"))[-1] for spec in weights]
+    names = [re.split(r"[:/@]", whole.rstrip("/"))[-1] for whole in specs]
     terms = {}
-    for (spec, weight), name in zip(weights.items(), names, strict=True):
+    for (whole, (weight, spec)), name in zip(specs.items(), names, strict=True):
         is_free = names.count(name) == 1 and may_be_named(name)
-        terms[name if is_free else spec] = (weight, load_reward(spec, schemes))
+        terms[name if is_free else whole] = (weight, load_reward(spec, schemes))
     return WeightedSum(terms)
 
 

@@ -97,7 +97,10 @@ class Unspeakable(Exception):
         ((NUMBERS, [("a", NUMBERS)]), "returned a tuple of list, list"),
         ((1.0, 2.0, 3.0), "returned a tuple of float, float, float"),
         ((1.0,), "returned a tuple of float"),
-        ((NUMBERS, {"score": NUMBERS}), "names a component 'score'; names must be text, and none"),
+        (
+            (NUMBERS, {"score": NUMBERS}),
+            "names a component 'score'; names must be printable text, and none",
+        ),
         ((NUMBERS, {"missing_eos_penalty": NUMBERS}), "names a component 'missing_eos_penalty'"),
         ((NUMBERS, {3: NUMBERS}), "names a component 3"),
         ((NUMBERS, {"_part": NUMBERS}), r"names a component '_part'; .* none of .*'_\.\.\.', whi"),

@@ -6,6 +6,7 @@ import pytest
 import qwen_env  # noqa: F401
 from qwen_env.errors import UsageError
 from qwen_env.rewards import load_reward, score
+from qwen_env.rewards.addresses import redacted
 from qwen_env.rewards.http import HTTPReward
 from qwen_env.rewards.sentiment import pocket_sentiment
 
@@ -71,6 +72,8 @@ def test_weighted_sums(module, make_batch, spec):
     [
         ("http://a:1/rate + http://b:1/rate", ["http://a:1/rate", "http://b:1/rate"]),
         ("http://a:1/score + http://b:1/rate", ["http://a:1/score", "rate"]),
+        ("http://u:p@a:1/x + http://v:q@b:1/x", ["http://***@a:1/x", "http://***@b:1/x"]),
+        ("http://u:p@a + http://v:q@b:1/y", ["a", "y"]),
     ],
 )
 def test_names_that_are_taken_give_way_to_the_whole_spec(spec, names):
@@ -83,6 +86,52 @@ def test_a_weighted_sum_in_the_environment(module):
     _, reward, _, _, info = env.step(100)
     assert info["reward_components"] == {"score": reward, "count": len(info["completion"])}
     assert reward == -0.5 * len(info["completion"])
+
+
+SECRETS = ("alice", "s3cret", "pa ss")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "http://alice:s3cret@host:0/",
+        "HTTPS://alice:s3cret@host:99999/",
+        "htp://alice:s3cret@host/",
+        "alice:s3cret@host",
+        "//alice:s3cret@host",
+        "http://alice:s3cret/x@host/",
+        "http://alice:pa ss@host/",
+        "e * http://alice:s3cret@host/",
+        "http://alice:s3cret@host/ + ",
+        "http://alice:s3cret@host/ + http://alice:other@host/",
+        "2 * http://alice:s3cret@host/ + no.such:thing",
+        "my_rewards:count + htp://alice:s3cret@host/",
+    ],
+)
+def test_messages_show_no_password(module, spec):
+    with pytest.raises(UsageError) as caught:
+        load_reward(spec)
+    assert not any(secret in str(caught.value) for secret in SECRETS)
+
+
+@pytest.mark.parametrize(
+    ("spec", "written"),
+    [
+        ("http://alice:s3cret@host:1/x", "http://***@host:1/x"),
+        ("HTTPS://alice@host", "HTTPS://***@host"),
+        ("http://a:b@c@host/?q=1", "http://***@host/?q=1"),
+        (
+            "1 * http://a:b@host/ + 2.0*https://c@d/e@f",
+            "1 * http://***@host/ + 2.0*https://***@d/e@f",
+        ),
+        ("http://host/path@2?mail=a@b", "http://host/path@2?mail=a@b"),
+        ("my_rewards:count", "my_rewards:count"),
+        ("--reward=http://a:b@host/", "--reward=http://***@host/"),
+    ],
+)
+def test_what_is_written_of_a_reward(spec, written):
+    assert redacted(spec) == written
+    assert redacted(written) == written
 
 
 def test_a_server():
@@ -121,7 +170,10 @@ def test_a_server():
         ({"a": (float("inf"), "my_rewards:count")}, "the weight of 'a' in a weighted sum is inf"),
         ({"a": ("1", "my_rewards:count")}, "the weight of 'a' in a weighted sum is '1'"),
         ({"a": 3}, "the term 'a' of a weighted sum is 3; it must be .weight, reward."),
-        ({"score": (1, "my_rewards:count")}, "names a term 'score'; names must be text, and none"),
+        (
+            {"score": (1, "my_rewards:count")},
+            "names a term 'score'; names must be printable text, and none",
+        ),
         ({3: (1, "my_rewards:count")}, "names a term 3"),
         ({"_a": (1, "my_rewards:count")}, "names a term '_a'"),
         ({}, "at least one term"),
