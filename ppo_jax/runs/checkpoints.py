@@ -14,10 +14,13 @@ largest of them and takes the place of what was there: neither needs room for a 
 
 import errno
 import json
+import logging
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,41 +59,22 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
 
     def save(self, state: TrainState, notes: Notes) -> None:
-        """Save under the state's iteration; nothing happens if that is saved already.
+        """Save under the state's iteration, if that is not saved already, and remove the oldest.
 
         Raises:
             RunError: it cannot be written; what was saved before is still there.
         """
         complete = self.folder / str(int(state.iteration))
-        if complete.exists():
-            return
-        arrays = _by_name(state)
-        partial = complete.with_name(complete.name + PARTIAL)
-        content: dict[str, Any] = {
-            "format": _FORMAT,
-            "arrays": {
-                name: {"shape": list(array.shape), "checksum": _checksum(array)}
-                for name, array in arrays.items()
-            },
-            "notes": notes,
-        }
-        try:
-            with disk_errors(complete):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                # Known before, for Orbax prints a dozen tracebacks when it fails.
-                size = sum(array.nbytes for array in arrays.values())
-                if shutil.disk_usage(self.folder).free < size:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                with _checkpointer() as checkpointer:
-                    checkpointer.save(partial / "arrays", ocp.args.PyTreeSave(arrays))
-                content["files"] = _files(partial / "arrays")
-                write_json(partial / "checkpoint.json", content | {"checksum": _seal(content)})
-                sync(partial)
-                partial.rename(complete)
-                sync_folder(self.folder)
-        except RunError:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        if not complete.exists():
+            partial = complete.with_name(complete.name + PARTIAL)
+            try:
+                with disk_errors(complete):
+                    _write(partial, _by_name(state), notes)
+                    partial.rename(complete)
+                    sync_folder(self.folder)
+            except RunError:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
         for iteration in self.iterations()[: -self.keep]:
             shutil.rmtree(self.folder / str(iteration), ignore_errors=True)
 
@@ -162,9 +146,47 @@ class _Place:
         return ocp.ArrayRestoreArgs(sharding=self.sharding, dtype=self.dtype)
 
 
-def _checkpointer() -> ocp.Checkpointer:
-    # Compressed, arrays would be 8 % smaller, take ten times as long, and a copy of the state.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+@contextmanager
+def _checkpointer() -> Iterator[ocp.Checkpointer]:
+    """Orbax, for the block. What it raises, it does not print as well, in a dozen tracebacks."""
+    log, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = log.level
+
+    def hook_for_others(error: "sys.UnraisableHookArgs") -> None:
+        if str(error.exc_value) != "Event loop is closed":
+            hook(error)
+
+    log.setLevel(logging.CRITICAL)
+    sys.unraisablehook = hook_for_others
+    try:
+        # Compressed, arrays would be 8 % smaller, take ten times as long, and a copy of the state.
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+            yield checkpointer
+        sys.unraisablehook = hook  # where it fails, its threads go on for a while
+    finally:
+        log.setLevel(level)
+
+
+def _write(folder: Path, arrays: Mapping[str, jax.Array], notes: Notes) -> None:
+    """Write a checkpoint, and wait until it is on the disk."""
+    folder.mkdir(parents=True)
+    # Known before, for Orbax takes its time to find out.
+    size = sum(array.nbytes for array in arrays.values())
+    if shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with _checkpointer() as checkpointer:
+        checkpointer.save(folder / "arrays", ocp.args.PyTreeSave(arrays))
+    content = {
+        "format": _FORMAT,
+        "arrays": {
+            name: {"shape": list(array.shape), "checksum": _checksum(array)}
+            for name, array in arrays.items()
+        },
+        "files": _files(folder / "arrays"),
+        "notes": notes,
+    }
+    write_json(folder / "checkpoint.json", content | {"checksum": _seal(content)})
+    sync(folder)
 
 
 def _read_content(folder: Path) -> dict[str, Any]:
