@@ -3,20 +3,20 @@
 import chex
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Real, Shaped
 
-from ppo_jax.algorithm.masking import zero_invalid
+from ppo_jax.algorithm.masking import AnyArray, Scalar, zero_invalid
 
 
 def generalized_advantage_estimation(
-    rewards: Float[Array, "B T"],
-    values: Float[Array, "B T"],
-    terminated: Bool[Array, "B T"],
-    last_value: Float[Array, "B"],
+    rewards: Real[AnyArray, "B T"],
+    values: Real[AnyArray, "B T"],
+    terminated: Shaped[AnyArray, "B T"],
+    last_value: Real[AnyArray, "B"],
     *,
-    mask: Bool[Array, "B T"] | None = None,
-    gamma: float = 0.99,
-    gae_lambda: float = 0.95,
+    mask: Shaped[AnyArray, "B T"] | None = None,
+    gamma: Scalar = 0.99,
+    gae_lambda: Scalar = 0.95,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Advantages and returns, by the backward recursion over t = T-1, ..., 0
 

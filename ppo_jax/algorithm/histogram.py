@@ -3,7 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int, Real, Shaped
+
+from ppo_jax.algorithm.masking import AnyArray
 
 RATIO_EDGES = np.linspace(0.0, 2.0, 41)
 """Of histograms of π_new / π_old: no move is 1, the usual clip lies at 0.8 and 1.2."""
@@ -12,7 +14,7 @@ ADVANTAGE_EDGES = np.linspace(-5.0, 5.0, 41)
 
 
 def masked_histogram(
-    x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], edges: np.ndarray
+    x: Real[AnyArray, "*shape"], mask: Shaped[AnyArray, "*shape"], edges: Real[AnyArray, "edges"]
 ) -> Int[Array, "bins"]:
     """How many valid entries lie between each two neighbouring edges, the lower one included.
 

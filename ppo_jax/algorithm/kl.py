@@ -9,15 +9,17 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Real, Shaped
 
-from ppo_jax.algorithm.masking import masked_mean, zero_invalid
+from ppo_jax.algorithm.masking import AnyArray, Scalar, masked_mean, zero_invalid
 
 KlEstimator = Literal["k1", "k2", "k3", "reference"]
 
 
 def kl_estimate(
-    log_p: Float[Array, "*shape"], log_q: Float[Array, "*shape"], estimator: KlEstimator
+    log_p: Real[AnyArray, "*shape"] | float,
+    log_q: Real[AnyArray, "*shape"] | float,
+    estimator: KlEstimator,
 ) -> Float[Array, "*shape"]:
     """One estimate of KL(p‖q) for every action, each drawn from p. With k1 = log p - log q:
 
@@ -53,12 +55,12 @@ def kl_estimate(
 
 
 def approx_kl(
-    old_logprobs: Float[Array, "*shape"],
-    new_logprobs: Float[Array, "*shape"],
-    mask: Bool[Array, "*shape"],
+    old_logprobs: Real[AnyArray, "*shape"],
+    new_logprobs: Real[AnyArray, "*shape"],
+    mask: Shaped[AnyArray, "*shape"],
     estimator: KlEstimator = "k3",
     *,
-    weights: Float[Array, "*shape"] | None = None,
+    weights: Real[AnyArray, "*shape"] | None = None,
 ) -> Float[Array, ""]:
     """Mean estimate of KL(old‖new) a token, in nats, over the valid actions drawn from `old`.
 
@@ -74,12 +76,12 @@ def approx_kl(
 
 
 def adapted_kl_coef(
-    kl_coef: Float[Array, ""] | float,
-    kl: Float[Array, ""] | float,
+    kl_coef: Scalar,
+    kl: Scalar,
     *,
-    target: float,
-    num_episodes: int,
-    horizon: int,
+    target: Scalar,
+    num_episodes: Scalar,
+    horizon: Scalar,
 ) -> Float[Array, ""]:
     """The KL penalty's coefficient after a batch, moved towards holding `kl` at `target`:
 
@@ -95,4 +97,4 @@ def adapted_kl_coef(
         horizon: episodes over which β moves by a factor of about e^0.2 at most.
     """
     error = jnp.clip(kl / target - 1, -0.2, 0.2)
-    return kl_coef * (1 + error * num_episodes / horizon)
+    return jnp.asarray(kl_coef) * (1 + error * num_episodes / horizon)

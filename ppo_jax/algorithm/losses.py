@@ -10,9 +10,9 @@ from typing import NamedTuple
 import chex
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Real, Shaped
 
-from ppo_jax.algorithm.masking import masked_mean, zero_invalid
+from ppo_jax.algorithm.masking import AnyArray, Scalar, masked_mean, zero_invalid
 
 
 class PolicyLoss(NamedTuple):
@@ -23,15 +23,15 @@ class PolicyLoss(NamedTuple):
 
 
 def clipped_policy_loss(
-    new_logprobs: Float[Array, "*shape"],
-    old_logprobs: Float[Array, "*shape"],
-    advantages: Float[Array, "*shape"],
-    mask: Bool[Array, "*shape"],
+    new_logprobs: Real[AnyArray, "*shape"],
+    old_logprobs: Real[AnyArray, "*shape"],
+    advantages: Real[AnyArray, "*shape"],
+    mask: Shaped[AnyArray, "*shape"],
     *,
-    clip_range: float = 0.2,
-    clip_range_high: float | None = None,
-    dual_clip: float | None = None,
-    weights: Float[Array, "*shape"] | None = None,
+    clip_range: Scalar = 0.2,
+    clip_range_high: Scalar | None = None,
+    dual_clip: Scalar | None = None,
+    weights: Real[AnyArray, "*shape"] | None = None,
 ) -> PolicyLoss:
     """The clipped surrogate, with ρₜ = exp(new - old), ε = clip_range and ε⁺ = clip_range_high:
 
@@ -73,13 +73,13 @@ def clipped_policy_loss(
 
 
 def value_loss(
-    values: Float[Array, "*shape"],
-    returns: Float[Array, "*shape"],
-    mask: Bool[Array, "*shape"],
+    values: Real[AnyArray, "*shape"],
+    returns: Real[AnyArray, "*shape"],
+    mask: Shaped[AnyArray, "*shape"],
     *,
-    old_values: Float[Array, "*shape"] | None = None,
-    clip_range: float | None = None,
-    weights: Float[Array, "*shape"] | None = None,
+    old_values: Real[AnyArray, "*shape"] | None = None,
+    clip_range: Scalar | None = None,
+    weights: Real[AnyArray, "*shape"] | None = None,
 ) -> Float[Array, ""]:
     """Mean of (Vₜ - Gₜ)², without a factor 1/2: `total_loss` weighs it.
 
@@ -111,15 +111,15 @@ def value_loss(
 
 
 def total_loss(
-    policy_loss: Float[Array, ""],
-    value_loss: Float[Array, ""],
-    entropy: Float[Array, ""],
+    policy_loss: Scalar,
+    value_loss: Scalar,
+    entropy: Scalar,
     *,
-    value_coef: float,
-    entropy_coef: float,
+    value_coef: Scalar,
+    entropy_coef: Scalar,
 ) -> Float[Array, ""]:
     """policy_loss + value_coef · value_loss - entropy_coef · entropy.
 
     `entropy` is the mean entropy of the policy at the valid tokens, in nats: it is rewarded.
     """
-    return policy_loss + value_coef * value_loss - entropy_coef * entropy
+    return jnp.asarray(policy_loss + value_coef * value_loss - entropy_coef * entropy)

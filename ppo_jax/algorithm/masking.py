@@ -9,15 +9,23 @@ from typing import Literal, get_args
 
 import chex
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Real, Shaped
+
+AnyArray = Array | np.ndarray
+"""What these functions take, of any real type; what they give is JAX's, in float32."""
+Scalar = float | Real[AnyArray, ""]
+"""A coefficient, which may be traced."""
 
 Aggregation = Literal["token", "sequence"]
 
 _WHITEN_EPSILON = 1e-8
 
 
-def zero_invalid(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
+def zero_invalid(
+    x: Shaped[AnyArray, "*shape"], mask: Shaped[AnyArray, "*shape"]
+) -> Float[Array, "*shape"]:
     """`x` in float32 where `mask` is True, 0 elsewhere.
 
     The gradient with respect to an invalid entry is exactly 0, and whatever is computed from the
@@ -28,10 +36,10 @@ def zero_invalid(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Floa
 
 
 def masked_mean(
-    x: Float[Array, "*shape"],
-    mask: Bool[Array, "*shape"],
+    x: Shaped[AnyArray, "*shape"],
+    mask: Shaped[AnyArray, "*shape"],
     *,
-    weights: Float[Array, "*shape"] | None = None,
+    weights: Real[AnyArray, "*shape"] | None = None,
 ) -> Float[Array, ""]:
     """Mean of the valid entries, Σ mask·x / Σ mask; 0 when none is valid.
 
@@ -53,7 +61,7 @@ def masked_mean(
 
 
 def token_weights(
-    mask: Bool[Array, "B T"], aggregation: Aggregation = "token"
+    mask: Shaped[AnyArray, "B T"], aggregation: Aggregation = "token"
 ) -> Float[Array, "B T"]:
     """What each token counts for in a mean over a minibatch: at least 0, in all 1.
 
@@ -85,13 +93,13 @@ def token_weights(
     return jnp.where(mask, 1 / jnp.maximum(share, 1).astype(jnp.float32), 0.0)
 
 
-def masked_var(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
+def masked_var(x: Real[AnyArray, "*shape"], mask: Shaped[AnyArray, "*shape"]) -> Float[Array, ""]:
     """Population variance (divided by n, not n - 1) of the valid entries; 0 when none is valid."""
     return masked_mean(jnp.square(_centre(x, mask)), mask)
 
 
 def masked_whiten(
-    x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], *, shift_mean: bool = True
+    x: Real[AnyArray, "*shape"], mask: Shaped[AnyArray, "*shape"], *, shift_mean: bool = True
 ) -> Float[Array, "*shape"]:
     """Scale the valid entries to unit (population) variance: (x - μ) / √(σ² + 1e-8).
 
@@ -109,7 +117,9 @@ def masked_whiten(
     return scaled if shift_mean else zero_invalid(scaled + masked_mean(x, mask), mask)
 
 
-def _centre(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
+def _centre(
+    x: Real[AnyArray, "*shape"], mask: Shaped[AnyArray, "*shape"]
+) -> Float[Array, "*shape"]:
     """x - μ. Centred twice: the first mean is off by the rounding of a long sum, which a constant
     `x` would show as a spread of its own."""
     once = zero_invalid(x - masked_mean(x, mask), mask)

@@ -5,19 +5,19 @@ from typing import Literal
 import chex
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Real, Shaped
 
 from ppo_jax.algorithm.kl import kl_estimate
-from ppo_jax.algorithm.masking import zero_invalid
+from ppo_jax.algorithm.masking import AnyArray, Scalar, zero_invalid
 
 
 def token_rewards(
-    score: Float[Array, "B"],
-    logprobs: Float[Array, "B T"],
-    ref_logprobs: Float[Array, "B T"],
-    mask: Bool[Array, "B T"],
+    score: Real[AnyArray, "B"],
+    logprobs: Real[AnyArray, "B T"],
+    ref_logprobs: Real[AnyArray, "B T"],
+    mask: Shaped[AnyArray, "B T"],
     *,
-    kl_coef: Float[Array, ""] | float,
+    kl_coef: Scalar,
     estimator: Literal["k1", "k2", "k3"] = "k1",
 ) -> Float[Array, "B T"]:
     """The score where the episode ends, less a penalty for leaving the reference model:

