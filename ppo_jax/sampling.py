@@ -57,11 +57,13 @@ def truncation(logits: Float[Array, "N V"], sampling: Sampling) -> Bool[Array, "
     return (logits >= least) & (logits > -jnp.inf)
 
 
-def pack_bits(sampling_mask: Bool[Array, "N V"]) -> UInt8[Array, "N V/8"]:
+def pack_bits(sampling_mask: Bool[Array, "*rows V"]) -> UInt8[Array, "*rows (V+7)//8"]:
     """Eight ids a byte."""
     return jnp.packbits(sampling_mask, axis=-1)
 
 
-def unpack_bits(sampling_mask: UInt8[Array, "N V/8"], vocab_size: int) -> Bool[Array, "N V"]:
+def unpack_bits(
+    sampling_mask: UInt8[Array, "*rows bytes"], vocab_size: int
+) -> Bool[Array, "*rows {vocab_size}"]:
     """The inverse of `pack_bits`."""
     return jnp.unpackbits(sampling_mask, axis=-1, count=vocab_size).astype(bool)

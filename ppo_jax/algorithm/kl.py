@@ -65,8 +65,8 @@ def approx_kl(
     """Mean estimate of KL(old‖new) a token, in nats, over the valid actions drawn from `old`.
 
     Args:
-        old_logprobs, new_logprobs: log-probabilities of the actions under the policy that chose
-            them and under the policy as it is now.
+        old_logprobs: log-probabilities of the actions under the policy that chose them.
+        new_logprobs: the same under the policy as it is now.
         mask: True where an action is real.
         estimator: see `kl_estimate`.
         weights: see `masked_mean`.

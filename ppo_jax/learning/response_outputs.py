@@ -32,7 +32,7 @@ def response_outputs(
     tokens: Int[Array, "B S"],
     prompt_length: Int[Array, "B"],
     length: Int[Array, "B"],
-    sampling_mask: UInt8[Array, "B T V/8"] | None = None,
+    sampling_mask: UInt8[Array, "B T bytes"] | None = None,
     *,
     rules: mdp.Rules,
     sampling: Sampling,

@@ -56,7 +56,7 @@ class PolicyValueNetwork(nnx.Module):
         return self.backbone.config
 
     def __call__(
-        self, input_ids: Int[Array, "B S"], attention_mask: Bool[Array, "B S"]
+        self, input_ids: Int[Array, "B S"], attention_mask: Int[Array, "B S"] | Bool[Array, "B S"]
     ) -> tuple[Float[Array, "B S V"], Float[Array, "B S"]]:
         """Logits and values of every position, in float32: for looking at small inputs.
 
@@ -110,7 +110,7 @@ class RewardModel(nnx.Module):
         return self.backbone.config
 
     def __call__(
-        self, input_ids: Int[Array, "B S"], attention_mask: Bool[Array, "B S"]
+        self, input_ids: Int[Array, "B S"], attention_mask: Int[Array, "B S"] | Bool[Array, "B S"]
     ) -> Float[Array, "B"]:
         """float32 scores of right-padded sequences."""
         hidden, _ = self.backbone(input_ids, attention_mask)

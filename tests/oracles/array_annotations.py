@@ -33,7 +33,9 @@ def _is_of_arrays(hint: Any) -> bool:
 def _with_numpy(hint: Any) -> Any:
     """`Float[Array, "B T"] | None`, say, with `Float[np.ndarray, "B T"]` as well."""
     parts = [part for part in (hint, *get_args(hint)) if _is_array(part)]
-    numpys = [part.dtype[np.ndarray, part.dim_str] for part in parts if part.array_type is jax.Array]
+    numpys = [
+        part.dtype[np.ndarray, part.dim_str] for part in parts if part.array_type is jax.Array
+    ]
     return Union[(hint, *numpys)]
 
 
