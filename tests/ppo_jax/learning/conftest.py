@@ -16,7 +16,7 @@ from ppo_jax.generation.rollout import Rollout
 from ppo_jax.learning.batch import Batch, Prepared
 from ppo_jax.learning.gradients import Passes
 from ppo_jax.learning.learner import Learner, TrainState
-from ppo_jax.mesh import copied, make_mesh
+from ppo_jax.mesh import make_mesh, replicate
 from ppo_jax.models import PolicyValueNetwork, with_separate_critic
 from qwen_env import mdp
 
@@ -67,8 +67,8 @@ class CompiledLearner:
         mesh = make_mesh(num_devices)
         passes = Passes(nnx.graphdef(network), rules, self.ppo, mesh=mesh)
         self.learner = Learner(passes, self.optimizer, num_iterations=10)
-        self.start: TrainState = copied(self.learner.init(nnx.state(network), seed=0), mesh)
-        self.reference = copied(other_backbone(network), mesh)
+        self.start: TrainState = replicate(self.learner.init(nnx.state(network), seed=0), mesh)
+        self.reference = replicate(other_backbone(network), mesh)
         options = None if optimized else {"xla_backend_optimization_level": 0}
         self.compile = functools.partial(jax.jit, compiler_options=options)
         self._prepare = self.compile(self.learner.prepare)
