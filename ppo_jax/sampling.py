@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 
 class Sampling(NamedTuple):
@@ -44,17 +44,45 @@ def truncation(logits: Float[Array, "N V"], sampling: Sampling) -> Bool[Array, "
     top-p keeps the fewest most probable ids whose probability, among the top k, reaches p. Ids
     that are exactly as probable as the last one kept are kept as well.
 
+    The whole vocabulary is never sorted: of 8 x 151,936 logits that takes 0.27 s on a CPU core.
+
     Args:
         logits: tempered, forbidden ids at -inf.
     """
-    k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-    ranked = jax.lax.top_k(logits, k)[0]
-    least = ranked[:, -1:]
-    if sampling.top_p is not None and sampling.top_p < 1:  # the sum below is 1 up to rounding
-        p = jax.nn.softmax(ranked, axis=-1)
-        is_needed = jnp.cumsum(p, axis=-1) - p < sampling.top_p
-        least = jnp.min(jnp.where(is_needed, ranked, jnp.inf), axis=-1, keepdims=True)
-    return (logits >= least) & (logits > -jnp.inf)
+    kept = logits > -jnp.inf
+    top_k, top_p = sampling.top_k, sampling.top_p or 1.0
+    if top_k is not None and top_k < logits.shape[-1]:
+        ranked = jax.lax.top_k(logits, top_k)[0]
+        if top_p < 1:
+            p = jax.nn.softmax(ranked, axis=-1)
+            ranked = jnp.where(jnp.cumsum(p, axis=-1) - p < top_p, ranked, jnp.inf)
+        # The minimum, not the last: XLA replaces a slice of the top k by one of a full sort.
+        kept &= logits >= ranked.min(axis=-1, keepdims=True)
+    elif top_p < 1:
+        p = jax.nn.softmax(logits, axis=-1)
+        kept &= p >= _least_kept(p, top_p)
+    return kept
+
+
+def _least_kept(p: Float[Array, "N V"], mass: float) -> Float[Array, "N 1"]:
+    """The greatest t such that the probabilities of at least t add up to `mass`; 0 if none do.
+
+    Found bit by bit, from the highest: floats that are not negative are ordered as their bits are.
+    """
+
+    def with_next_bit(n: Array | int, bits: Int[Array, "N 1"]) -> Int[Array, "N 1"]:
+        more = bits | (1 << (_BITS_OF_ONE - 1 - n))
+        threshold = jax.lax.bitcast_convert_type(more, jnp.float32)
+        reached = jnp.where(p >= threshold, p, 0.0).sum(axis=-1, keepdims=True)
+        return jnp.where(reached >= mass, more, bits)
+
+    nothing = jnp.zeros((p.shape[0], 1), jnp.int32)
+    bits = jax.lax.fori_loop(0, _BITS_OF_ONE, with_next_bit, nothing)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+_BITS_OF_ONE = 30
+"""How many of its lowest bits a float32 between 0 and 1 uses."""
 
 
 def pack_bits(sampling_mask: Bool[Array, "*rows V"]) -> UInt8[Array, "*rows (V+7)//8"]:

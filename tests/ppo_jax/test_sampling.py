@@ -56,7 +56,7 @@ def test_keeps_what_transformers_keeps(sampling):
 
 @quick
 @given(st.integers(0, 100_000), st.sampled_from(SAMPLINGS))
-def test_the_support_is_the_most_probable_ids_and_as_few_as_reach_p(seed, sampling):
+def test_what_is_kept_is_the_most_probable_ids_and_as_few_as_reach_p(seed, sampling):
     logits = random_logits(seed)
     k, p = sampling.top_k or VOCAB, sampling.top_p or 1.0
     kept = np.asarray(compiled_truncation(logits, sampling))
@@ -95,6 +95,29 @@ def test_top_p_of_one_keeps_everything_in_a_large_vocabulary():
     assert compiled_truncation(logits, Sampling(top_k=20_000, top_p=1.0)).sum() == 4 * 20_000
 
 
+@pytest.mark.parametrize(
+    "sampling", [Sampling(top_k=50), Sampling(top_p=0.9), Sampling(1.0, 50, 0.9)]
+)
+def test_a_large_vocabulary_is_not_sorted(sampling):
+    """As XLA would for the last of the top k; sorting is most of a decode step's time."""
+    program = compiled_truncation.lower(np.zeros((2, 30_000), np.float32), sampling).compile()
+    assert "sort(" not in program.as_text()
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+def test_the_top_p_of_a_large_vocabulary(top_p):
+    """Down to probabilities that float32 does not tell from 0."""
+    spread = np.array([[0.1], [1.0], [8.0], [40.0]])
+    logits = (spread * np.random.default_rng(0).normal(size=(4, 5000))).astype(np.float32)
+    all_kept = np.asarray(compiled_truncation(logits, Sampling(top_p=top_p)))
+    for row, kept in zip(logits.astype(np.float64), all_kept, strict=True):
+        p = np.exp(row - row.max())
+        p /= p.sum()
+        assert row[kept].min() > row[~kept].max()
+        assert p[kept].sum() >= top_p - 1e-5
+        assert p[kept].sum() - p[kept].min() < top_p + 1e-5
+
+
 def test_greedy_is_the_limit_of_every_truncation():
     logits = random_logits(0)
     most_probable = np.arange(VOCAB) == logits.argmax(axis=1, keepdims=True)
@@ -111,7 +134,7 @@ def test_temperature_divides_and_what_is_not_allowed_is_gone():
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 37])
-def test_a_packed_support_unpacks_to_itself(size):
+def test_a_packed_mask_unpacks_to_itself(size):
     sampling_mask = np.random.default_rng(size).random((3, 5, size)) < 0.5
     bits = pack_bits(sampling_mask)
     assert bits.dtype == np.uint8
