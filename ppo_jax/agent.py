@@ -281,7 +281,7 @@ def _act(
         network,
         hidden,
         length - prompt_length,
-        key,
+        jax.random.split(key, len(length)),
         rules=rules,
         sampling=sampling,
         greedy=greedy,

@@ -2,8 +2,9 @@
 
 A device computes its rows as if there were no others: loops end there when its own rows have ended,
 short sequences share its own rows. Only sums cross between devices. What depends on the whole
-batch, such as whitening and the weights of the loss, is computed before the rows are cut, so an
-update is the same on any number of devices but for rounding.
+batch, such as whitening, the weights of the loss and the number of a row, which its random numbers
+come from, is computed before the rows are cut. So tokens are the same on any number of devices, and
+updates are but for rounding.
 
 A mesh of None is one device: everything here then changes nothing.
 """
@@ -13,7 +14,6 @@ from typing import Any, TypeVar
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PRNGKeyArray
 
 from qwen_env.errors import UsageError
 
@@ -79,8 +79,3 @@ def psum(tree: Tree, mesh: Mesh | None) -> Tree:
 def pmax(tree: Tree, mesh: Mesh | None) -> Tree:
     """The maximum over the devices."""
     return tree if mesh is None else jax.lax.pmax(tree, ROWS)
-
-
-def own_key(key: PRNGKeyArray, mesh: Mesh | None) -> PRNGKeyArray:
-    """A different key on each device, so that no two rows draw alike."""
-    return key if mesh is None else jax.random.fold_in(key, jax.lax.axis_index(ROWS))

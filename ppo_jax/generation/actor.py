@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from ppo_jax.compilation import jit
 from ppo_jax.generation.rollout import Rollout, rollout
-from ppo_jax.mesh import on_own_rows, own_key
+from ppo_jax.mesh import on_own_rows
 from ppo_jax.models.heads import PolicyValueNetwork
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
@@ -85,26 +85,29 @@ class Actor:
             params: nnx.State,
             ids: jax.Array,
             length: jax.Array,
+            first_prompt: jax.Array,
             key: jax.Array,
             completions_per_prompt: int,
             greedy: bool,
         ) -> Rollout:
             def of_rows(whole: tuple[nnx.State, jax.Array], rows: Any) -> Rollout:
                 params, key = whole
-                ids, length = rows
+                ids, length, number = rows
                 return rollout(
                     nnx.merge(graphdef, params),
                     ids,
                     length,
-                    own_key(key, mesh),
+                    key,
                     rules=task.rules,
                     sampling=sampling,
+                    prompt_number=number,
                     completions_per_prompt=completions_per_prompt,
                     greedy=greedy,
                     compacts_rows=compacts_rows,
                 )
 
-            return on_own_rows(of_rows, mesh)((params, key), (ids, length))
+            number = first_prompt + jnp.arange(len(length))
+            return on_own_rows(of_rows, mesh)((params, key), (ids, length, number))
 
         self._rollout = jit(compiled, static_argnames=("completions_per_prompt", "greedy"))
 
@@ -114,12 +117,17 @@ class Actor:
         prompts: Sequence[Prompt],
         key: jax.Array,
         *,
+        first_prompt: int = 0,
         completions_per_prompt: int = 1,
         greedy: bool = False,
     ) -> Experience:
         """Respond to each prompt and score the responses in one call of the reward function.
 
         The completions of one prompt follow each other; it is read once for all of them.
+
+        Args:
+            first_prompt: the number of the first of the prompts, where they are a part of those
+                that `key` is for: what a prompt is answered depends on its number.
 
         Raises:
             RewardError: the reward function raised, or its answer cannot be a reward.
@@ -130,6 +138,7 @@ class Actor:
             params,
             jnp.asarray(first.tokens[:, : self.task.rules.max_prompt_length]),
             jnp.asarray(first.prompt_length),
+            jnp.int32(first_prompt),
             key,
             completions_per_prompt=completions_per_prompt,
             greedy=greedy,
@@ -166,7 +175,7 @@ class Actor:
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
             filled = batch + batch[-1:] * (batch_size - len(batch))
-            done = self.respond(params, filled, jax.random.fold_in(key, start), greedy=greedy)
+            done = self.respond(params, filled, key, first_prompt=start, greedy=greedy)
             episodes += done.episodes[: len(batch)]
             outcomes += done.outcomes[: len(batch)]
             on_batch(len(episodes))

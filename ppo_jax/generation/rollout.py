@@ -1,11 +1,12 @@
 """Sampling inside the MDP, compiled: one prefill, then a token a step for all rows at once.
 
 The transition is `qwen_env.mdp.step`, the same lines that drive the Gymnasium environment. The
-loop stops as soon as every row has ended; it may go on in fewer rows once most have.
+loop stops as soon as every row has ended; it may go on in fewer and fewer rows as they do.
 
 Shapes: B batch, P prompt limit, T response limit, S = P + T, V vocabulary, D hidden.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ class Rollout(NamedTuple):
 
 class _Carry(NamedTuple):
     step: Int[Array, ""]  # response tokens written to every running row
+    key: PRNGKeyArray  # [B]: each row draws from its own
     token: Int[Array, "B"]  # the last of them
     state: mdp.State
     cache: tuple[KeyValue, ...]
@@ -46,6 +48,7 @@ def rollout(
     *,
     rules: mdp.Rules,
     sampling: Sampling = Sampling(),  # noqa: B008  (immutable)
+    prompt_number: Int[Array, "prompts"] | None = None,
     completions_per_prompt: int = 1,
     greedy: bool = False,
     compacts_rows: bool = False,
@@ -56,9 +59,14 @@ def rollout(
     ones if `greedy`; `logprobs` are under that same distribution either way. The prompts of B rows
     are read once for all their completions.
 
+    Row r draws its token number t with fold_in(fold_in(key, r), t), so what it writes depends on no
+    other row: not on how many there are, nor on which device or in which place they lie.
+
     Args:
-        compacts_rows: once three quarters of the rows have ended, go on without them. Saves time on
-            ragged responses, takes longer to compile, and draws other tokens from then on.
+        prompt_number: of each prompt in the whole batch, of which this may be a part: row
+            `completions_per_prompt` · number + c writes completion c. None counts from 0.
+        compacts_rows: go on in fewer and fewer rows as responses end. Saves time where they are
+            ragged, and takes longer to compile.
     """
     network = _in_compute_type(network)
     layers = network.backbone.unstacked_layers()
@@ -70,7 +78,7 @@ def rollout(
             network,
             hidden,
             mdp.response_length(carry.state),
-            jax.random.fold_in(key, carry.step),
+            jax.vmap(jax.random.fold_in, (0, None))(carry.key, carry.step),
             rules=rules,
             sampling=sampling,
             greedy=greedy,
@@ -80,24 +88,29 @@ def rollout(
         if sampling_masks is not None and sampling_mask is not None:
             sampling_mask = jnp.where(has_ended[:, None], _EVERYTHING, pack_bits(sampling_mask))
             sampling_masks = _written(sampling_masks, sampling_mask, carry.step)
-        return _Carry(
+        return carry._replace(
             step=carry.step + 1,
             token=token,
             state=mdp.step(carry.state, token, rules, jnp),
-            cache=carry.cache,
             logprobs=_written(carry.logprobs, logprob, carry.step),
             sampling_mask=sampling_masks,
-        )
-
-    def write_on(carry: _Carry, until: int) -> _Carry:
-        """A token a step, as long as more than `until` rows have not ended."""
-        return jax.lax.while_loop(
-            lambda carry: (~mdp.has_ended(carry.state)).sum() > until, advance, carry
         )
 
     def advance(carry: _Carry) -> _Carry:
         hidden, cache = _decode(network, layers, carry, rules)
         return choose(hidden, carry._replace(cache=cache))
+
+    def finish(carry: _Carry, until: int, *fewer: int) -> Rollout:
+        """A token a step until `until` rows have not ended, then in those alone, and so on to 0."""
+        carry = jax.lax.while_loop(
+            lambda carry: (~mdp.has_ended(carry.state)).sum() > until, advance, carry
+        )
+        result = Rollout(carry.state, carry.logprobs, carry.sampling_mask)
+        if until == 0:
+            return result
+        rows = jnp.argsort(mdp.has_ended(carry.state))[:until]  # those that go on come first
+        rest = finish(jax.tree.map(lambda x: x[rows] if x.ndim else x, carry), *fewer)
+        return jax.tree.map(lambda all, some: all.at[rows].set(some), result, rest)
 
     def several(x: Array) -> Array:
         return jnp.repeat(x, completions_per_prompt, axis=0)
@@ -105,8 +118,12 @@ def rollout(
     prompts = mdp.initial_state(prompt_ids, prompt_length, rules, jnp)
     hidden, cache, state = jax.tree.map(several, (*_prefill(network, prompts, rules), prompts))
     shape = state.length.shape[0], rules.max_new_tokens
+    if prompt_number is None:
+        prompt_number = jnp.arange(prompts.length.shape[0])
+    row = completions_per_prompt * prompt_number[:, None] + jnp.arange(completions_per_prompt)
     start = _Carry(
         step=jnp.zeros((), jnp.int32),
+        key=jax.vmap(jax.random.fold_in, (None, 0))(key, row.reshape(-1)),
         token=jnp.zeros_like(state.length),
         state=state,
         cache=cache,
@@ -115,16 +132,12 @@ def rollout(
         if sampling.is_truncated
         else None,
     )
-    fewer = shape[0] // 4 if compacts_rows else 0
-    carry = write_on(choose(hidden, start), until=fewer)
-    result = Rollout(carry.state, carry.logprobs, carry.sampling_mask)
-    if not fewer:
-        return result
-    rows = jnp.argsort(mdp.has_ended(carry.state))[:fewer]  # those that go on come first
-    rest = jax.tree.map(lambda x: x[rows] if x.ndim else x, carry)
-    rest = write_on(rest, until=0)
-    rest = Rollout(rest.state, rest.logprobs, rest.sampling_mask)
-    return jax.tree.map(lambda all, some: all.at[rows].set(some), result, rest)
+    fewer = {int(share * shape[0]) for share in _SHARES if compacts_rows} | {0}
+    return finish(choose(hidden, start), *sorted(fewer, reverse=True))
+
+
+_SHARES = 3 / 4, 1 / 2, 1 / 4, 1 / 8
+"""Of the rows, in which a rollout goes on once no more have not ended."""
 
 
 def _in_compute_type(network: PolicyValueNetwork) -> PolicyValueNetwork:
@@ -153,6 +166,9 @@ def choose_token(
 ) -> tuple[Int[Array, "B"], Float[Array, "B"], Bool[Array, "B V"] | None]:
     """The token that follows each hidden state, the response being `num_written` tokens long.
 
+    Args:
+        key: [B], one for each draw.
+
     Returns:
         tokens, their log-probabilities, and the ids they were drawn from if those are truncated.
     """
@@ -163,7 +179,7 @@ def choose_token(
         sampling_mask = truncation(logits, sampling)
         logits = jnp.where(sampling_mask, logits, -jnp.inf)
     # The greatest of logits plus Gumbel noise is a draw from their softmax.
-    noise = 0.0 if greedy else jax.random.gumbel(key, logits.shape, logits.dtype)
+    noise = 0.0 if greedy else jax.vmap(partial(jax.random.gumbel, shape=logits.shape[1:]))(key)
     token = argmax(logits + noise)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token, chosen - jax.nn.logsumexp(logits, axis=-1), sampling_mask

@@ -1,5 +1,6 @@
-"""An agent on two devices. That their update is that of one: see learning/test_exactness.py."""
+"""An agent on several devices. That their update is that of one: see learning/test_exactness.py."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -48,32 +49,45 @@ def test_nothing_is_compiled_after_the_second_iteration(make_agent, compilations
 
 @pytest.fixture(scope="module")
 def actors(make_network, make_test_task):
-    """(network's parameters, task, an actor on one device, one on two)"""
-    network, task = make_network(sharpness=3.0), make_test_task(eos_token_ids=(0,))
-    both = (Actor(network, task, Sampling(), mesh=make_mesh(n)) for n in (1, 2))
-    return nnx.state(network), task, *both
-
-
-def test_no_two_devices_draw_alike(actors):
-    """The same prompt in every row: were the noise of the devices one, so were their tokens."""
-    params, task, _, two = actors
-    tokens = np.asarray(
-        two.respond(params, [task.prompts[0]] * 8, jax.random.key(0)).rollout.state.tokens
+    """(network's parameters, task, actors on one device, on two, and on four)"""
+    network, task = make_network(sharpness=3.0), make_test_task(eos_token_ids=(0, *range(300, 360)))
+    return (
+        nnx.state(network),
+        task,
+        [Actor(network, task, Sampling(top_k=300), mesh=make_mesh(n)) for n in (1, 2, 4)],
     )
-    assert len(np.unique(tokens, axis=0)) == 8
 
 
-def test_greedy_responses_are_those_of_one_device(actors):
-    params, task, *both = actors
-    how = {"key": jax.random.key(0), "batch_size": 4, "greedy": True}
-    for number in (1, 4, 5):  # the last batch is filled up to a multiple of two
+def test_tokens_do_not_depend_on_the_number_of_devices(actors):
+    params, task, all_actors = actors
+    prompts = [task.prompts[i] for i in (0, 0, 1, 2)]
+    one, *others = (
+        actor.respond(params, prompts, jax.random.key(0), completions_per_prompt=2).rollout
+        for actor in all_actors
+    )
+    for other in others:
+        chex.assert_trees_all_equal(
+            (other.state, other.sampling_mask), (one.state, one.sampling_mask)
+        )
+        np.testing.assert_allclose(other.logprobs, one.logprobs, rtol=0, atol=1e-5)
+    assert len(np.unique(one.state.tokens, axis=0)) == 8, "no two rows draw alike"
+    assert len(set(np.asarray(one.state.length).tolist())) > 2, "or it is not ragged"
+
+
+def test_nor_do_those_of_any_number_of_prompts(actors):
+    """Nor on the size of a batch, of which the last is filled up to a multiple of the devices."""
+    params, task, (one, two, four) = actors
+    expected = None
+    for actor, number, batch_size in ((one, 5, 4), (one, 5, 3), (two, 5, 3), (four, 1, 3)):
         prompts = list(task.prompts)[:number]
-        answers = [actor.respond_to_all(params, prompts, **how)[0] for actor in both]
-        one, two = ([e.completion_ids.tolist() for e in episodes] for episodes in answers)
-        assert one == two
-        assert len(one) == number
+        episodes, _ = actor.respond_to_all(
+            params, prompts, jax.random.key(0), batch_size=batch_size
+        )
+        answers = [episode.completion_ids.tolist() for episode in episodes]
+        expected = expected or answers
+        assert answers == expected[:number]
 
 
 def test_more_devices_than_there_are(make_agent):
-    with pytest.raises(UsageError, match=r"num_devices is 3.*finds 2 here \(cpu\)"):
-        make_agent(PPOConfig(batch_size=9), num_devices=3)
+    with pytest.raises(UsageError, match=r"num_devices is 5.*finds 4 here \(cpu\)"):
+        make_agent(PPOConfig(batch_size=10), num_devices=5)

@@ -1,6 +1,6 @@
 """The actor cuts prompts into batches, draws anew for each, and times it.
 
-On two devices: see test_data_parallel.py.
+On several devices: see test_mesh.py.
 """
 
 from types import SimpleNamespace
