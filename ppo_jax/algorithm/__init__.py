@@ -6,8 +6,16 @@ All can be jitted and vmapped and, but for counts, differentiated.
 
 from ppo_jax.algorithm.gae import generalized_advantage_estimation
 from ppo_jax.algorithm.histogram import ADVANTAGE_EDGES, RATIO_EDGES, masked_histogram
-from ppo_jax.algorithm.kl import KlEstimator, adapted_kl_coef, approx_kl, kl_estimate
-from ppo_jax.algorithm.losses import PolicyLoss, clipped_policy_loss, total_loss, value_loss
+from ppo_jax.algorithm.kl import KlEstimator, adapted_kl_coef, approx_kl, is_clamped, kl_estimate
+from ppo_jax.algorithm.losses import (
+    ClipShares,
+    PolicyLoss,
+    clip_shares,
+    clipped_policy_loss,
+    probability_ratio,
+    total_loss,
+    value_loss,
+)
 from ppo_jax.algorithm.masking import (
     Aggregation,
     masked_mean,
@@ -22,19 +30,23 @@ __all__ = [
     "ADVANTAGE_EDGES",
     "RATIO_EDGES",
     "Aggregation",
+    "ClipShares",
     "KlEstimator",
     "PolicyLoss",
     "RunningMoments",
     "adapted_kl_coef",
     "approx_kl",
+    "clip_shares",
     "clipped_policy_loss",
     "generalized_advantage_estimation",
+    "is_clamped",
     "kl_estimate",
     "masked_histogram",
     "masked_mean",
     "masked_var",
     "masked_whiten",
     "no_moments",
+    "probability_ratio",
     "token_rewards",
     "token_weights",
     "total_loss",

@@ -49,7 +49,9 @@ def generalized_advantage_estimation(
     chex.assert_equal_shape([rewards, values, terminated, mask])
     chex.assert_equal_shape_prefix([rewards, last_value], 1)
 
-    def backward(carry: tuple[Array, Array], step: tuple[Array, ...]) -> tuple[tuple, Array]:
+    def backward(
+        carry: tuple[Array, Array], step: tuple[Array, ...]
+    ) -> tuple[tuple[Array, Array], Array]:
         next_advantage, next_value = carry
         reward, value, ends, is_valid = step
         delta = reward + jnp.where(ends, 0.0, gamma * next_value) - value

@@ -15,6 +15,9 @@ from ppo_jax.algorithm.masking import AnyArray, Scalar, masked_mean, zero_invali
 
 KlEstimator = Literal["k1", "k2", "k3", "reference"]
 
+MAX_EXPONENT = 10.0
+"""What log q - log p is clamped to before it is exponentiated: e¹⁰ is 22,026."""
+
 
 def kl_estimate(
     log_p: Real[AnyArray, "*shape"] | float,
@@ -32,6 +35,14 @@ def kl_estimate(
     ratio turns the expectation under p = old into one under q = new, where log p - log q averages
     to minus a KL: it is never expected to exceed a positive target.
 
+    exp(-k1) explodes for an action that q likes and that p all but never chooses, so there -k1 is
+    clamped to `MAX_EXPONENT` (verl and OpenRLHF clamp k3 itself, to 10). The other side is left
+    alone: k3 grows no faster there than k1.
+
+    k3 is unbiased where p may choose all that q may. If p is truncated by top-k or top-p and q is
+    not, exp(-k1) averages to what q gives to the ids that p may choose, say Q, instead of to 1, and
+    k3 falls short of KL(p‖q) by 1 - Q; k1 does not.
+
     Args:
         log_p: log-probability of the action under the distribution that it was drawn from.
         log_q: its log-probability under the other one.
@@ -46,12 +57,22 @@ def kl_estimate(
         case "k2":
             return jnp.square(k1) / 2
         case "k3":
+            k1 = jnp.maximum(k1, -MAX_EXPONENT)
             return jnp.expm1(-k1) + k1
         case "reference":
+            k1 = jnp.maximum(k1, -MAX_EXPONENT)
             return k1 * jnp.exp(-k1)
     raise ValueError(
         f"There is no KL estimator {estimator!r}; choose one of {', '.join(get_args(KlEstimator))}."
     )
+
+
+def is_clamped(
+    log_p: Float[Array, "*shape"], log_q: Float[Array, "*shape"], estimator: KlEstimator
+) -> Bool[Array, "*shape"]:
+    """Whether `kl_estimate` clamps an exponent."""
+    exponentiates = estimator in ("k3", "reference")
+    return exponentiates & (jnp.asarray(log_q) - jnp.asarray(log_p) > MAX_EXPONENT)
 
 
 def approx_kl(

@@ -14,12 +14,35 @@ from jaxtyping import Float, Real, Shaped
 
 from ppo_jax.algorithm.masking import AnyArray, Scalar, masked_mean, zero_invalid
 
+MAX_LOG_RATIO = 20.0
+"""A ratio's logarithm is clamped to ± this, as verl does: e²⁰ is 5 · 10⁸, e⁸⁹ no float32."""
+
 
 class PolicyLoss(NamedTuple):
-    """`clip_fraction`: of valid tokens, by weight, the share with a ratio out of the clip range."""
+    """`clip_fraction`: of valid tokens, by weight, the share with a ratio out of the clip range.
+
+    That is stable-baselines3's. What TRL and verl call so is `ClipShares.active`.
+    """
 
     loss: Float[Array, ""]
     clip_fraction: Float[Array, ""]
+
+
+class ClipShares(NamedTuple):
+    """Shares of valid tokens, by weight, whose gradient is 0 because of ..."""
+
+    active: Float[Array, ""]  # the clip, or the dual clip
+    clamped: Float[Array, ""]  # a log-ratio beyond ± MAX_LOG_RATIO
+
+
+def probability_ratio(
+    new_logprobs: Float[Array, "*shape"],
+    old_logprobs: Float[Array, "*shape"],
+    mask: Bool[Array, "*shape"],
+) -> Float[Array, "*shape"]:
+    """ρ = exp(new - old), clamped to exp(± MAX_LOG_RATIO); 1 where `mask` is False."""
+    log_ratio = zero_invalid(new_logprobs, mask) - zero_invalid(old_logprobs, mask)
+    return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
 def clipped_policy_loss(
@@ -43,7 +66,7 @@ def clipped_policy_loss(
 
     Against a token that has become much likelier although its advantage is negative, nothing above
     bounds the loss. The dual clip (arXiv:1912.09729) does, by c = dual_clip: where Aₜ < 0, the
-    surrogate is at least c Aₜ.
+    surrogate is at least c Aₜ. ρₜ itself is clamped, see `probability_ratio`.
 
     Args:
         new_logprobs: log-probabilities of the actions under the policy that is being trained.
@@ -57,19 +80,54 @@ def clipped_policy_loss(
     """
     chex.assert_equal_shape([new_logprobs, old_logprobs, advantages, mask])
     low, high = 1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high)
-    ratio = jnp.exp(zero_invalid(new_logprobs, mask) - zero_invalid(old_logprobs, mask))
-    advantages = zero_invalid(advantages, mask)
-    unclipped = ratio * advantages
-    clipped = jnp.clip(ratio, low, high) * advantages
-    # Not jnp.minimum: where the two are equal, the gradient is the first one's, not a mixture.
-    surrogate = jnp.where(unclipped <= clipped, unclipped, clipped)
-    if dual_clip is not None:
-        least = dual_clip * advantages
-        surrogate = jnp.where((advantages < 0) & (surrogate < least), least, surrogate)
+    ratio = probability_ratio(new_logprobs, old_logprobs, mask)
+    surrogate = _surrogate(ratio, zero_invalid(advantages, mask), low, high, dual_clip)
     return PolicyLoss(
         loss=-masked_mean(surrogate, mask, weights=weights),
         clip_fraction=masked_mean((ratio < low) | (ratio > high), mask, weights=weights),
     )
+
+
+def clip_shares(
+    new_logprobs: Float[Array, "*shape"],
+    old_logprobs: Float[Array, "*shape"],
+    advantages: Float[Array, "*shape"],
+    mask: Bool[Array, "*shape"],
+    *,
+    clip_range: float = 0.2,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
+    weights: Float[Array, "*shape"] | None = None,
+) -> ClipShares:
+    """Where `clipped_policy_loss`, given the same, has no gradient."""
+    low, high = 1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high)
+    ratio, advantages = (
+        probability_ratio(new_logprobs, old_logprobs, mask),
+        zero_invalid(advantages, mask),
+    )
+    surrogate = _surrogate(ratio, advantages, low, high, dual_clip)
+    log_ratio = zero_invalid(new_logprobs, mask) - zero_invalid(old_logprobs, mask)
+    return ClipShares(
+        active=masked_mean(surrogate != ratio * advantages, mask, weights=weights),
+        clamped=masked_mean(jnp.abs(log_ratio) > MAX_LOG_RATIO, mask, weights=weights),
+    )
+
+
+def _surrogate(
+    ratio: Float[Array, "*shape"],
+    advantages: Float[Array, "*shape"],
+    low: float,
+    high: float,
+    dual_clip: float | None,
+) -> Float[Array, "*shape"]:
+    """min(ρ A, clip(ρ) A), and at least c A where A is negative."""
+    unclipped, clipped = ratio * advantages, jnp.clip(ratio, low, high) * advantages
+    # Not jnp.minimum: where the two are equal, the gradient is the first one's, not a mixture.
+    surrogate = jnp.where(unclipped <= clipped, unclipped, clipped)
+    if dual_clip is None:
+        return surrogate
+    least = dual_clip * advantages
+    return jnp.where((advantages < 0) & (surrogate < least), least, surrogate)
 
 
 def value_loss(
@@ -81,7 +139,8 @@ def value_loss(
     clip_range: Scalar | None = None,
     weights: Real[AnyArray, "*shape"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean of (Vₜ - Gₜ)², without a factor 1/2: `total_loss` weighs it.
+    """Mean of (Vₜ - Gₜ)², without the factor 1/2 of TRL, verl and OpenRLHF: a `value_coef` of 0.1
+    here is one of 0.2 there. `total_loss` applies it.
 
     With `old_values` and `clip_range` (both or neither), clipped as PPO's first implementation was:
 
@@ -121,5 +180,6 @@ def total_loss(
     """policy_loss + value_coef · value_loss - entropy_coef · entropy.
 
     `entropy` is the mean entropy of the policy at the valid tokens, in nats: it is rewarded.
+    `value_loss` has no factor 1/2, so `value_coef` is half of what it is elsewhere.
     """
     return jnp.asarray(policy_loss + value_coef * value_loss - entropy_coef * entropy)

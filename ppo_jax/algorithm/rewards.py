@@ -27,10 +27,14 @@ def token_rewards(
     where klₜ estimates KL(policy‖reference) from the token that was chosen at t, and β = kl_coef.
     Summed over an episode, k1 makes the penalty β (log π(response) - log π_ref(response)).
 
+    π is the policy that tokens are drawn from: tempered and, under top-k or top-p, normalised over
+    the ids that those left. π_ref is tempered alike, but never truncated: what top-k and top-p take
+    away is part of the distance from it.
+
     Args:
         score: the reward function's answer for each episode.
         logprobs: log-probabilities of the chosen tokens under the policy that chose them.
-        ref_logprobs: the same under the reference model, at the same temperature.
+        ref_logprobs: the same under the reference model.
         mask: True where a token is real. A row without any has no rewards.
         kl_coef: β, reward per nat.
         estimator: see `ppo_jax.algorithm.kl.kl_estimate`.

@@ -3,15 +3,14 @@
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Real
 
 from ppo_jax.algorithm.masking import AnyArray
 
-_ROUNDING = 1e-6
-"""Of a float32 mean, relatively: what equal numbers may seem to be apart."""
+_ROUNDING = 2.0**-8
+"""Of bfloat16, in which reward models compute: equal numbers may seem so far apart, relatively."""
 
 
 class RunningMoments(NamedTuple):
@@ -23,7 +22,11 @@ class RunningMoments(NamedTuple):
 
     @property
     def std(self) -> Float[Array, ""]:
-        """Population standard deviation; 1 before two numbers differ by more than rounding."""
+        """Population standard deviation; 1 as long as it is no more than rounding of the mean.
+
+        So their mean, divided by it, is below 256. Scores that are all 0.5, but for the rounding of
+        the model that gave them, would be 100,000 otherwise.
+        """
         variance = self.squares / jnp.maximum(self.number, 1)
         is_spread = variance > jnp.square(_ROUNDING * self.mean)
         return jnp.where(is_spread, jnp.sqrt(jnp.where(is_spread, variance, 1.0)), 1.0)
@@ -50,4 +53,5 @@ def updated_moments(moments: RunningMoments, x: Real[AnyArray, "N"]) -> RunningM
         + jnp.sum(jnp.square(x - mean))
         + jnp.square(distance) * moments.number * new / number,
     )
-    return jax.tree.map(partial(jnp.where, jnp.isfinite(updated.squares)), updated, moments)
+    is_finite = jnp.isfinite(updated.squares)
+    return RunningMoments(*map(partial(jnp.where, is_finite), updated, moments))

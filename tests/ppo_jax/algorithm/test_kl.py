@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import entropy
 
-from ppo_jax.algorithm import adapted_kl_coef, approx_kl, kl_estimate, token_weights
+from ppo_jax.algorithm import adapted_kl_coef, approx_kl, is_clamped, kl_estimate, token_weights
 
 VOCABULARY = 7
 compiled_adapted = jax.jit(adapted_kl_coef)
@@ -133,6 +133,34 @@ def test_k3_keeps_its_digits_for_tiny_changes(transform):
     exact = np.expm1(-k1.astype(np.float64)) + k1
     assert (estimates >= 0).all()
     np.testing.assert_allclose(estimates, exact, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("k1", [-10.0, -10.5, -30.0, -1e4])
+def test_what_is_exponentiated_is_clamped(k1):
+    """For an action that q likes and that p all but never chooses; the other side is left alone."""
+    log_p, log_q = np.float32([k1, -k1, 0.0]), np.zeros(3, np.float32)
+    k3 = kl_estimate(log_p, log_q, "k3")
+    np.testing.assert_allclose(k3, [np.exp(10) - 11, np.exp(k1) - 1 - k1, 0], rtol=1e-5)
+    reference = kl_estimate(log_p, log_q, "reference")
+    np.testing.assert_allclose(reference, [-10 * np.exp(10), -k1 * np.exp(k1), 0], rtol=1e-4)
+    np.testing.assert_array_equal(kl_estimate(log_p, log_q, "k1"), log_p)
+    for estimator in ("k1", "k2", "k3", "reference"):
+        acts = k1 < -10 and estimator in ("k3", "reference")
+        np.testing.assert_array_equal(is_clamped(log_p, log_q, estimator), [acts, False, False])
+
+
+@quick
+@given(seeds)
+def test_of_a_truncated_p_k1_is_unbiased_and_k3_falls_short(seed):
+    """By what q gives to the ids that p may not choose: they cannot be seen from p's draws."""
+    log_p, log_q = random_pair(seed)
+    kept = np.exp(log_p) > np.median(np.exp(log_p))
+    log_p = np.where(kept, log_p - np.log(np.exp(log_p)[kept].sum()), -np.inf)
+    kl = exact_kl(log_p, log_q)
+    assert expectation(log_p[kept], log_q[kept], "k1") == pytest.approx(kl, rel=1e-5, abs=1e-6)
+    left_out = np.exp(log_q)[~kept].sum()
+    short = kl - expectation(log_p[kept], log_q[kept], "k3")
+    assert short == pytest.approx(left_out, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "reference"])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppo_jax.algorithm import clipped_policy_loss
+from ppo_jax.algorithm import clip_shares, clipped_policy_loss, probability_ratio
 
 SHAPE = (6, 8)
 quick = settings(deadline=None, max_examples=40, derandomize=True)
@@ -129,6 +129,49 @@ def test_clip_fraction_counts_either_side_of_its_own_range():
             np.log(ratio), zeros, zeros, np.ones(4), clip_range=low, clip_range_high=high
         )
         assert result.clip_fraction == expected, (low, high)
+
+
+@pytest.mark.parametrize("dual", [None, 2.0])
+def test_the_clip_acts_where_the_gradient_vanishes(dual):
+    """What TRL and verl call the clip fraction, `pg_losses2 > pg_losses`, and the dual clip."""
+    new, old, advantages, mask = random_batch(5, spread=2.0)
+    settings = {"clip_range": 0.3, "clip_range_high": 0.5, "dual_clip": dual}
+    weights = np.random.default_rng(0).random(SHAPE).astype(np.float32)
+    gradient = jax.grad(lambda x: clipped_policy_loss(x, old, advantages, mask, **settings).loss)(
+        new
+    )
+    vanishes = mask & (np.asarray(gradient) == 0)
+    shares = clip_shares(new, old, advantages, mask, **settings)
+    assert shares.active == pytest.approx(vanishes.sum() / mask.sum(), rel=1e-6)
+    assert 0 < shares.active < compiled(new, old, advantages, mask, clip_range=0.3).clip_fraction
+    weighted = clip_shares(new, old, advantages, mask, **settings, weights=weights)
+    assert weighted.active == pytest.approx(weights[vanishes].sum(), rel=1e-5)
+    ratio = torch.tensor(np.exp(new - old))
+    losses = -torch.tensor(advantages) * ratio, -torch.tensor(advantages) * ratio.clamp(0.7, 1.5)
+    if dual is None:
+        theirs = (losses[1] > losses[0])[torch.tensor(mask)].double().mean()
+        assert shares.active == pytest.approx(theirs.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+@pytest.mark.parametrize("far", [25.0, 99.0, -99.0, 1e30])
+def test_a_ratio_beyond_all_reason_is_clamped(advantage, far):
+    """To e^±20, as in verl; its token has no gradient, the other has its own."""
+    new, old = np.array([far, 0.1], np.float32), np.zeros(2, np.float32)
+    advantages, mask = np.float32([advantage, 1.0]), np.ones(2, bool)
+
+    def loss(new):
+        return clipped_policy_loss(new, old, advantages, mask).loss
+
+    value, gradient = jax.value_and_grad(loss)(new)
+    theirs = torch.tensor(new).clamp(-20, 20).exp()
+    surrogate = torch.minimum(
+        theirs * torch.tensor(advantages), theirs.clamp(0.8, 1.2) * torch.tensor(advantages)
+    )
+    assert value == pytest.approx(-surrogate.mean().item(), rel=1e-5)
+    np.testing.assert_allclose(gradient, [0, -np.exp(0.1) / 2], rtol=1e-5)
+    np.testing.assert_allclose(probability_ratio(new, old, mask), theirs, rtol=1e-5)
+    assert clip_shares(new, old, advantages, mask).clamped == 0.5
 
 
 def test_garbage_reaches_neither_value_nor_gradient():
