@@ -24,7 +24,6 @@ from suite import Arguments, cases
 
 from ppo_jax import flags
 from ppo_jax.generation.rollout import rollout
-from ppo_jax.learning.gradients import Passes
 from ppo_jax.learning.learner import Learner
 from ppo_jax.models import PolicyValueNetwork
 
@@ -86,7 +85,7 @@ def programs(work: Work, on_gpu: NamedSharding) -> Any:
     )
     graphdef, params = nnx.split(network)
     config, rules = config_of(work), task_of(work, shape.vocab_size).rules
-    learner = Learner(Passes(graphdef, rules, config.ppo), config.optimizer, num_iterations=1000)
+    learner = Learner(graphdef, rules, config.ppo, config.optimizer, num_iterations=1000)
 
     def respond(params: nnx.State, ids: Any, length: Any, key: Any) -> Any:
         compacts_rows = config.ppo.num_packed_sizes > 1

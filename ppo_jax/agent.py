@@ -21,8 +21,8 @@ from ppo_jax.config import TrainConfig
 from ppo_jax.generation.actor import Actor, Experience
 from ppo_jax.generation.episode_metrics import component_means, repetition
 from ppo_jax.generation.rollout import choose_token
-from ppo_jax.learning.gradients import Passes
 from ppo_jax.learning.learner import Learner, TrainState
+from ppo_jax.learning.metrics import fetch
 from ppo_jax.mesh import make_mesh, replicate
 from ppo_jax.models import PolicyValueNetwork, with_separate_critic
 from ppo_jax.models.qwen2 import last_hidden
@@ -97,8 +97,15 @@ class PPOAgent:
             compacts_rows=config.ppo.num_packed_sizes > 1,
             mesh=mesh,
         )
-        passes = Passes(graphdef, task.rules, config.ppo, remat=config.run.remat, mesh=mesh)
-        self.learner = Learner(passes, config.optimizer, num_iterations)
+        self.learner = Learner(
+            graphdef,
+            task.rules,
+            config.ppo,
+            config.optimizer,
+            num_iterations,
+            remat=config.run.remat,
+            mesh=mesh,
+        )
         params = replicate(params, mesh)
         self.initial_backbone = params["backbone"]
         # Updates donate the state's buffers, so the policy must not share the reference's.
@@ -153,7 +160,7 @@ class PPOAgent:
     @property
     def network(self) -> PolicyValueNetwork:
         """The policy as it is now, on the state's own arrays: the next update consumes them."""
-        return nnx.merge(self.learner.passes.graphdef, self.state.params)
+        return nnx.merge(self.learner.graphdef, self.state.params)
 
     def choose_action(self, observation: dict[str, np.ndarray], *, greedy: bool = False) -> Choice:
         """Choose a token for an observation of `QwenText-v0`, or for a batch of them."""
@@ -216,12 +223,8 @@ class PPOAgent:
         self.state, updated, more = self._update(
             state._replace(controls=controls), batch, self._key(_SHUFFLE)
         )
-        metrics, distributions = jax.device_get((prepared | updated, distributions | more))
-        self.distributions = {name: np.asarray(x) for name, x in distributions.items()}
-        return {
-            **{name: float(x) for name, x in metrics.items()},
-            "time/update_s": time.perf_counter() - start,
-        }
+        metrics, self.distributions = fetch(prepared | updated, distributions | more)
+        return metrics | {"time/update_s": time.perf_counter() - start}
 
     def learn(self) -> Iterator[tuple[Experience, dict[str, float]]]:
         """Iterate until `num_iterations` are done in all; yields each one's experience and metrics.

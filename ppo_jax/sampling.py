@@ -1,12 +1,16 @@
 """The distribution that tokens are drawn from, and that every log-probability belongs to.
 
-Temperature, top-k and top-p make another distribution of the network's logits. A ratio of
-probabilities means something only if old, new and reference policy are changed alike, so:
+Temperature, top-k and top-p make another distribution of the network's logits, and this one is the
+policy: what it is worth, how far it has moved and how far it is from the reference are all said of
+it. So:
 
-- the temperature divides the logits of all three;
+- the temperature divides the logits of the old, the new and the reference policy;
 - the ids that top-k and top-p left to the sampler, the token's *sampling mask*, are recorded with
-  the rollout, and all three are normalised over that same set. Were each to choose a set of its
-  own, a token drawn could have probability 0 under the policy that is being trained.
+  the rollout, and the old and the new policy are normalised over that same set. Were each to choose
+  a set of its own, a token drawn could have probability 0 under the policy that is being trained;
+- the reference policy is normalised over all ids that the rules allow. Over the sampling mask it
+  would agree with the policy about every id that was left out, however much it likes that id, and
+  the KL divergence from it would not see what truncation does.
 
 Shapes: N rows, V vocabulary.
 """

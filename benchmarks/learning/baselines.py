@@ -86,7 +86,7 @@ def sft(bench: Bench, n: int, seed: int) -> Record:
 
     def loss(params: nnx.State, batch: Reviews) -> Float[Array, ""]:
         outputs = response_outputs(
-            nnx.merge(agent.learner.passes.graphdef, params),
+            nnx.merge(agent.learner.graphdef, params),
             *batch,
             rules=bench.task.rules,
             sampling=agent.config.ppo.sampling,

@@ -11,11 +11,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from ppo_jax import algorithm
 from ppo_jax.config import PPOConfig
 from ppo_jax.generation.rollout import Rollout
+from ppo_jax.learning.metrics import Distributions, Metrics, Quotient
 from ppo_jax.learning.response_outputs import ResponseOutputs
 from qwen_env import mdp
-
-Metrics = dict[str, Array]  # scalars
-Distributions = dict[str, Array]  # histograms (`algorithm.histogram`), and means by position
 
 
 class Controls(NamedTuple):
@@ -64,8 +62,8 @@ def make_batch(
 
     Args:
         score: the reward function's answer for each episode.
-        old: of the policy that wrote the responses.
-        ref_logprobs: of the reference model.
+        old: of the policy that wrote the responses, normalised over what it drew them from.
+        ref_logprobs: of the reference model, normalised over all ids that the rules allow.
         controls: as the batches before this one left them.
     """
     state = rollout.state
@@ -103,24 +101,25 @@ def make_batch(
         gae_lambda=config.gae_lambda,
     )
     kl = jnp.where(mask, logprobs - ref_logprobs, 0.0)
-    unexplained = algorithm.masked_var(returns - values, mask)
+    mean_kl = kl.sum(-1).mean()
+    clamped = algorithm.is_clamped(logprobs, ref_logprobs, config.kl_penalty)
     gap = jnp.abs(rollout.logprobs - logprobs)
-    metrics = {
+    metrics: Metrics = {
         "objective/score": score.mean(),
         "objective/score_std": score.std(),
-        "objective/kl": kl.sum(-1).mean(),
+        "objective/kl": mean_kl,
         "objective/kl_coef": controls.kl_coef,
+        "objective/kl_clamped_fraction": algorithm.masked_mean(clamped, mask),
         "objective/reward": reward_sum,
         "policy/entropy": algorithm.masked_mean(old.entropy, mask),
         "value/mean": algorithm.masked_mean(values, mask),
-        "value/explained_variance": 1
-        - unexplained / jnp.maximum(algorithm.masked_var(returns, mask), 1e-8),
+        "value/explained_variance": _explained_variance(values, returns, mask),
         "rollout/length_mean": written.mean(),
         "rollout/eos_rate": state.terminated.mean(),
         "rollout/logprob_gap_max": jnp.where(mask, gap, 0.0).max(),
     }
     whitened = algorithm.masked_whiten(advantages, mask)
-    distributions = {
+    distributions: Distributions = {
         "advantage": algorithm.masked_histogram(whitened, mask, algorithm.ADVANTAGE_EDGES),
         "kl_by_position": _mean_by_position(kl, mask),
         "entropy_by_position": _mean_by_position(old.entropy, mask),
@@ -140,7 +139,7 @@ def make_batch(
     if config.kl_target is not None:
         kl_coef = algorithm.adapted_kl_coef(
             kl_coef,
-            metrics["objective/kl"],
+            mean_kl,
             target=config.kl_target,
             num_episodes=score.shape[0],
             horizon=config.kl_horizon,
@@ -148,6 +147,17 @@ def make_batch(
     return Prepared(batch, Controls(kl_coef, moments), metrics, distributions)
 
 
-def _mean_by_position(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "T"]:
-    """Mean over the rows that have a token there; NaN where none has."""
-    return jnp.where(mask, x, 0.0).sum(0) / mask.sum(0)
+def _explained_variance(
+    values: Float[Array, "B T"], returns: Float[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Quotient:
+    """1 - Var(G - V) / Var(G); undefined where the returns differ by no more than rounding."""
+    variance = algorithm.masked_var(returns, mask)
+    rounded = algorithm.masked_mean(jnp.square(returns) + jnp.square(values), mask)  # G is A + V
+    is_constant = variance <= 1e-12 * rounded
+    explained = variance - algorithm.masked_var(returns - values, mask)
+    return Quotient(explained, jnp.where(is_constant, 0.0, variance))
+
+
+def _mean_by_position(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Quotient:
+    """Mean over the rows that have a token there [T]; undefined where none has."""
+    return Quotient(jnp.where(mask, x, 0.0).sum(0), mask.sum(0))

@@ -3,33 +3,40 @@
     prepare   old and reference log-probabilities, values -> rewards -> advantages, returns
     update    epochs x minibatches of clipped PPO, with the KL early stop inside
 
-Both are pure: state in, state out. Gradients of a minibatch are in `ppo_jax.learning.gradients`.
+Both are pure: state in, state out.
 
-Shapes: B batch, T response limit.
+Shapes: B batch, M minibatch, T response limit.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppo_jax import algorithm
-from ppo_jax.config import OptimizerConfig
+from ppo_jax.config import OptimizerConfig, PPOConfig
 from ppo_jax.generation.rollout import Rollout
-from ppo_jax.learning.batch import Batch, Controls, Distributions, Metrics, Prepared, make_batch
-from ppo_jax.learning.gradients import Passes
+from ppo_jax.learning.batch import Batch, Controls, Prepared, make_batch
+from ppo_jax.learning.loss import AVERAGED, MinibatchSums, ppo_loss
+from ppo_jax.learning.metrics import Distributions, Metrics
 from ppo_jax.learning.optimizer import (
     Params,
-    adamw_step,
+    adamw,
     global_norm,
-    init_adam,
     learning_rate_schedule,
-    trainable_share,
+    mean_step,
+    trainable_mask,
 )
+from ppo_jax.learning.packing import Layout
+from ppo_jax.learning.parts import ADD, CONCATENATE, Totals, in_parts
+from ppo_jax.learning.response_outputs import ResponseOutputs, response_outputs
+from qwen_env import mdp
 
 
 class TrainState(NamedTuple):
@@ -48,20 +55,23 @@ class TrainState(NamedTuple):
 class Learner:
     """The constants of learning."""
 
-    passes: Passes
+    graphdef: Any  # the network without its arrays
+    rules: mdp.Rules
+    config: PPOConfig
     optimizer_config: OptimizerConfig
     num_iterations: int  # over which the learning rate is scheduled
+    remat: bool = False
+    mesh: Mesh | None = None  # that the rows of a batch are cut over
 
     def init(self, params: Params, seed: int) -> TrainState:
         """The state before the first iteration; `params` become its own, to be donated."""
-        config = self.passes.config
         reference = None
-        if config.ref_ema_decay is not None:
+        if self.config.ref_ema_decay is not None:
             reference = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params["backbone"])
         return TrainState(
             params=params,
-            opt_state=init_adam(params),
-            controls=Controls(jnp.float32(config.kl_coef), algorithm.no_moments()),
+            opt_state=adamw(self.optimizer_config).init(params),
+            controls=Controls(jnp.float32(self.config.kl_coef), algorithm.no_moments()),
             reference=reference,
             root_key=jax.random.key_data(jax.random.key(seed)),
             iteration=jnp.zeros((), jnp.int32),
@@ -82,15 +92,30 @@ class Learner:
             params: of the policy that wrote the responses.
             reference: the backbone of the reference model.
         """
+        state = rollout.state
+        of_all_rows = partial(
+            self._in_parts,
+            length=state.length,
+            reduction=CONCATENATE,
+            num_microbatches=self.config.num_minibatches * self.config.num_microbatches,
+        )
+
+        def ref_logprobs(params: Params, rows: Any, layout: Layout | None) -> Array:
+            """Over all ids that the rules allow, and alone, so that no values are computed."""
+            return self.response_outputs(params, *rows, layout=layout).logprobs
+
+        def outputs(params: Params, rows: Any, layout: Layout | None) -> ResponseOutputs:
+            return self.response_outputs(params, *rows, layout=layout)
+
+        rows = state.tokens, state.prompt_length, state.length
         reference_params = nnx.State({**params, "backbone": reference})
         return make_batch(
             rollout,
             score,
-            self.passes.outputs(params, rollout),
-            # The log-probabilities alone, so that no values are computed.
-            self.passes.outputs(reference_params, rollout, lambda outputs: outputs.logprobs),
+            of_all_rows(outputs, params, (*rows, rollout.sampling_mask)),
+            of_all_rows(ref_logprobs, reference_params, rows),
             controls,
-            self.passes.config,
+            self.config,
         )
 
     def update(
@@ -102,57 +127,56 @@ class Learner:
         without a step; at the grain of epochs, an epoch whose mean does is the last. A minibatch
         whose loss or gradient is not finite is skipped.
         """
-        config = self.passes.config
-        batch_size = batch.tokens.shape[0]
+        config = self.config
         num_minibatches = config.num_minibatches
         num_steps = config.num_epochs * num_minibatches
+        optimizer = adamw(self.optimizer_config)
         schedule = learning_rate_schedule(self.optimizer_config, self.num_iterations)
         learning_rate = jnp.asarray(schedule(state.iteration), jnp.float32)
-        share = trainable_share(state.params, self.optimizer_config, state.iteration)
+        trainable = trainable_mask(state.params, self.optimizer_config, state.iteration)
 
         def is_running(carry: _UpdateCarry) -> Array:
             return (carry.num_seen < num_steps) & ~carry.stopped
 
         def one_minibatch(carry: _UpdateCarry) -> _UpdateCarry:
             epoch, part = carry.num_seen // num_minibatches, carry.num_seen % num_minibatches
-            order = jax.random.permutation(jax.random.fold_in(key, epoch), batch_size)
+            order = jax.random.permutation(jax.random.fold_in(key, epoch), len(batch.length))
             rows = order.reshape(num_minibatches, -1)[part]
-            minibatch = _take(batch, rows)
+            minibatch = jax.tree.map(lambda x: x[rows], batch)
             if config.advantage_whitening == "minibatch":
                 advantages = algorithm.masked_whiten(minibatch.advantages, minibatch.mask)
                 minibatch = minibatch._replace(advantages=advantages)
-            gradients, stats = self.passes.gradients(carry.params, minibatch)
-            gradients = jax.tree.map(jnp.multiply, gradients, share)
+            gradients, sums, ratio_max_error = self.gradients(carry.params, minibatch)
+            gradients = jax.tree.map(jnp.multiply, gradients, trainable)
             norm = global_norm(gradients)
-            metrics = stats.metrics | {"policy/grad_norm": norm}
-            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+            metrics = sums.metrics | {"policy/grad_norm": norm}
+            finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
             epoch_kl = jnp.where(part == 0, 0.0, carry.epoch_kl)
-            epoch_kl += jnp.where(finite, stats.stop_kl, 0.0)
-            stopped, is_refused = self._stops(stats.stop_kl, epoch_kl, part)
+            epoch_kl += jnp.where(finite, sums.stop_kl, 0.0)
+            is_last, is_refused = self._early_stop(sums.stop_kl, epoch_kl, part)
             applied = finite & ~is_refused
-            params, opt_state = adamw_step(
-                carry.params,
-                carry.opt_state,
+            updates, opt_state = optimizer.update(
                 gradients,
-                norm,
-                self.optimizer_config,
+                carry.opt_state,
+                carry.params,
+                norm=norm,
                 learning_rate=learning_rate,
-                share=share,
+                trainable=trainable,
                 applied=applied,
             )
             return _UpdateCarry(
                 num_seen=carry.num_seen + 1,
-                stopped=stopped,
+                stopped=is_last,
                 epoch_kl=epoch_kl,
-                params=params,
+                params=optax.apply_updates(carry.params, updates),
                 opt_state=opt_state,
                 nonfinite_in_a_row=jnp.where(finite, 0, carry.nonfinite_in_a_row + 1),
                 num_nonfinite=carry.num_nonfinite + ~finite,
                 num_applied=carry.num_applied + applied,
                 first_ratio_max_error=jnp.where(
-                    carry.num_seen == 0, stats.ratio_max_error, carry.first_ratio_max_error
+                    carry.num_seen == 0, ratio_max_error, carry.first_ratio_max_error
                 ),
-                ratios=carry.ratios + stats.ratios,
+                ratios=carry.ratios + sums.ratios,
                 sums={k: v + jnp.where(finite, metrics[k], 0.0) for k, v in carry.sums.items()},
             )
 
@@ -161,8 +185,11 @@ class Learner:
             # Adam's bias correction counts steps: without a fresh start, the policy's first ones
             # after the critic's warm-up would be several times too long. There is one count, so the
             # critic's moments start afresh as well.
-            starts_anew = state.iteration == warmup
-            opt_state = _select(starts_anew, init_adam(state.params), opt_state)
+            opt_state = jax.tree.map(
+                partial(jnp.where, state.iteration == warmup),
+                optimizer.init(state.params),
+                opt_state,
+            )
         start = _UpdateCarry(
             num_seen=jnp.zeros((), jnp.int32),
             stopped=jnp.zeros((), bool),
@@ -174,16 +201,20 @@ class Learner:
             num_applied=jnp.zeros((), jnp.int32),
             first_ratio_max_error=jnp.zeros((), jnp.float32),
             ratios=jnp.zeros(len(algorithm.RATIO_EDGES) - 1, jnp.int32),
-            sums=dict.fromkeys(_AVERAGED, jnp.zeros((), jnp.float32)),
+            sums=dict.fromkeys((*AVERAGED, "policy/grad_norm"), jnp.zeros((), jnp.float32)),
         )
         end = jax.lax.while_loop(is_running, one_minibatch, start)
         count = jnp.maximum(end.num_seen - end.num_nonfinite, 1)
         stopped_early = end.stopped
         if config.target_kl_grain == "epoch":  # after the last one there was nothing to stop
             stopped_early &= end.num_seen < num_steps
-        metrics = {name: total / count for name, total in end.sums.items()} | {
+        metrics: Metrics = {
+            **{name: total / count for name, total in end.sums.items()},
             "policy/first_ratio_max_error": end.first_ratio_max_error,
             "policy/learning_rate": learning_rate,
+            "policy/step_per_learning_rate": mean_step(
+                end.opt_state, trainable, self.optimizer_config
+            ),
             "update/epochs": end.num_applied / num_minibatches,
             "update/early_stopped": stopped_early.astype(jnp.int32),
             "update/nonfinite": end.num_nonfinite,
@@ -195,25 +226,74 @@ class Learner:
                 reference,
                 end.params["backbone"],
             )
-        next_state = TrainState(
+        next_state = state._replace(
             params=end.params,
             opt_state=end.opt_state,
-            controls=state.controls,
             reference=reference,
-            root_key=state.root_key,
             iteration=state.iteration + 1,
             nonfinite_in_a_row=end.nonfinite_in_a_row,
         )
         return next_state, metrics, {"ratio": end.ratios}
 
-    def _stops(self, kl: Array, epoch_kl: Array, part: Array) -> tuple[Array, Array]:
+    def gradients(
+        self, params: Params, minibatch: Batch
+    ) -> tuple[Params, MinibatchSums, Float[Array, ""]]:
+        """Of the loss of a minibatch; what to watch of it; its largest |ratio - 1|."""
+        weights = algorithm.token_weights(minibatch.mask, self.config.loss_aggregation)
+
+        def of_part(params: Params, rows: tuple[Batch, Array], layout: Layout | None) -> Totals:
+            batch, weights = rows
+
+            def loss(params: Params) -> tuple[Array, tuple[MinibatchSums, Array]]:
+                written = batch.tokens, batch.prompt_length, batch.length, batch.sampling_mask
+                new = self.response_outputs(params, *written, layout=layout)
+                return ppo_loss(new, batch, weights, self.config)
+
+            # Inside of the part: a gradient through its `switch` keeps residuals of all branches.
+            gradients, (sums, ratio_max_error) = jax.grad(loss, has_aux=True)(params)
+            return Totals((gradients, sums), ratio_max_error)
+
+        (gradients, sums), ratio_max_error = self._in_parts(
+            of_part,
+            params,
+            (minibatch, weights),
+            length=minibatch.length,
+            reduction=ADD,
+            num_microbatches=self.config.num_microbatches,
+        )
+        return gradients, sums, ratio_max_error
+
+    def response_outputs(
+        self, params: Params, *written: Any, layout: Layout | None = None
+    ) -> ResponseOutputs:
+        """What `learning.response_outputs` says of rows, with this learner's settings."""
+        return response_outputs(
+            nnx.merge(self.graphdef, params),
+            *written,
+            rules=self.rules,
+            sampling=self.config.sampling,
+            stop_value_gradient=self.config.critic == "stopped",
+            remat=self.remat,
+            layout=layout,
+        )
+
+    def _in_parts(self, *arguments: Any, **settings: Any) -> Any:
+        return in_parts(
+            *arguments,
+            **settings,
+            mesh=self.mesh,
+            num_packed_sizes=self.config.num_packed_sizes,
+            width=self.rules.max_length,
+        )
+
+    def _early_stop(self, kl: Array, epoch_kl: Array, part: Array) -> tuple[Array, Array]:
         """Whether this minibatch is the last, and whether its step is refused as well.
 
         Args:
             kl: of the minibatch.
             epoch_kl: summed over the epoch's minibatches up to this one, which is number `part`.
         """
-        config, never = self.passes.config, jnp.zeros((), bool)
+        config, never = self.config, jnp.zeros((), bool)
         if config.target_kl is None:
             return never, never
         if config.target_kl_grain == "minibatch":
@@ -233,22 +313,4 @@ class _UpdateCarry(NamedTuple):
     num_applied: Int[Array, ""]
     first_ratio_max_error: Float[Array, ""]
     ratios: Int[Array, "bins"]
-    sums: Metrics
-
-
-_AVERAGED = (
-    "policy/loss",
-    "policy/clip_fraction",
-    "policy/approx_kl",
-    "policy/grad_norm",
-    "value/loss",
-)
-"""Metrics that are averaged over the minibatches of an iteration."""
-
-
-def _select(condition: Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
-
-
-def _take(tree: Any, rows: Int[Array, "rows"]) -> Any:
-    return jax.tree.map(lambda x: x[rows], tree)
+    sums: dict[str, Array]  # of the metrics, over the minibatches that were finite

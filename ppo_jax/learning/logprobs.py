@@ -27,7 +27,7 @@ the logits themselves.
 """
 
 
-class Drawn(NamedTuple):
+class ChosenTokens(NamedTuple):
     """Tokens, and what tells the ids that each was drawn from."""
 
     token: Int[Array, "N"]
@@ -38,7 +38,7 @@ class Drawn(NamedTuple):
 def logprobs_and_entropy(
     hidden: Float[Array, "N D"],
     projection: Float[Array, "V D"],
-    drawn: Drawn,
+    chosen: ChosenTokens,
     is_response: Bool[Array, "N"],
     *,
     rules: mdp.Rules,
@@ -56,7 +56,7 @@ def logprobs_and_entropy(
     # Beyond the end, edge values: a row of zeros would be a token that was drawn from no ids.
     taken = order[jnp.minimum(jnp.arange(num_chunks * chunk), count - 1)]
     chunks = jax.tree.map(
-        lambda x: x[taken].reshape(num_chunks, chunk, *x.shape[1:]), (hidden, drawn)
+        lambda x: x[taken].reshape(num_chunks, chunk, *x.shape[1:]), (hidden, chosen)
     )
     num_needed = -(-is_response.sum() // chunk)
     results = _of_chunks(rules, temperature, projection, num_needed, *chunks)
@@ -71,9 +71,9 @@ def _of_chunks(
     projection: Float[Array, "V D"],
     num_needed: Int[Array, ""],  # of the C chunks, the first ones
     hidden: Float[Array, "C N D"],
-    drawn: Drawn,
+    chosen: ChosenTokens,
 ) -> tuple[Float[Array, "C N"], Float[Array, "C N"]]:
-    return _forward(rules, temperature, projection, num_needed, hidden, drawn)[0]
+    return _forward(rules, temperature, projection, num_needed, hidden, chosen)[0]
 
 
 def _forward(
@@ -82,14 +82,14 @@ def _forward(
     projection: Array,
     num_needed: Array,
     hidden: Array,
-    drawn: Drawn,
+    chosen: ChosenTokens,
 ) -> tuple[tuple[Array, Array], Any]:
     narrow = projection.astype(hidden.dtype)
 
     def of_chunk(i: Array | int) -> tuple[Statistics, Array]:
-        of_drawn = _at(i, drawn)
-        logits = _logits(hidden[i], narrow, of_drawn, rules, temperature)
-        return _statistics(logits, of_drawn.token), logits
+        chosen_here = _at(i, chosen)
+        logits = _logits(hidden[i], narrow, chosen_here, rules, temperature)
+        return _statistics(logits, chosen_here.token), logits
 
     def body(i: Array, statistics: Statistics) -> Statistics:
         return jax.tree.map(lambda all, x: all.at[i].set(x), statistics, of_chunk(i)[0])
@@ -98,20 +98,20 @@ def _forward(
         alone, logits = of_chunk(0)
         statistics = Statistics(*(x[None] for x in alone))
     else:
-        nothing = Statistics(*(jnp.zeros(drawn.token.shape),) * 3)
+        nothing = Statistics(*(jnp.zeros(chosen.token.shape),) * 3)
         statistics, logits = jax.lax.fori_loop(0, num_needed, body, nothing), None
-    kept = projection, num_needed, hidden, drawn, statistics, logits
+    kept = projection, num_needed, hidden, chosen, statistics, logits
     return (statistics.logprob, statistics.entropy), kept
 
 
 def _backward(
     rules: mdp.Rules, temperature: float, kept: Any, cotangents: tuple[Array, Array]
 ) -> tuple[Array, None, Array, None]:
-    projection, num_needed, hidden, drawn, statistics, logits = kept
+    projection, num_needed, hidden, chosen, statistics, logits = kept
     narrow = projection.astype(hidden.dtype)
 
     def gradients(i: Array | int, logits: Array | None) -> tuple[Array, Array]:
-        of_chunk = _at(i, drawn)
+        of_chunk = _at(i, chosen)
         if logits is None:
             logits = _logits(hidden[i], narrow, of_chunk, rules, temperature)
         d_logits = _logits_gradient(logits, of_chunk.token, _at(i, statistics), *_at(i, cotangents))
@@ -182,14 +182,14 @@ def _logits_gradient(
 def _logits(
     hidden: Float[Array, "N D"],
     projection: Float[Array, "V D"],
-    drawn: Drawn,
+    chosen: ChosenTokens,
     rules: mdp.Rules,
     temperature: float,
 ) -> Float[Array, "N V"]:
     """Of the sampling distribution: tempered, those of forbidden ids at -inf."""
-    allowed = mdp.action_mask(drawn.step, rules, jnp)
-    if drawn.sampling_mask is not None:
-        allowed &= unpack_bits(drawn.sampling_mask, rules.vocab_size)
+    allowed = mdp.action_mask(chosen.step, rules, jnp)
+    if chosen.sampling_mask is not None:
+        allowed &= unpack_bits(chosen.sampling_mask, rules.vocab_size)
     return sampling_logits(project(hidden, projection), allowed, temperature)
 
 

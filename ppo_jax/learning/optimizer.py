@@ -1,5 +1,6 @@
 """AdamW, the learning rate's schedule, and which parameters learn."""
 
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -11,64 +12,96 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ppo_jax.config import OptimizerConfig
 
-Params = nnx.State
+Params = nnx.State[Any, Any]
 
 
-def init_adam(params: Params) -> optax.ScaleByAdamState:
-    """No steps taken, both moments 0.
-
-    The second is float32 whatever the parameters are: a step's decay, a thousandth, is less than
-    bfloat16 can tell.
-    """
-    mu = jax.tree.map(jnp.zeros_like, params)
-    nu = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
-    return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
-
-
-def adamw_step(
-    params: Params,
-    state: optax.ScaleByAdamState,
-    gradients: Params,
-    norm: Float[Array, ""],
-    config: OptimizerConfig,
-    *,
-    learning_rate: Float[Array, ""],
-    share: Any,
-    applied: Bool[Array, ""],
-) -> tuple[Params, optax.ScaleByAdamState]:
-    """A step of AdamW (arXiv:1711.05101) on clipped gradients; none if not `applied`.
+def adamw(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """AdamW (arXiv:1711.05101) on clipped gradients.
 
     Written out, because memory bounds it: every array is read and written once, in its place. A
     chain of optax's transformations whose result is then taken or left copies all of them.
 
-    Args:
+    The second moments are float32 whatever the parameters are: a step's decay, a thousandth, is
+    less than bfloat16 can tell.
+
+    Beside gradients, state and parameters, `update` takes:
         norm: of all gradients together.
         learning_rate: of the policy; the critic's is in the same proportion as in `config`.
-        share: of the learning rate, for each parameter, see `trainable_share`.
+        trainable: the mask of `trainable_mask`.
+        applied: False leaves the state as it is, and makes all updates 0.
     """
     b1, b2 = config.adam_b1, config.adam_b2
-    count = state.count + applied
-    clip = jnp.where(norm < config.max_grad_norm, 1.0, config.max_grad_norm / norm)
-    unbias1, unbias2 = 1 - b1**count, 1 - b2**count
     critic_factor = (config.critic_learning_rate or config.learning_rate) / config.learning_rate
 
-    def averaged(old: Array, new: Array, decay: float, scale: Array | float) -> Array:
-        average = decay * old + ((1 - decay) * scale) * new
-        return jnp.where(applied, average, old).astype(old.dtype)
+    def init(params: Params) -> optax.ScaleByAdamState:
+        mu = jax.tree.map(jnp.zeros_like, params)
+        nu = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
-    def moved(path: tuple[Any, ...], x: Array, mu: Array, nu: Array, share: Any) -> Array:
-        name = _name(path)
-        step = (mu / unbias1) / (jnp.sqrt(nu / unbias2) + config.adam_eps)
-        if _is_decayed(name):
-            step = step + config.weight_decay * x
-        rate = learning_rate * (critic_factor if _is_critic(name) else 1.0)
-        return jnp.where(applied, x - rate * share * step, x).astype(x.dtype)
+    def update(
+        gradients: Params,
+        state: optax.ScaleByAdamState,
+        params: Params,
+        *,
+        norm: Float[Array, ""],
+        learning_rate: Float[Array, ""],
+        trainable: Any,
+        applied: Bool[Array, ""],
+    ) -> tuple[Params, optax.ScaleByAdamState]:
+        count = state.count + applied
+        clip = jnp.where(norm < config.max_grad_norm, 1.0, config.max_grad_norm / norm)
+        adam_step = _adam_step(count, config)
 
-    # In mu the clip goes into the factor: were `clip * g` in both, XLA would keep a copy of it all.
-    mu = jax.tree.map(lambda old, g: averaged(old, g, b1, clip), state.mu, gradients)
-    nu = jax.tree.map(lambda old, g: averaged(old, (clip * g) ** 2, b2, 1.0), state.nu, gradients)
-    params = jax.tree_util.tree_map_with_path(moved, params, mu, nu, share)
-    return params, optax.ScaleByAdamState(count, mu, nu)
+        def averaged(old: Array, new: Array, decay: float, scale: Array | float) -> Array:
+            average = decay * old + ((1 - decay) * scale) * new
+            return jnp.where(applied, average, old).astype(old.dtype)
+
+        def updated(path: tuple[Any, ...], x: Array, mu: Array, nu: Array, learns: Any) -> Array:
+            name = _name(path)
+            step = adam_step(mu, nu)
+            if _is_decayed(name):
+                step = step + config.weight_decay * x
+            rate = learning_rate * (critic_factor if _is_critic(name) else 1.0)
+            return jnp.where(applied, -rate * learns * step, 0.0)
+
+        # In mu the clip goes into the factor: were `clip * g` in both, XLA would keep a copy of it.
+        mu = jax.tree.map(lambda old, g: averaged(old, g, b1, clip), state.mu, gradients)
+        nu = jax.tree.map(lambda old, g: averaged(old, (clip * g) ** 2, b2, 1), state.nu, gradients)
+        updates = jax.tree_util.tree_map_with_path(updated, params, mu, nu, trainable)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _adam_step(
+    count: Int[Array, ""], config: OptimizerConfig
+) -> Callable[[Float[Array, "*shape"], Float[Array, "*shape"]], Float[Array, "*shape"]]:
+    """From both moments after `count` steps to m̂ / (√v̂ + ε), which the learning rate scales."""
+    count = jnp.maximum(count, 1)  # before the first step the moments are 0, and so is this
+    unbias1, unbias2 = 1 - config.adam_b1**count, 1 - config.adam_b2**count
+    return lambda mu, nu: (mu / unbias1) / (jnp.sqrt(nu / unbias2) + config.adam_eps)
+
+
+def mean_step(
+    state: optax.ScaleByAdamState, trainable: Any, config: OptimizerConfig
+) -> Float[Array, ""]:
+    """Mean |Adam's last step| / learning rate of the policy's parameters that learn.
+
+    Near 1 while Adam follows the signs of gradients; far below where `adam_eps` is larger than
+    they are, so that a step is in proportion to them. Weight decay is not in it. Of every sixteenth
+    row of each matrix, so that it costs next to nothing.
+    """
+    adam_step = _adam_step(state.count, config)
+
+    def some(x: Array) -> Array:
+        return x.reshape(-1, x.shape[-1])[::16]
+
+    policy = (jax.tree.leaves(tree["backbone"]) for tree in (state.mu, state.nu, trainable))
+    total = count = jnp.zeros(())
+    for mu, nu, learns in zip(*policy, strict=True):
+        total += jnp.abs(adam_step(some(mu), some(nu))).sum()  # of what does not learn, 0
+        count += some(jnp.broadcast_to(learns, mu.shape)).sum()
+    return total / jnp.maximum(count, 1)
 
 
 def global_norm(gradients: Params) -> Float[Array, ""]:
@@ -107,7 +140,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_iterations: int) -> opta
     return optax.join_schedules([level, rising, falling], [held, held + warmup])
 
 
-def trainable_share(params: Params, config: OptimizerConfig, iteration: Int[Array, ""]) -> Any:
+def trainable_mask(params: Params, config: OptimizerConfig, iteration: Int[Array, ""]) -> Any:
     """1 for what learns in an iteration, 0 for what does not, broadcastable to each parameter.
 
     Embeddings and the lowest layers may be frozen for good. During the critic's warm-up only the
@@ -115,19 +148,19 @@ def trainable_share(params: Params, config: OptimizerConfig, iteration: Int[Arra
     """
     policy_learns = jnp.where(iteration < config.critic_warmup_iterations, 0.0, 1.0)
 
-    def share(path: tuple[Any, ...], x: Array) -> Array | float:
+    def learns(path: tuple[Any, ...], x: Array) -> Array | float:
         name = _name(path)
         if _is_critic(name):
             return 1.0
-        learns = policy_learns if config.critic_warmup_iterations else 1.0
+        of_policy = policy_learns if config.critic_warmup_iterations else 1.0
         if "embed_tokens" in name and config.freeze_embeddings:
             return 0.0
         if ".layers." in name and config.num_frozen_layers:
             is_free = jnp.arange(x.shape[0]) >= config.num_frozen_layers
-            return learns * is_free.astype(jnp.float32).reshape(-1, *[1] * (x.ndim - 1))
-        return learns
+            return of_policy * is_free.astype(jnp.float32).reshape(-1, *[1] * (x.ndim - 1))
+        return of_policy
 
-    return jax.tree_util.tree_map_with_path(share, params)
+    return jax.tree_util.tree_map_with_path(learns, params)
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from ppo_jax.learning.logprobs import Drawn, logprobs_and_entropy
+from ppo_jax.learning.logprobs import ChosenTokens, logprobs_and_entropy
 from ppo_jax.learning.packing import Layout, pack
 from ppo_jax.models.heads import PolicyValueNetwork
 from ppo_jax.models.qwen2 import Qwen2
@@ -69,16 +69,16 @@ def response_outputs(
         value_hidden, last = jax.lax.stop_gradient((value_hidden, last))
     positions = (
         hidden,
-        Drawn(chosen, jnp.broadcast_to(step, chosen.shape), sampling_mask),
+        ChosenTokens(chosen, jnp.broadcast_to(step, chosen.shape), sampling_mask),
         step < (length - prompt_length)[:, None],
     )
-    hidden, drawn, is_response = jax.tree.map(
+    hidden, chosen_tokens, is_response = jax.tree.map(
         lambda x: x.reshape(batch * num_steps, *x.shape[2:]), positions
     )
     logprobs, entropy = logprobs_and_entropy(
         hidden,
         network.backbone.unembedding,
-        drawn,
+        chosen_tokens,
         is_response,
         rules=rules,
         temperature=sampling.temperature,

@@ -80,11 +80,14 @@ class TorchPPO:
         written = episodes["length"] - episodes["prompt_length"]
         mask = torch.arange(self.rules.max_new_tokens) < written[:, None]
         old, entropy, values, last_value = self._outputs(self.model, episodes)
-        log_ratio = torch.where(mask, old - self._outputs(self.reference, episodes)[0], 0.0)
+        # The policy is what is sampled from, truncated or not; the reference is never truncated.
+        untruncated = {name: x for name, x in episodes.items() if name != "sampling_mask"}
+        ref_logprobs = self._outputs(self.reference, untruncated)[0]
+        log_ratio = torch.where(mask, old - ref_logprobs, 0.0)
         penalty = {
             "k1": log_ratio,
             "k2": log_ratio**2 / 2,
-            "k3": torch.exp(-log_ratio) - 1 + log_ratio,
+            "k3": torch.exp(-log_ratio.clamp(min=-10)) - 1 + log_ratio.clamp(min=-10),
         }[ppo.kl_penalty]
         self.scores += score.tolist()
         if ppo.scale_scores:
@@ -109,15 +112,20 @@ class TorchPPO:
         returns = advantages + values
         kl = log_ratio.sum(1).mean().item()
         unexplained = (returns - values)[mask].var(correction=0)
+        variance = returns[mask].var(correction=0)
+        is_constant = variance < 1e-12 * (returns[mask] ** 2 + values[mask] ** 2).mean()
         metrics = {
             "objective/reward": reward_sum,
             "objective/kl": kl,
             "objective/kl_coef": self.kl_coef,
             "policy/entropy": entropy[mask].mean().item(),
             "value/mean": values[mask].mean().item(),
+            "objective/kl_clamped_fraction": (
+                (log_ratio[mask] < -10).double().mean().item() if ppo.kl_penalty == "k3" else 0.0
+            ),
             "value/explained_variance": (
-                1 - unexplained / returns[mask].var(correction=0).clamp(min=1e-8)
-            ).item(),
+                math.nan if is_constant else (1 - unexplained / variance).item()
+            ),
         }
         if ppo.advantage_whitening == "batch":
             advantages = whitened(advantages, mask)
@@ -203,7 +211,7 @@ class TorchPPO:
         if ppo.advantage_whitening == "minibatch":
             advantages = whitened(advantages, mask)
         log_ratio = torch.where(mask, new - batch["logprobs"], 0.0)
-        ratio = log_ratio.exp()
+        ratio = log_ratio.clamp(-20, 20).exp()
         high = ppo.clip_range if ppo.clip_range_high is None else ppo.clip_range_high
         clipped = ratio.clamp(1 - ppo.clip_range, 1 + high)
         surrogate = torch.minimum(ratio * advantages, clipped * advantages)
@@ -226,6 +234,8 @@ class TorchPPO:
         metrics = {
             "policy/loss": policy_loss.item(),
             "policy/clip_fraction": mean((ratio != clipped).double()).item(),
+            "policy/clip_active_fraction": mean((surrogate != ratio * advantages).double()).item(),
+            "policy/clamped_fraction": mean((log_ratio.abs() > 20).double()).item(),
             "policy/approx_kl": kls["k3"],
             "value/loss": value_loss.item(),
         }

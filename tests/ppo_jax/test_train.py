@@ -294,5 +294,5 @@ def test_flags_reach_the_task_the_network_and_the_evaluation(
     assert prompt.ids.tolist() == whole[-6:] != whole
     assert agent.network.backbone.dtype == "bfloat16"
     assert agent.network.backbone.norm.weight[...].dtype == "float32"
-    assert agent.learner.passes.remat
+    assert agent.learner.remat
     assert agent.num_iterations == 7

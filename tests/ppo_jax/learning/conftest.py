@@ -14,7 +14,6 @@ from flax import nnx
 from ppo_jax.config import OptimizerConfig, PPOConfig
 from ppo_jax.generation.rollout import Rollout
 from ppo_jax.learning.batch import Batch, Prepared
-from ppo_jax.learning.gradients import Passes
 from ppo_jax.learning.learner import Learner, TrainState
 from ppo_jax.mesh import make_mesh, replicate
 from ppo_jax.models import PolicyValueNetwork, with_separate_critic
@@ -65,8 +64,9 @@ class CompiledLearner:
             network = with_separate_critic(network)
         self.network = network
         mesh = make_mesh(num_devices)
-        passes = Passes(nnx.graphdef(network), rules, self.ppo, mesh=mesh)
-        self.learner = Learner(passes, self.optimizer, num_iterations=10)
+        self.learner = Learner(
+            nnx.graphdef(network), rules, self.ppo, self.optimizer, num_iterations=10, mesh=mesh
+        )
         self.start: TrainState = replicate(self.learner.init(nnx.state(network), seed=0), mesh)
         self.reference = replicate(other_backbone(network), mesh)
         options = None if optimized else {"xla_backend_optimization_level": 0}

@@ -11,6 +11,7 @@ from ppo_jax.algorithm import ADVANTAGE_EDGES, no_moments
 from ppo_jax.config import PPOConfig
 from ppo_jax.generation.rollout import Rollout
 from ppo_jax.learning.batch import Controls, make_batch
+from ppo_jax.learning.metrics import fetch
 from ppo_jax.learning.response_outputs import ResponseOutputs
 from qwen_env import mdp
 
@@ -147,11 +148,13 @@ def test_metrics_and_distributions_by_position():
     )
     kl = np.where(short, old.logprobs - ref_logprobs, 0)
     returns, values = np.asarray(batch.returns)[short], old.values[short]
+    metrics, distributions = fetch(metrics, distributions)
     for name, expected in {
         "objective/score": score.mean(),
         "objective/score_std": score.std(),
         "objective/kl": kl.sum(1).mean(),
         "objective/kl_coef": 0.3,
+        "objective/kl_clamped_fraction": 0.0,
         "policy/entropy": old.entropy[short].mean(),
         "value/mean": values.mean(),
         "value/explained_variance": 1 - (returns - values).var() / returns.var(),
@@ -166,6 +169,37 @@ def test_metrics_and_distributions_by_position():
             expected = x[there, t].mean() if there.any() else np.nan
             np.testing.assert_allclose(distributions[name][t], expected, rtol=1e-5, atol=1e-6)
     assert np.isnan(distributions["kl_by_position"][6:]).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -30.0])
+def test_of_constant_returns_the_explained_variance_is_undefined(value):
+    """With γ = λ = 1 and no penalty, each return is the score. No program makes a NaN for it."""
+    rollout, score, old, _ = random_episodes(1)
+    with jax.debug_nans(True):
+        result = compiled(
+            rollout, np.full_like(score, value), old, old.logprobs, controls(), config=PAYMENT
+        )
+        apart = compiled(
+            rollout, score - score.mean(), old, old.logprobs, controls(), config=PAYMENT
+        )
+    name = "value/explained_variance"
+    assert np.isnan(fetch(result.metrics, {})[0][name])
+    returns = np.repeat(score - score.mean(), LENGTHS)
+    expected = 1 - (returns - old.values[MASK]).var() / returns.var()
+    assert fetch(apart.metrics, {})[0][name] == pytest.approx(expected, rel=1e-4)
+
+
+def test_tokens_whose_penalty_is_clamped_are_counted():
+    """Those that the reference thinks e¹⁰ times as probable as the policy, where k3 is in use."""
+    rollout, score, old, _ = random_episodes(1)
+    further = np.where(np.arange(T) == 1, 10.5, 9.5) - 30 * (np.arange(T) == 2)
+    for estimator in ("k1", "k2", "k3"):
+        config = dataclasses.replace(CONFIG, kl_penalty=estimator)
+        result = compiled(rollout, score, old, old.logprobs + further, controls(), config=config)
+        expected = MASK[:, 1].sum() / MASK.sum() if estimator == "k3" else 0
+        share = result.metrics["objective/kl_clamped_fraction"]
+        assert share == pytest.approx(expected, rel=1e-6)
+        assert expected > 0 or estimator != "k3"
 
 
 def test_bootstrapping_changes_the_truncated_rows_alone():
@@ -230,9 +264,19 @@ def test_scaling_is_by_all_scores_so_far():
         last, state = last_rewards(config, score, state)
         np.testing.assert_allclose(last, score / np.concatenate(seen).std(), rtol=1e-4)
     assert state.score_moments.number == 3 * B
-    # Equal scores have no deviation to be divided by.
-    last, _ = last_rewards(config, np.full(B, 3.0), controls())
-    np.testing.assert_allclose(last, 3.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-6, 1e-5, 1e-3])
+def test_scores_that_rounding_sets_apart_are_not_scaled(apart):
+    """They have no deviation to be divided by: 0.5 would become hundreds of thousands."""
+    config = dataclasses.replace(PAYMENT, scale_scores=True)
+    score = 0.5 + apart * np.linspace(-1, 1, B)
+    last, state = last_rewards(config, score, controls())
+    np.testing.assert_allclose(last, score, atol=1e-5)
+    # Once they differ, all of them are.
+    more = np.linspace(0, 1, B)
+    last, _ = last_rewards(config, more, state)
+    np.testing.assert_allclose(last, more / np.concatenate([score, more]).std(), rtol=1e-4)
 
 
 def test_whitened_rewards_have_variance_one_and_keep_their_mean():

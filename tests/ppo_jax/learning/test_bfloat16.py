@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from ppo_jax.algorithm import token_weights
+from ppo_jax.learning.loss import ppo_loss
 from ppo_jax.mesh import ROWS
 
 DECAY = 0.99
@@ -51,13 +52,21 @@ def test_gradients_of_micro_batches_are_added_up_in_float32(
     weights = token_weights(batch.mask)
 
     @learner.compile
-    def alone(rows):
-        return whole.learner.passes._gradients_of_rows(start, rows)[0]
+    def alone(batch, weights):
+        """One row's part of the gradient."""
+
+        def loss(params):
+            written = batch.tokens, batch.prompt_length, batch.length
+            return ppo_loss(
+                whole.learner.response_outputs(params, *written), batch, weights, whole.ppo
+            )[0]
+
+        return jax.grad(loss)(start)
 
     rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], (batch, weights)) for i in range(4)]
-    parts = [jax.tree.leaves(alone(row)["backbone"]) for row in rows]
-    gradients, _ = learner.compile(learner.learner.passes.gradients)(start, batch)
-    at_once, _ = learner.compile(whole.learner.passes.gradients)(start, batch)
+    parts = [jax.tree.leaves(alone(*row)["backbone"]) for row in rows]
+    gradients, *_ = learner.compile(learner.learner.gradients)(start, batch)
+    at_once, *_ = learner.compile(whole.learner.gradients)(start, batch)
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(at_once))
     chex.assert_trees_all_close(
         gradients, jax.tree.map(jnp.float32, at_once), rtol=0, atol=2**-8 * largest
@@ -90,10 +99,10 @@ def test_a_slow_reference_reaches_a_policy_that_stands_still(learner, batch):
 
 def test_gradients_of_devices_are_added_up_in_float32(learner_of, halved, rules, batch):
     learner = learner_of(halved, rules)
-    passes = dataclasses.replace(
-        learner.learner.passes, mesh=jax.make_mesh((1,), (ROWS,), (jax.sharding.AxisType.Auto,))
+    on_a_mesh = dataclasses.replace(
+        learner.learner, mesh=jax.make_mesh((1,), (ROWS,), (jax.sharding.AxisType.Auto,))
     )
-    program = str(jax.make_jaxpr(passes.gradients)(learner.start.params, batch))
+    program = str(jax.make_jaxpr(on_a_mesh.gradients)(learner.start.params, batch))
     [summed] = re.findall(r"([^\n]*) = psum\w*\[[^]]*\]", program, re.DOTALL)[:1]
     assert "bf16" not in summed
     assert "f32" in summed

@@ -15,7 +15,7 @@ def gradients(compiled):
     @functools.cache
     def differentiate(critic):
         learner = compiled(critic=critic)
-        function = learner.compile(lambda *a: learner.learner.passes.gradients(*a)[0])
+        function = learner.compile(lambda *a: learner.learner.gradients(*a)[0])
         return functools.partial(function, learner.start.params)
 
     def of(critic, *batches):

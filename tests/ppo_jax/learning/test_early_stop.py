@@ -1,10 +1,13 @@
 """The KL early stop at both grains, and what it leaves undone."""
 
+import dataclasses
+
 import chex
 import numpy as np
 import pytest
 
 from ppo_jax.algorithm import approx_kl, token_weights
+from ppo_jax.learning.loss import ppo_loss
 
 STOPPING = {"num_minibatches": 2, "num_epochs": 3, "target_kl": 0.5}
 
@@ -115,17 +118,18 @@ def test_the_estimator_that_decides_is_the_one_that_was_asked_for(compiled, batc
     noise = np.random.default_rng(0).normal(0, 0.5, batch.mask.shape).astype(np.float32)
     moved = batch._replace(logprobs=(batch.logprobs + noise) * batch.mask)
     weights = token_weights(batch.mask, "sequence")
-
-    @plain.compile
-    def what_decides(params):
-        return [
-            compiled(loss_aggregation="sequence", target_kl_estimator=estimator)
-            .learner.passes._loss(params, moved, weights, None)[1]
-            .stop_kl
-            for estimator in estimators
-        ]
-
-    results = what_decides(plain.start.params)
+    outputs = plain.compile(plain.learner.response_outputs)(
+        plain.start.params, moved.tokens, moved.prompt_length, moved.length
+    )
+    results = [
+        ppo_loss(
+            outputs,
+            moved,
+            weights,
+            dataclasses.replace(plain.ppo, target_kl=0.1, target_kl_estimator=estimator),
+        )[1][0].stop_kl
+        for estimator in estimators
+    ]
     for estimator, result in zip(estimators, results, strict=True):
         expected = approx_kl(moved.logprobs, batch.logprobs, batch.mask, estimator, weights=weights)
         np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-6, err_msg=estimator)

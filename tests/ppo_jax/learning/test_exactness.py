@@ -122,9 +122,7 @@ def test_the_first_ratio_is_one(compiled, finished, changes):
 )
 def test_one_odd_ratio_is_seen_whichever_part_holds_it(compiled, batch, changes):
     learner = compiled(**changes)
-    largest_error = learner.compile(
-        lambda *inputs: learner.learner.passes.gradients(*inputs)[1].ratio_max_error
-    )
+    largest_error = learner.compile(lambda *inputs: learner.learner.gradients(*inputs)[2])
     for row in (0, 3):
         odd = batch._replace(logprobs=batch.logprobs.at[row, 0].add(np.log(1.5)))
         error = largest_error(learner.start.params, odd)

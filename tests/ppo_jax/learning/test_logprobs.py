@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ppo_jax.learning import logprobs
-from ppo_jax.learning.logprobs import Drawn, logprobs_and_entropy
+from ppo_jax.learning.logprobs import ChosenTokens, logprobs_and_entropy
 from ppo_jax.sampling import pack_bits
 from qwen_env import mdp
 
@@ -38,7 +38,12 @@ def inputs(*, truncated):
         allowed &= sampling_mask
         sampling_mask = pack_bits(jnp.asarray(sampling_mask))
     token = np.array([rng.choice(np.flatnonzero(row)) for row in allowed])
-    return hidden, projection, allowed, Drawn(jnp.asarray(token), jnp.asarray(STEP), sampling_mask)
+    return (
+        hidden,
+        projection,
+        allowed,
+        ChosenTokens(jnp.asarray(token), jnp.asarray(STEP), sampling_mask),
+    )
 
 
 def plain(hidden, projection, drawn, allowed):

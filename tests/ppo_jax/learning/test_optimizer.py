@@ -6,17 +6,18 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from flax import nnx
 
 from ppo_jax.config import OptimizerConfig
 from ppo_jax.learning.optimizer import (
-    adamw_step,
+    adamw,
     global_norm,
-    init_adam,
     learning_rate_schedule,
-    trainable_share,
+    mean_step,
+    trainable_mask,
 )
 from ppo_jax.models import with_separate_critic
 
@@ -28,6 +29,20 @@ OPTIMIZER = OptimizerConfig(
 @pytest.fixture(scope="module")
 def params(make_network):
     return nnx.state(make_network())
+
+
+def stepped(config, params, state, gradients, *, norm=1.0, learning_rate=None, applied=True):
+    """(parameters, state) after a step of all parameters."""
+    updates, state = adamw(config).update(
+        gradients,
+        state,
+        params,
+        norm=jnp.float32(norm),
+        learning_rate=jnp.float32(learning_rate or config.learning_rate),
+        trainable=jax.tree.map(lambda _: 1.0, params),
+        applied=jnp.asarray(applied),
+    )
+    return optax.apply_updates(params, updates), state
 
 
 def by_name(params):
@@ -61,18 +76,9 @@ def test_twenty_steps_equal_those_of_pytorch(changes):
 
     @jax.jit
     def step(params, state, gradients):
-        return adamw_step(
-            params,
-            state,
-            gradients,
-            global_norm(gradients),
-            config,
-            learning_rate=config.learning_rate,
-            share=jax.tree.map(lambda _: 1.0, params),
-            applied=True,
-        )
+        return stepped(config, params, state, gradients, norm=global_norm(gradients))
 
-    ours, state = start, init_adam(start)
+    ours, state = start, adamw(config).init(start)
     norms = []
     for _ in range(20):
         scale = 10.0 ** rng.uniform(-3, 1)
@@ -107,17 +113,9 @@ def test_the_norm_is_that_of_all_numbers_together(shape):
 
 def test_a_step_keeps_the_types_it_finds():
     params = {"weight": jnp.ones((4, 3), jnp.bfloat16), "norm": jnp.ones(3, jnp.float32)}
-    state = init_adam(params)
-    after, state_after = adamw_step(
-        params,
-        state,
-        jax.tree.map(jnp.ones_like, params),
-        jnp.float32(1.0),
-        OPTIMIZER,
-        learning_rate=jnp.float32(0.1),
-        share=jax.tree.map(lambda _: 1.0, params),
-        applied=jnp.asarray(True),
-    )
+    state = adamw(OPTIMIZER).init(params)
+    gradients = jax.tree.map(jnp.ones_like, params)
+    after, state_after = stepped(OPTIMIZER, params, state, gradients, learning_rate=0.1)
     chex.assert_trees_all_equal_dtypes((after, state_after), (params, state))
     assert after["weight"][0, 0] < 1
 
@@ -125,40 +123,55 @@ def test_a_step_keeps_the_types_it_finds():
 def test_the_second_moment_of_bfloat16_parameters_decays():
     """By a thousandth a step, less than half of what bfloat16 can tell."""
     params = {"weight": jnp.ones((4, 3), jnp.bfloat16)}
-    state = init_adam(params)
+    state = adamw(OPTIMIZER).init(params)
     state = state._replace(nu=jax.tree.map(jnp.ones_like, state.nu))
-
-    @jax.jit
-    def step(state):
-        return adamw_step(
-            params,
-            state,
-            jax.tree.map(jnp.zeros_like, params),
-            jnp.zeros(()),
-            OPTIMIZER,
-            learning_rate=0.1,
-            share=jax.tree.map(lambda _: 1.0, params),
-            applied=True,
-        )[1]
-
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    step = jax.jit(lambda state: stepped(OPTIMIZER, params, state, nothing, norm=0.0)[1])
     for _ in range(20):
         state = step(state)
     np.testing.assert_allclose(state.nu["weight"], OPTIMIZER.adam_b2**20, rtol=1e-6)
+
+
+def test_a_step_that_is_not_applied_changes_nothing(params):
+    config = dataclasses.replace(OPTIMIZER, weight_decay=1.0)
+    noise = jax.tree.map(jnp.cos, params)
+    _, state = stepped(config, params, adamw(config).init(params), noise)
+    gradients = jax.tree.map(lambda x: jnp.nan * x, params)
+    same = stepped(config, params, state, gradients, norm=np.nan, applied=False)
+    chex.assert_trees_all_equal(same, (params, state))
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-5, 1.0])
+def test_the_mean_step_is_that_of_what_learns(eps):
+    """Adam's first step is |g| / (|g| + ε) learning rates long."""
+    config = dataclasses.replace(OPTIMIZER, adam_eps=eps, max_grad_norm=1e9)
+    rng = np.random.default_rng(0)
+    shapes = {"layers": (2, 48, 5), "norm": (33,), "frozen": (40,)}
+    gradient = {k: 1e-5 * rng.normal(size=shape).astype(np.float32) for k, shape in shapes.items()}
+    gradient["layers"][0] = gradient["frozen"][:] = 0
+    params = {"backbone": jax.tree.map(jnp.ones_like, gradient), "value_head": jnp.ones(3)}
+    trainable = {
+        "backbone": {"layers": jnp.array([0.0, 1.0])[:, None, None], "norm": 1.0, "frozen": 0.0},
+        "value_head": 1.0,
+    }
+    initial = adamw(config).init(params)
+    gradients = {"backbone": gradient, "value_head": 1e3 * jnp.ones(3)}
+    _, state = stepped(config, params, initial, gradients, norm=1.0)
+    rows = gradient["layers"][1, ::16]  # one in sixteen, of a vector's one row all
+    learns = np.concatenate([rows.ravel(), gradient["norm"]]).astype(np.float64)
+    expected = np.mean(np.abs(learns) / (np.abs(learns) + eps))
+    assert mean_step(state, trainable, config) == pytest.approx(expected, rel=1e-5)
+    assert mean_step(initial, trainable, config) == 0
+    nothing = jax.tree.map(jnp.zeros_like, trainable)
+    assert mean_step(initial, nothing, config) == 0
 
 
 def test_norms_and_biases_do_not_decay(params):
     config = dataclasses.replace(OPTIMIZER, weight_decay=1.0)
     zeros = jax.tree.map(jnp.zeros_like, params)
     moved, _ = jax.jit(
-        lambda params: adamw_step(
-            params,
-            init_adam(params),
-            zeros,
-            jnp.zeros(()),
-            config,
-            learning_rate=1.0,
-            share=jax.tree.map(lambda _: 1.0, params),
-            applied=True,
+        lambda params: stepped(
+            config, params, adamw(config).init(params), zeros, norm=0.0, learning_rate=1.0
         )
     )(params)
     updates = jax.tree.map(lambda new, old: new - old, moved, params)
@@ -196,41 +209,41 @@ def test_learning_rate_by_iteration(schedule, held, warmup, expected):
         np.testing.assert_allclose(rate(iteration), value, atol=1e-6)
 
 
-def shares(params, iteration=0, **changes):
-    """What `trainable_share` says of each parameter, broadcast to its shape."""
+def masks(params, iteration=0, **changes):
+    """What `trainable_mask` says of each parameter, broadcast to its shape."""
     config = dataclasses.replace(OPTIMIZER, **changes)
-    share = by_name(trainable_share(params, config, jnp.asarray(iteration)))
+    mask = by_name(trainable_mask(params, config, jnp.asarray(iteration)))
     return {
-        name: np.broadcast_to(np.asarray(share[name]), x.shape)
+        name: np.broadcast_to(np.asarray(mask[name]), x.shape)
         for name, x in by_name(params).items()
     }
 
 
 def test_by_default_everything_learns(params):
-    assert all((share == 1).all() for share in shares(params).values())
+    assert all((mask == 1).all() for mask in masks(params).values())
 
 
 def test_frozen_embeddings_take_the_tied_projection_with_them(params, make_network):
-    for name, share in shares(params, freeze_embeddings=True).items():
-        assert (share == (name != "backbone.embed_tokens")).all(), name
-    untied = shares(nnx.state(make_network(tie_word_embeddings=False)), freeze_embeddings=True)
+    for name, mask in masks(params, freeze_embeddings=True).items():
+        assert (mask == (name != "backbone.embed_tokens")).all(), name
+    untied = masks(nnx.state(make_network(tie_word_embeddings=False)), freeze_embeddings=True)
     assert not untied["backbone.embed_tokens"].any()
     assert untied["backbone.lm_head"].all()
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_lowest_layers_freeze_first(params, count):
-    for name, share in shares(params, num_frozen_layers=count).items():
+    for name, mask in masks(params, num_frozen_layers=count).items():
         if name.startswith("backbone.layers."):
-            assert not share[:count].any() and (share[count:] == 1).all(), name
+            assert not mask[:count].any() and (mask[count:] == 1).all(), name
         else:
-            assert (share == 1).all(), name
+            assert (mask == 1).all(), name
 
 
 def test_the_critics_warm_up_ends(params):
     for iteration, learns in ((0, 0), (2, 0), (3, 1), (9, 1)):
-        for name, share in shares(params, iteration, critic_warmup_iterations=3).items():
-            assert (share == (1 if name.startswith("value_head") else learns)).all(), name
+        for name, mask in masks(params, iteration, critic_warmup_iterations=3).items():
+            assert (mask == (1 if name.startswith("value_head") else learns)).all(), name
 
 
 def test_a_separate_critic_is_neither_frozen_nor_held_back(make_network):
@@ -240,8 +253,8 @@ def test_a_separate_critic_is_neither_frozen_nor_held_back(make_network):
         "freeze_embeddings": True,
         "num_frozen_layers": 2,
     }
-    for name, share in shares(params, **settings).items():
-        assert (share == name.startswith(("critic.", "value_head."))).all(), name
+    for name, mask in masks(params, **settings).items():
+        assert (mask == name.startswith(("critic.", "value_head."))).all(), name
 
 
 @pytest.mark.parametrize("separate", [False, True])
@@ -250,15 +263,9 @@ def test_the_critic_has_a_learning_rate_of_its_own(make_network, separate):
     network = make_network()
     params = nnx.state(with_separate_critic(network) if separate else network)
     config = OptimizerConfig(learning_rate=1e-3, critic_learning_rate=3e-3, max_grad_norm=1e9)
-    moved, _ = adamw_step(
-        params,
-        init_adam(params),
-        jax.tree.map(jnp.ones_like, params),
-        jnp.float32(1.0),
-        config,
-        learning_rate=jnp.float32(0.5e-3),  # half way down the schedule
-        share=jax.tree.map(lambda _: 1.0, params),
-        applied=jnp.asarray(True),
+    ones = jax.tree.map(jnp.ones_like, params)
+    moved, _ = stepped(  # half way down the schedule
+        config, params, adamw(config).init(params), ones, learning_rate=0.5e-3
     )
     before, after = by_name(params), by_name(moved)
     assert any(name.startswith("critic.") for name in before) == separate

@@ -8,6 +8,7 @@ the exact objective, which autodiff takes through the probabilities themselves:
 """
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -21,6 +22,7 @@ from ppo_jax.generation.rollout import Rollout, rollout
 from ppo_jax.learning.batch import make_batch
 from ppo_jax.learning.response_outputs import ResponseOutputs
 from ppo_jax.models import PolicyValueNetwork, Qwen2Config
+from ppo_jax.sampling import pack_bits
 from qwen_env import mdp
 
 EOS, PROMPT = 0, (2, 1)
@@ -72,42 +74,73 @@ def all_episodes(rules) -> mdp.State:
     )
 
 
-def exact_logprobs(network, state, rules, temperature):
-    """log π(yₜ) of each row's tokens [N, T], 0 behind them: from the logits of all positions."""
+def exact_log_p(network, state, rules, temperature):
+    """log π [N, T, V] before each of a row's tokens: from the logits of all positions."""
     mask = jnp.arange(rules.max_length) < state.length[:, None]
-    start = len(PROMPT)
-    logits = network(state.tokens, mask)[0][:, start - 1 : -1] / temperature
+    logits = network(state.tokens, mask)[0][:, len(PROMPT) - 1 : -1] / temperature
     allowed = mdp.action_mask(jnp.arange(rules.max_new_tokens), rules, jnp)
-    log_p = jax.nn.log_softmax(jnp.where(allowed, logits, -1e9), axis=-1)
-    chosen = jnp.take_along_axis(log_p, state.tokens[:, start:, None], axis=-1)[..., 0]
-    return jnp.where(mask[:, start:], chosen, 0.0)
+    return jax.nn.log_softmax(jnp.where(allowed, logits, -1e9), axis=-1)
+
+
+def of_tokens(log_p, state):
+    """log π(yₜ) of each row's tokens [N, T], 0 behind them."""
+    chosen = jnp.take_along_axis(log_p, state.tokens[:, len(PROMPT) :, None], axis=-1)[..., 0]
+    return jnp.where(jnp.arange(log_p.shape[1]) < mdp.response_length(state)[:, None], chosen, 0.0)
+
+
+def most_probable(log_p, top_p):
+    """bool [N, T, V]: of each distribution, the fewest ids that reach `top_p`."""
+    p = np.exp(np.asarray(log_p, np.float64))
+    order = np.argsort(-p, axis=-1)
+    ranked = np.take_along_axis(p, order, axis=-1)
+    is_kept = np.cumsum(ranked, axis=-1) - ranked < top_p
+    kept = np.zeros(p.shape, bool)
+    np.put_along_axis(kept, order, is_kept, axis=-1)
+    return kept
 
 
 class Enumerated:
-    """All episodes of a task, and the exact objective of a policy in it."""
+    """All episodes of a task, and the exact objective of a policy in it.
 
-    def __init__(self, network, rules, temperature=1.0, beta=0.0, seed=0):
+    With `top_p`, all that the truncated policy may write. Its ids are those of the policy at its
+    start, whatever becomes of it, and the reference's are all that the rules allow.
+    """
+
+    def __init__(self, network, rules, temperature=1.0, beta=0.0, seed=0, top_p=None):
         self.rules, self.beta = rules, beta
+        self.graphdef, self.params = nnx.split(network)
         self.state = all_episodes(rules)
+        self.kept = None
+        if top_p is not None:
+            kept = most_probable(exact_log_p(network, self.state, rules, temperature), top_p)
+            is_drawn = np.asarray(of_tokens(jnp.log(kept), self.state)).sum(-1) == 0
+            self.state, self.kept = jax.tree.map(lambda x: x[is_drawn], (self.state, kept))
         self.count = len(self.state.length)
         rng = np.random.default_rng(seed)
         self.score = rng.normal(size=self.count).astype(np.float32)
-        self.graphdef, self.params = nnx.split(network)
         noise = np.random.default_rng(seed + 1)
         self.reference = jax.tree.map(
             lambda x: x + jnp.asarray(0.1 * noise.normal(size=x.shape), x.dtype),
             self.params["backbone"],
         )
 
-        @jax.jit
-        def logprobs(params):
+        @functools.partial(jax.jit, static_argnames="truncated")
+        def logprobs(params, truncated=True):
             network = nnx.merge(self.graphdef, params)
-            return exact_logprobs(network, self.state, rules, temperature)
+            log_p = exact_log_p(network, self.state, rules, temperature)
+            if truncated and self.kept is not None:
+                log_p = jax.nn.log_softmax(jnp.where(self.kept, log_p, -1e9), axis=-1)
+            return of_tokens(log_p, self.state)
 
         self.logprobs = logprobs
         reference = nnx.State({**self.params, "backbone": self.reference})
-        self.ref_logprobs = logprobs(reference)
+        self.ref_logprobs = logprobs(reference, truncated=False)
         self.gradient = jax.jit(jax.grad(self.objective))
+
+    def rollout(self):
+        """All episodes, as if they had been drawn."""
+        kept = None if self.kept is None else pack_bits(jnp.asarray(self.kept))
+        return Rollout(self.state, jnp.zeros((self.count, self.rules.max_new_tokens)), kept)
 
     def objective(self, params):
         log_p, log_ref = self.logprobs(params).sum(-1), self.ref_logprobs.sum(-1)
@@ -130,32 +163,60 @@ def assert_is_gradient(gradients, expected):
     chex.assert_trees_all_close(gradients, negative, rtol=0, atol=1e-5 * scale)
 
 
+TOP_P = 0.9
+
+
 @pytest.fixture(scope="module")
 def mdp_task():
     return Enumerated(tiny_network(), RULES, TEMPERATURE, BETA)
 
 
 @pytest.fixture(scope="module")
-def learner(mdp_task, learner_of):
-    return learner_of(
-        nnx.merge(mdp_task.graphdef, mdp_task.params),
-        RULES,
-        batch_size=mdp_task.count,
-        temperature=TEMPERATURE,
-        kl_coef=BETA,
-        gamma=1.0,
-        gae_lambda=1.0,
-        advantage_whitening="none",
-        value_coef=0.0,
-        entropy_coef=0.0,
-    )
+def truncated_task():
+    return Enumerated(tiny_network(seed=2), RULES, TEMPERATURE, BETA, top_p=TOP_P)
+
+
+@pytest.fixture(scope="module")
+def make_learner(learner_of):
+    def make(task, **changes):
+        return learner_of(
+            nnx.merge(task.graphdef, task.params),
+            task.rules,
+            batch_size=task.count,
+            kl_coef=task.beta,
+            gamma=1.0,
+            gae_lambda=1.0,
+            advantage_whitening="none",
+            value_coef=0.0,
+            entropy_coef=0.0,
+            **changes,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def learner(mdp_task, make_learner):
+    return make_learner(mdp_task, temperature=TEMPERATURE)
+
+
+def gradients_of(learner):
+    """From a batch to the gradient of the learner's loss at its start."""
+    differentiate = learner.compile(lambda *a: learner.learner.gradients(*a)[0])
+    return lambda batch: differentiate(learner.start.params, batch)
 
 
 @pytest.fixture(scope="module")
 def gradients(learner):
-    """From a batch to the gradient of the learner's loss at its start."""
-    differentiate = learner.compile(lambda *a: learner.learner.passes.gradients(*a)[0])
-    return lambda batch: differentiate(learner.start.params, batch)
+    return gradients_of(learner)
+
+
+def batch_of(learner, task):
+    """What the learner makes of all episodes of a task."""
+    start = learner.start
+    return learner.compile(learner.learner.prepare)(
+        start.params, task.reference, start.controls, task.rollout(), task.score
+    )
 
 
 def test_the_list_of_responses_is_complete(mdp_task):
@@ -166,18 +227,51 @@ def test_the_list_of_responses_is_complete(mdp_task):
 
 def test_rewards_penalty_baseline_and_loss_make_the_exact_gradient(mdp_task, learner, gradients):
     """Any baseline does: here the values of a random head."""
-    start = learner.start
-    prepare = learner.compile(learner.learner.prepare)
-    batch = prepare(
-        start.params,
-        mdp_task.reference,
-        start.controls,
-        Rollout(mdp_task.state, jnp.zeros((mdp_task.count, 3))),
-        mdp_task.score,
-    ).batch
+    batch = batch_of(learner, mdp_task).batch
     assert jnp.abs(batch.values).max() > 0.3
-    expected = mdp_task.gradient(start.params)
+    expected = mdp_task.gradient(learner.start.params)
     assert_is_gradient(gradients(mdp_task.as_expected(batch)), expected)
+
+
+def test_of_a_truncated_policy_too(mdp_task, truncated_task, make_learner):
+    """Its KL is from the whole reference: of what it never writes, the reference knows better."""
+    task, p = truncated_task, truncated_task.probabilities()
+    assert 3 < task.count < mdp_task.count
+    assert p.sum() == pytest.approx(1, abs=1e-6)
+    learner = make_learner(task, temperature=TEMPERATURE, top_p=TOP_P)
+    batch, _, metrics, _ = batch_of(learner, task)
+    logprobs, ref_logprobs = (
+        np.asarray(x, np.float64).sum(-1) for x in (task.logprobs(task.params), task.ref_logprobs)
+    )
+    # With γ = λ = 1, the return of a response's first token is its score less its penalty.
+    kl = (task.score - np.asarray(batch.returns)[:, 0]) / BETA
+    np.testing.assert_allclose(kl, logprobs - ref_logprobs, atol=1e-5)
+    assert metrics["objective/kl"] == pytest.approx(kl.mean(), rel=1e-5)
+    # KL(policy‖reference) is at least what the reference gives to all that the policy never writes.
+    never_written = 1 - np.exp(ref_logprobs).sum()
+    assert never_written > 0.1
+    assert p @ kl >= -np.log(1 - never_written) - 1e-6
+    assert_is_gradient(
+        gradients_of(learner)(task.as_expected(batch)), task.gradient(learner.start.params)
+    )
+
+
+def test_the_rollout_draws_a_truncated_policys_responses(truncated_task, make_learner):
+    """Their mean KL, as an iteration reports it, is the exact one up to the noise of the draws."""
+    task, draws = truncated_task, 4000
+    learner = make_learner(task, temperature=TEMPERATURE, top_p=TOP_P)
+    drawn = draw(task, learner, draws)
+    counts = np.bincount(places_of(drawn.state, task), minlength=task.count)
+    p = task.probabilities()
+    assert stats.chisquare(counts, draws * p / p.sum()).pvalue > 1e-3
+    start = learner.start
+    metrics = learner.compile(learner.learner.prepare)(
+        start.params, task.reference, start.controls, drawn, np.zeros(draws, np.float32)
+    ).metrics
+    kl = np.asarray(task.logprobs(task.params) - task.ref_logprobs, np.float64).sum(-1)
+    noise = np.sqrt(p @ kl**2 - (p @ kl) ** 2) / np.sqrt(draws)
+    assert metrics["objective/kl"] == pytest.approx(p @ kl, abs=4 * noise)
+    assert 4 * noise < 0.2 * (p @ kl)
 
 
 def exact_values(task):
@@ -206,7 +300,9 @@ def test_with_the_exact_values_every_lambda_makes_it(
     mdp_task, learner, gradients, gae_lambda, length_limit
 ):
     """Also where, for a response that was cut off, a value of its score stands for the score."""
-    config = dataclasses.replace(learner.ppo, gae_lambda=gae_lambda, length_limit=length_limit)
+    config = dataclasses.replace(
+        learner.ppo, gae_lambda=gae_lambda, length_limit=length_limit, value_coef=1.0
+    )
     shape = (mdp_task.count, 3)
     old = ResponseOutputs(
         mdp_task.logprobs(mdp_task.params),
@@ -226,9 +322,9 @@ def test_with_the_exact_values_every_lambda_makes_it(
     assert_is_gradient(gradients(mdp_task.as_expected(batch)), expected)
 
 
-def test_the_rollout_draws_responses_with_their_probabilities(mdp_task, learner):
-    draws = 6000
-    network = nnx.merge(mdp_task.graphdef, mdp_task.params)
+def draw(task, learner, draws):
+    """So many responses to the prompt."""
+    network = nnx.merge(task.graphdef, task.params)
 
     @jax.jit
     def sample(key):
@@ -242,9 +338,19 @@ def test_the_rollout_draws_responses_with_their_probabilities(mdp_task, learner)
             completions_per_prompt=draws,
         )
 
-    drawn = sample(jax.random.key(0))
-    listed = [tuple(row) for row in np.asarray(mdp_task.state.tokens).tolist()]
-    places = np.array([listed.index(tuple(row)) for row in np.asarray(drawn.state.tokens).tolist()])
+    return sample(jax.random.key(0))
+
+
+def places_of(state, task):
+    """Which of a task's episodes each row is."""
+    listed = [tuple(row) for row in np.asarray(task.state.tokens).tolist()]
+    return np.array([listed.index(tuple(row)) for row in np.asarray(state.tokens).tolist()])
+
+
+def test_the_rollout_draws_responses_with_their_probabilities(mdp_task, learner):
+    draws = 6000
+    drawn = draw(mdp_task, learner, draws)
+    places = places_of(drawn.state, mdp_task)
     counts = np.bincount(places, minlength=mdp_task.count)
     p = mdp_task.probabilities()
     assert stats.chisquare(counts, draws * p / p.sum()).pvalue > 1e-3

@@ -84,10 +84,10 @@ def test_a_policy_that_is_its_own_reference_has_no_kl(network, compiled, finishe
     assert metrics["objective/reward"] == metrics["objective/score"]
 
 
-def test_old_and_reference_are_normalised_over_what_was_drawn_from(
+def test_what_was_drawn_from_binds_the_policy_and_not_the_reference(
     full_logits, rules, compiled, finished
 ):
-    """Supports of a sampler with top-k or top-p, tempered; the last state's value bootstraps."""
+    """The sampling masks of top-k or top-p, tempered; the last state's value bootstraps."""
     learner = compiled(
         temperature=0.7,
         top_k=30,
@@ -108,10 +108,12 @@ def test_old_and_reference_are_normalised_over_what_was_drawn_from(
     logits, values = full_logits(state)
     logprobs, log_p = response_logprobs(logits, state, sampling_mask, 0.7)
     ref_logits, _ = full_logits(state, learner.reference)
-    ref_logprobs, _ = response_logprobs(ref_logits, state, sampling_mask, 0.7)
+    ref_logprobs, _ = response_logprobs(ref_logits, state, allowed_ids(rules), 0.7)
     np.testing.assert_allclose(np.asarray(batch.logprobs)[MASK], logprobs[MASK], atol=1e-5)
     kl = np.where(MASK, logprobs - ref_logprobs, 0)
-    np.testing.assert_allclose(distributions["kl_by_position"], kl.sum(0) / MASK.sum(0), atol=1e-5)
+    by_position = distributions["kl_by_position"]
+    np.testing.assert_allclose(by_position.numerator, kl.sum(0), atol=1e-5)
+    np.testing.assert_array_equal(by_position.denominator, MASK.sum(0))
     np.testing.assert_allclose(metrics["objective/kl"], kl.sum(1).mean(), atol=1e-5)
     entropy = -np.where(sampling_mask, np.exp(log_p) * np.where(sampling_mask, log_p, 0), 0).sum(-1)
     np.testing.assert_allclose(metrics["policy/entropy"], entropy[MASK].mean(), rtol=1e-5)

@@ -9,7 +9,7 @@ import torch
 from flax import nnx
 from torch_ppo import TorchPPO, as_tensors, parameters_in
 
-from ppo_jax.algorithm import RATIO_EDGES, clipped_policy_loss, masked_histogram
+from ppo_jax.algorithm import RATIO_EDGES, masked_histogram
 from ppo_jax.models import save_pretrained
 from ppo_jax.sampling import pack_bits
 
@@ -76,7 +76,7 @@ def test_updates_equal_those_in_pytorch(
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     assert metrics["policy/grad_norm"] > learner.optimizer.max_grad_norm, "the clip must act"
-    save_pretrained(nnx.merge(learner.learner.passes.graphdef, state.params), tmp_path / "after")
+    save_pretrained(nnx.merge(learner.learner.graphdef, state.params), tmp_path / "after")
     before, after = parameters_in(tmp_path / "before"), parameters_in(tmp_path / "after")
     assert after.keys() == theirs.parameters.keys()
     for name, x in after.items():
@@ -89,7 +89,7 @@ def test_everything_acts_in_that_batch(compiled, moved):
     mask = np.asarray(moved.mask)
     learner = compiled(**EVERYTHING)
     start = learner.start
-    new = learner.compile(learner.learner.passes._response_outputs, static_argnames="layout")(
+    new = learner.compile(learner.learner.response_outputs, static_argnames="layout")(
         start.params,
         moved.tokens,
         moved.prompt_length,
@@ -144,20 +144,40 @@ def test_a_nonfinite_update_is_skipped_and_counted(compiled, batch, minibatches)
 
 
 def test_a_finite_loss_with_a_gradient_that_is_not_is_skipped_as_well(compiled, batch):
-    """Of an infinite ratio, of which the dual clip makes a finite loss: 0 times infinity is NaN.
+    """Of a loss of 1e34 through a value head of 1e10: the square of the gradient is no number.
 
     Each row has one, so both minibatches do.
     """
+    learner = compiled(**ONE_EPOCH)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: 1e10 * x if "value_head" in jax.tree_util.keystr(path) else x,
+        learner.start.params,
+    )
+    start = learner.start._replace(params=params)
+    values = learner.compile(learner.learner.response_outputs)(
+        start.params, batch.tokens, batch.prompt_length, batch.length
+    ).values
+    odd = batch._replace(returns=values + 1e17)
+    state, metrics, _ = learner.update(odd, state=start)
+    assert np.isfinite(metrics["value/loss"])
+    assert metrics["update/nonfinite"] == 2
+    chex.assert_trees_all_equal(state.params, start.params)
+    chex.assert_trees_all_equal(state.opt_state, start.opt_state)
+
+
+def test_a_ratio_beyond_all_reason_spoils_no_step(compiled, batch):
+    """Its log-ratio of 99 would be infinite; clamped, the token has no gradient, and is counted."""
     odd = batch._replace(
         logprobs=batch.logprobs.at[:, 0].add(-99), advantages=batch.advantages.at[:, 0].set(-1)
     )
-    of_policy = batch.logprobs, odd.logprobs, odd.advantages, odd.mask
-    assert np.isfinite(clipped_policy_loss(*of_policy, dual_clip=3.0).loss)
     learner = compiled(**ONE_EPOCH)
-    state, metrics, _ = learner.update(odd)
-    assert metrics["update/nonfinite"] == 2
-    chex.assert_trees_all_equal(state.params, learner.start.params)
-    chex.assert_trees_all_equal(state.opt_state, learner.start.opt_state)
+    state, metrics, distributions = learner.update(odd)
+    assert all(np.isfinite(float(x)) for x in metrics.values())
+    assert metrics["update/nonfinite"] == 0
+    assert state.opt_state.count == 2
+    assert 4 / batch.mask.sum() < metrics["policy/clamped_fraction"] < 1
+    assert metrics["policy/clip_active_fraction"] >= metrics["policy/clamped_fraction"]
+    assert distributions["ratio"][-1] == 4
 
 
 def test_minibatches_are_drawn_in_an_order_that_the_key_decides(compiled, batch):

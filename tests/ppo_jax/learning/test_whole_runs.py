@@ -74,7 +74,7 @@ def random_config(rng: random.Random) -> TrainConfig:
         "scale_scores": one_of([False, True]),
         "score_clip": one_of([None, 0.8]),
         "whiten_rewards": one_of([False, True]),
-        "length_limit": one_of(["score", "bootstrap"]),
+        "length_limit": one_of(["score", "bootstrap"]) if value_coef else "score",
         "gamma": one_of([1.0, 0.97, 0.5]),
         "gae_lambda": one_of([0.95, 0.0, 1.0]),
         "advantage_whitening": one_of(["batch", "minibatch", "none"]),
@@ -88,7 +88,6 @@ def random_config(rng: random.Random) -> TrainConfig:
         "dual_clip": one_of([None, 1.05, 3.0]),
         "value_coef": value_coef,
         "entropy_coef": one_of([0.0, 0.01]),
-        "critic": one_of(["shared", "stopped"]),
         "target_kl": target_kl,
     }
     optimizer = {
@@ -162,7 +161,8 @@ def test_a_run_equals_one_in_pytorch(seed, make_network, make_test_task, minibat
         rounding = 1 + 5 * iteration
         for name, value in expected.items():
             tolerance = 3e-5 + 1e-4 * rounding * abs(value)
-            assert metrics[name] == pytest.approx(value, abs=tolerance), (iteration, name)
+            ours = pytest.approx(value, abs=tolerance, nan_ok=True)
+            assert metrics[name] == ours, (iteration, name)
         save_pretrained(agent.network, tmp_path / "now")
         parameters = parameters_in(tmp_path / "now")
         assert parameters.keys() == theirs.parameters.keys()

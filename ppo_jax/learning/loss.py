@@ -1,0 +1,93 @@
+"""The loss of a minibatch, or of a part of one, and what to watch of it.
+
+Shapes: M rows, T response limit.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ppo_jax import algorithm
+from ppo_jax.config import PPOConfig
+from ppo_jax.learning.batch import Batch
+from ppo_jax.learning.response_outputs import ResponseOutputs
+
+AVERAGED = (
+    "policy/loss",
+    "policy/clip_fraction",
+    "policy/clip_active_fraction",
+    "policy/clamped_fraction",
+    "policy/approx_kl",
+    "value/loss",
+)
+"""The metrics of a minibatch, which are averaged over those of an iteration."""
+
+
+class MinibatchSums(NamedTuple):
+    """Sums over tokens, by their weights: those of the parts add up to those of the minibatch."""
+
+    loss: Float[Array, ""]
+    metrics: dict[str, Array]  # AVERAGED
+    stop_kl: Float[Array, ""]  # what the KL early stop looks at
+    ratios: Int[Array, "bins"]  # a count, not weighted
+
+
+def ppo_loss(
+    new: ResponseOutputs, batch: Batch, weights: Float[Array, "M T"], config: PPOConfig
+) -> tuple[Float[Array, ""], tuple[MinibatchSums, Float[Array, ""]]]:
+    """The clipped objective, the value loss and the entropy bonus (`ppo_jax.algorithm.losses`).
+
+    Args:
+        new: of the policy that is being trained.
+        batch: what it is to learn from.
+        weights: what each token counts for; over the whole minibatch they add up to 1.
+
+    Returns:
+        the loss, and beside it the sums and the largest |ratio - 1|.
+    """
+    mask = batch.mask
+    arguments = new.logprobs, batch.logprobs, batch.advantages, mask
+    settings: dict[str, Any] = {
+        "clip_range": config.clip_range,
+        "clip_range_high": config.clip_range_high,
+        "dual_clip": config.dual_clip,
+        "weights": weights,
+    }
+    policy = algorithm.clipped_policy_loss(*arguments, **settings)
+    shares = algorithm.clip_shares(*arguments, **settings)
+    value_loss = algorithm.value_loss(
+        new.values,
+        batch.returns,
+        mask,
+        old_values=None if config.value_clip_range is None else batch.values,
+        clip_range=config.value_clip_range,
+        weights=weights,
+    )
+    loss = algorithm.total_loss(
+        policy.loss,
+        value_loss,
+        algorithm.masked_mean(new.entropy, mask, weights=weights),
+        value_coef=config.value_coef,
+        entropy_coef=config.entropy_coef,
+    )
+
+    def kl(estimator: algorithm.KlEstimator) -> Array:
+        return algorithm.approx_kl(batch.logprobs, new.logprobs, mask, estimator, weights=weights)
+
+    ratio = algorithm.probability_ratio(new.logprobs, batch.logprobs, mask)
+    metrics = {
+        "policy/loss": policy.loss,
+        "policy/clip_fraction": policy.clip_fraction,
+        "policy/clip_active_fraction": shares.active,
+        "policy/clamped_fraction": shares.clamped,
+        "policy/approx_kl": kl("k3"),
+        "value/loss": value_loss,
+    }
+    sums = MinibatchSums(
+        loss=loss,
+        metrics=metrics,
+        stop_kl=kl(config.target_kl_estimator),
+        ratios=algorithm.masked_histogram(ratio, mask, algorithm.RATIO_EDGES),
+    )
+    return loss, (sums, jnp.abs(ratio - 1).max())
