@@ -44,12 +44,17 @@ class Prompt:
 class PromptEncoder:
     """Turns a row with `"prompt"` (text) or `"messages"` (a chat) into a `Prompt`.
 
+    Text is encoded as `tokenizer(text)` of transformers encodes it, with the beginning-of-sequence
+    token where the model expects one, and chats as its `apply_chat_template` does.
+
     `chat_template` decides how: `None` renders chats with the tokenizer's template and takes text
-    as it is; `True`, or a template, also wraps text as a user's message; `False` takes no chats.
-    `chat_template_kwargs` are variables for the template; a row may have some of its own under
-    that name. `system_prompt` goes before every chat that has no system message of its own.
-    `overflow` says what to do with a prompt of more than `max_prompt_length` tokens: refuse it,
-    drop it, or cut off its left end.
+    as it is; `True`, or a template, or the name of one of the tokenizer's, also wraps text as a
+    user's message; `False` takes no chats. `chat_template_kwargs` are arguments of
+    `apply_chat_template`: `documents`, `continue_final_message`, variables for the template; a row
+    may have some of its own under that name, and its tools under `"tools"`. `system_prompt` goes
+    before every chat that has no system message of its own. `overflow` says what to do with a
+    prompt of more than `max_prompt_length` tokens: refuse it, drop it, or cut off its left end, up
+    to the next whole character.
 
     Raises:
         UsageError: a field is wrong.

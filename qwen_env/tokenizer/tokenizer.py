@@ -14,6 +14,7 @@ import tokenizers
 from qwen_env.errors import UsageError, reason
 from qwen_env.tokenizer.chat import Message, import_transformers, render_chat
 from qwen_env.tokenizer.slow import SlowBackend
+from qwen_env.tokenizer.token_bytes import special_tokens
 
 _LARGEST_ID = 2**22
 """No vocabulary is near it; a damaged file could name an id that takes all the memory."""
@@ -132,8 +133,7 @@ class Tokenizer:
 
     @cached_property
     def _special_ids(self) -> np.ndarray:
-        added = self.backend.get_added_tokens_decoder()
-        return np.array([i for i, token in added.items() if token.special], np.int64)
+        return np.array(list(special_tokens(self.backend)), np.int64)
 
     @cached_property
     def _is_bpe(self) -> bool:
