@@ -74,9 +74,7 @@ class FlaxReward:
                 f"flax:{folder}: the tokenizer has {self._tokenizer.vocab_size} ids, but the model "
                 f"a vocabulary of {model.config.vocab_size}; put the model's own tokenizer there."
             )
-        eos = self._tokenizer.special_token("eos_token")
-        eos_id = None if eos is None else self._tokenizer.backend.token_to_id(eos)
-        self._end = [] if eos_id is None else [eos_id]
+        self._end = _end_of_text(self._tokenizer)
         self._max_length = model.config.max_position_embeddings
         graphdef, self._params = nnx.split(model)
         self._score = jit(lambda params, ids, mask: nnx.merge(graphdef, params)(ids, mask))
@@ -114,9 +112,18 @@ class FlaxReward:
             ]
         rows = zip(batch.prompts, batch.completions, batch.finish_reasons, strict=True)
         return [
-            self._tokenizer.encode(prompt + completion) + (self._end if reason == "eos" else [])
+            self._tokenizer.encode(prompt + completion, add_special_tokens=True)
+            + (self._end if reason == "eos" else [])
             for prompt, completion, reason in rows
         ]
+
+
+def _end_of_text(tokenizer: Tokenizer) -> list[int]:
+    """The end-of-sequence id, unless there is none or the tokenizer ends every text by itself."""
+    eos = tokenizer.special_token("eos_token")
+    eos_id = None if eos is None else tokenizer.backend.token_to_id(eos)
+    plain, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+    return [] if eos_id is None or whole[-1:] != plain[-1:] else [eos_id]
 
 
 class WithGold:

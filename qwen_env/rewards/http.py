@@ -25,7 +25,7 @@ import numpy as np
 import urllib3
 
 from qwen_env.arguments import finite, integer
-from qwen_env.errors import RewardError, UsageError
+from qwen_env.errors import RewardError, UsageError, reason
 from qwen_env.printing import printable
 from qwen_env.rewards.addresses import Address, parse_address, redacted
 from qwen_env.rewards.base import RewardBatch, describe, row_name
@@ -134,7 +134,7 @@ class HTTPReward:
             try:
                 answer = self._follow(body)
             except (urllib3.exceptions.HTTPError, TimeoutError) as error:
-                problem = f"gives no answer ({_shown(_root(error))})"
+                problem = f"gives no answer ({_shown(reason(_root(error)))})"
                 continue
             except OverflowError as error:
                 raise RewardError(f"The reward server {self.url}: {error}.") from error
@@ -221,11 +221,11 @@ def _shown(text: object) -> str:
     return printable(" ".join(str(text).split())[:_SHOWN])
 
 
-def _root(error: BaseException) -> BaseException | str:
+def _root(error: BaseException) -> BaseException:
     """What lies at the bottom of an error of urllib3, which wraps it in others."""
     while inner := error.__cause__ or error.__context__:
         error = inner
-    return getattr(error, "strerror", None) or error
+    return error
 
 
 def _asked_for(answer: Answer) -> float:

@@ -31,7 +31,9 @@ def test_rewards_that_may_take_time_show_it(monkeypatch, capsys, make_batch):
     batch = make_batch(["a", "bb", "ccc"])
     server = HTTPReward("http://127.0.0.1:9", batch_size=2)
     monkeypatch.setattr(
-        server, "_post", lambda body: {"rewards": [1] * (2 if b"bb" in body else 1)}
+        server,
+        "_post",
+        lambda body: b'{"rewards": [1, 1]}' if b"bb" in body else b'{"rewards": [1]}',
     )
     model = HuggingFaceReward.__new__(HuggingFaceReward)
     model.batch_size = 2
