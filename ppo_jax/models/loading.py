@@ -5,6 +5,7 @@ Every tensor of a file is used, or known to say nothing, or the file is refused.
 
 import dataclasses
 import functools
+import mmap
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -217,7 +218,9 @@ def _stands_for_zeros(name: str, source: TensorSource) -> bool:
 def _read_parameter(
     plan: _Plan, path: tuple[Any, ...], names: list[str], like: jax.ShapeDtypeStruct
 ) -> jax.Array:
-    out = np.empty(like.shape, like.dtype)
+    # Memory that begins with a page: of other arrays, JAX makes a copy more on its way.
+    memory = mmap.mmap(-1, like.size * like.dtype.itemsize)
+    out = np.frombuffer(memory, like.dtype).reshape(like.shape)
     parts = out if "layers" in path else [out]
     for name, part in zip(names, parts, strict=True):
         stored = plan.aliases.get(name, name)
