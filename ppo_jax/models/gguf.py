@@ -85,21 +85,16 @@ class GGUFTensors:
     """The tensors of a GGUF file by Hugging Face name, and its metadata as a config.
 
     Raises:
-        UsageError: no such file, not a GGUF file, one part of several, or tensors or metadata that
-            are missing, malformed, or of a variant that this port does not compute.
+        UsageError: no such file, not a GGUF file, or tensors or metadata that are missing,
+            malformed, or of a variant that this port does not compute.
         gymnasium.error.DependencyNotInstalled: the `gguf` package is missing.
     """
 
     def __init__(self, path: str | Path):
         self.where = self.config_where = str(path)
-        reader = open_gguf(path)
-        if getattr(reader, "byte_order", "I") != "I":
-            raise UsageError(
-                f"{path} is written for machines of the other byte order; convert the model again."
-            )
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-        # The metadata is not kept: with the vocabulary it takes more memory than many a tensor.
-        self.config = _read_config(_Metadata(reader.fields, self.where), tensors)
+        file = open_gguf(path)
+        tensors = {tensor.name: tensor for tensor in file.tensors}
+        self.config = _read_config(_Metadata(file.fields, self.where), tensors)
         self._gguf: Any = import_extra("gguf", extra="gguf")
         self._tensors = {_huggingface_name(name, self.where): t for name, t in tensors.items()}
         self.shapes = {name: _shape(tensor) for name, tensor in self._tensors.items()}
@@ -158,10 +153,7 @@ class _Metadata:
     def get(self, name: str, default: Any = None) -> Any:
         """The value of that name, or `default`, if there is one."""
         field = self._fields.get(name)
-        try:
-            value = default if field is None else field.contents()
-        except ValueError as error:  # not UTF-8
-            raise UsageError(f"{self.where}: metadata field {name} is damaged: {error}.") from error
+        value = default if field is None else field.contents()
         if value is None:
             raise UsageError(f"{self.where} has no metadata field {name}.")
         return value
@@ -173,11 +165,6 @@ def _read_config(metadata: _Metadata, tensors: Mapping[str, Any]) -> Qwen2Config
         raise UsageError(
             f"{where} holds no model (its general.type is {reprlib.repr(kind)}); name the file of "
             "a whole model."
-        )
-    if (parts := metadata.get("split.count", 1)) != 1:
-        raise UsageError(
-            f"{where} is one of {reprlib.repr(parts)} parts of a split model; join them first "
-            "(llama-gguf-split --merge FIRST_PART WHOLE)."
         )
     architecture = metadata.get("general.architecture")
     # It does not say whether output projection and embeddings are tied: unless they differ.

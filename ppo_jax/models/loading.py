@@ -179,6 +179,8 @@ def _load(
             for name in names
         },
     )
+    # The largest first: each is for a while there twice, which costs least while there is little.
+    parameters.sort(key=lambda parameter: -parameter[1].get_value().size)
     filled = [
         (path, variable.replace(_read_parameter(plan, path, names, variable.get_value())))
         for path, variable, names in parameters

@@ -12,7 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ppo_jax.models.config_json import config_from_json
-from qwen_env.errors import UsageError
+from qwen_env.errors import UsageError, reason
+from qwen_env.files import is_file, json_error, read_text
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -135,17 +136,17 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_header(path: Path) -> list[_Stored]:
+    if not is_file(path):
+        raise UsageError(f"{path}: no such file; download the model again.")
     try:
-        if not path.is_file():
-            raise FileNotFoundError("there is no such file")
         with safe_open(path, "np"):  # which checks sizes, places and types
             pass
         with path.open("rb") as file:
             [size] = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(size))
     except (SafetensorError, OSError, ValueError) as error:
-        reason = ascii(str(error))[1:-1]  # which may quote the file
-        raise UsageError(f"{path} is not a readable safetensors file: {reason}.") from error
+        quoted = ascii(reason(error))[1:-1]  # it may hold a piece of the file
+        raise UsageError(f"{path} is not a readable safetensors file: {quoted}.") from error
     header.pop("__metadata__", None)
     stored = []
     for name, tensor in header.items():
@@ -156,16 +157,16 @@ def _read_header(path: Path) -> list[_Stored]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not is_file(path):
         raise UsageError(
             f"{path.parent} has no {path.name}; a model is a folder in Hugging Face layout "
             f"(config.json and {WEIGHTS})."
         )
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
         content = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid JSON: {json_error(error)}.") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}; it must hold an object.")
     return content

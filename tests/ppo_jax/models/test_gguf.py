@@ -203,7 +203,7 @@ BAD_FILES = [
     ({"logit_scale": 0.5}, r"'qwen2\.logit_scale' is 0\.5; .* only 1\.0"),
     ({"something.new": 3}, r"'qwen2\.something\.new' is 3; this port computes nothing of that"),
     ({"/general.type": "adapter"}, r"holds no model \(its general\.type is 'adapter'\)"),
-    ({"/split.count": 2}, r"one of 2 parts of a split model; join them first"),
+    ({"/split.count": 2}, r"is part 1 of a model that is split into 2 files; join them"),
     (
         {"extra_tensors": ("rope_freqs.weight",)},
         r"tensor 'rope_freqs\.weight' belongs to a variant",
