@@ -23,6 +23,7 @@ from ppo_jax.generation.episode_metrics import component_means, repetition
 from ppo_jax.generation.rollout import choose_token
 from ppo_jax.learning.learner import Learner, TrainState
 from ppo_jax.learning.metrics import fetch
+from ppo_jax.learning.optimizer import Params
 from ppo_jax.mesh import make_mesh, replicate
 from ppo_jax.models import PolicyValueNetwork, with_separate_critic
 from ppo_jax.models.qwen2 import last_hidden
@@ -152,7 +153,7 @@ class PPOAgent:
         return int(self.state.iteration)
 
     @property
-    def reference(self) -> nnx.State:
+    def reference(self) -> Params:
         """The backbone of the reference model: the policy's first, unless it moves."""
         moving = self.state.reference
         return self.initial_backbone if moving is None else moving
@@ -160,7 +161,8 @@ class PPOAgent:
     @property
     def network(self) -> PolicyValueNetwork:
         """The policy as it is now, on the state's own arrays: the next update consumes them."""
-        return nnx.merge(self.learner.graphdef, self.state.params)
+        network: PolicyValueNetwork = nnx.merge(self.learner.graphdef, self.state.params)
+        return network
 
     def choose_action(self, observation: dict[str, np.ndarray], *, greedy: bool = False) -> Choice:
         """Choose a token for an observation of `QwenText-v0`, or for a batch of them."""
@@ -265,7 +267,7 @@ class PPOAgent:
 
 def _act(
     graphdef: nnx.GraphDef[PolicyValueNetwork],
-    params: nnx.State,
+    params: Params,
     tokens: jax.Array,
     prompt_length: jax.Array,
     length: jax.Array,

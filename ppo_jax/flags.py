@@ -60,7 +60,8 @@ def parse(default: Arguments, argv: Sequence[str], *, prog: str) -> Arguments:
     # --output_dir and --output-dir are one flag; what follows -- is none.
     end = argv.index("--") if "--" in argv else len(argv)
     flags = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), w) for w in argv[:end]]
-    return _with_values(default, vars(parser.parse_args([*flags, *argv[end:]])))
+    given: Arguments = _with_values(default, vars(parser.parse_args([*flags, *argv[end:]])))
+    return given
 
 
 class _Parser(argparse.ArgumentParser):

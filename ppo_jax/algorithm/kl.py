@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Real, Shaped
+from jaxtyping import Bool, Float, Real, Shaped
 
 from ppo_jax.algorithm.masking import AnyArray, Scalar, masked_mean, zero_invalid
 
@@ -68,7 +68,7 @@ def kl_estimate(
 
 
 def is_clamped(
-    log_p: Float[Array, "*shape"], log_q: Float[Array, "*shape"], estimator: KlEstimator
+    log_p: Real[AnyArray, "*shape"], log_q: Real[AnyArray, "*shape"], estimator: KlEstimator
 ) -> Bool[Array, "*shape"]:
     """Whether `kl_estimate` clamps an exponent."""
     exponentiates = estimator in ("k3", "reference")

@@ -36,9 +36,9 @@ class ClipShares(NamedTuple):
 
 
 def probability_ratio(
-    new_logprobs: Float[Array, "*shape"],
-    old_logprobs: Float[Array, "*shape"],
-    mask: Bool[Array, "*shape"],
+    new_logprobs: Real[AnyArray, "*shape"],
+    old_logprobs: Real[AnyArray, "*shape"],
+    mask: Shaped[AnyArray, "*shape"],
 ) -> Float[Array, "*shape"]:
     """ρ = exp(new - old), clamped to exp(± MAX_LOG_RATIO); 1 where `mask` is False."""
     log_ratio = zero_invalid(new_logprobs, mask) - zero_invalid(old_logprobs, mask)
@@ -89,15 +89,15 @@ def clipped_policy_loss(
 
 
 def clip_shares(
-    new_logprobs: Float[Array, "*shape"],
-    old_logprobs: Float[Array, "*shape"],
-    advantages: Float[Array, "*shape"],
-    mask: Bool[Array, "*shape"],
+    new_logprobs: Real[AnyArray, "*shape"],
+    old_logprobs: Real[AnyArray, "*shape"],
+    advantages: Real[AnyArray, "*shape"],
+    mask: Shaped[AnyArray, "*shape"],
     *,
-    clip_range: float = 0.2,
-    clip_range_high: float | None = None,
-    dual_clip: float | None = None,
-    weights: Float[Array, "*shape"] | None = None,
+    clip_range: Scalar = 0.2,
+    clip_range_high: Scalar | None = None,
+    dual_clip: Scalar | None = None,
+    weights: Real[AnyArray, "*shape"] | None = None,
 ) -> ClipShares:
     """Where `clipped_policy_loss`, given the same, has no gradient."""
     low, high = 1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high)
@@ -116,9 +116,9 @@ def clip_shares(
 def _surrogate(
     ratio: Float[Array, "*shape"],
     advantages: Float[Array, "*shape"],
-    low: float,
-    high: float,
-    dual_clip: float | None,
+    low: Scalar,
+    high: Scalar,
+    dual_clip: Scalar | None,
 ) -> Float[Array, "*shape"]:
     """min(ρ A, clip(ρ) A), and at least c A where A is negative."""
     unclipped, clipped = ratio * advantages, jnp.clip(ratio, low, high) * advantages

@@ -1,6 +1,5 @@
 """Mean and variance of a stream of numbers, a batch at a time."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -54,4 +53,6 @@ def updated_moments(moments: RunningMoments, x: Real[AnyArray, "N"]) -> RunningM
         + jnp.square(distance) * moments.number * new / number,
     )
     is_finite = jnp.isfinite(updated.squares)
-    return RunningMoments(*map(partial(jnp.where, is_finite), updated, moments))
+    return RunningMoments(
+        *(jnp.where(is_finite, new, old) for new, old in zip(updated, moments, strict=True))
+    )

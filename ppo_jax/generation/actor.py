@@ -82,7 +82,7 @@ class Actor:
         self._num_devices = 1 if mesh is None else mesh.size
 
         def compiled(
-            params: nnx.State,
+            params: nnx.State[Any, Any],
             ids: jax.Array,
             length: jax.Array,
             first_prompt: jax.Array,
@@ -90,7 +90,7 @@ class Actor:
             completions_per_prompt: int,
             greedy: bool,
         ) -> Rollout:
-            def of_rows(whole: tuple[nnx.State, jax.Array], rows: Any) -> Rollout:
+            def of_rows(whole: tuple[nnx.State[Any, Any], jax.Array], rows: Any) -> Rollout:
                 params, key = whole
                 ids, length, number = rows
                 return rollout(
@@ -113,7 +113,7 @@ class Actor:
 
     def respond(
         self,
-        params: nnx.State,
+        params: nnx.State[Any, Any],
         prompts: Sequence[Prompt],
         key: jax.Array,
         *,
@@ -153,7 +153,7 @@ class Actor:
 
     def respond_to_all(
         self,
-        params: nnx.State,
+        params: nnx.State[Any, Any],
         prompts: Sequence[Prompt],
         key: jax.Array,
         *,

@@ -110,7 +110,8 @@ def rollout(
             return result
         rows = jnp.argsort(mdp.has_ended(carry.state))[:until]  # those that go on come first
         rest = finish(jax.tree.map(lambda x: x[rows] if x.ndim else x, carry), *fewer)
-        return jax.tree.map(lambda all, some: all.at[rows].set(some), result, rest)
+        whole: Rollout = jax.tree.map(lambda all, some: all.at[rows].set(some), result, rest)
+        return whole
 
     def several(x: Array) -> Array:
         return jnp.repeat(x, completions_per_prompt, axis=0)

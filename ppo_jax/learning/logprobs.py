@@ -92,7 +92,8 @@ def _forward(
         return _statistics(logits, chosen_here.token), logits
 
     def body(i: Array, statistics: Statistics) -> Statistics:
-        return jax.tree.map(lambda all, x: all.at[i].set(x), statistics, of_chunk(i)[0])
+        pairs = zip(statistics, of_chunk(i)[0], strict=True)
+        return Statistics(*(all.at[i].set(x) for all, x in pairs))
 
     if hidden.shape[0] == 1:  # the only chunk's logits are kept for the gradient
         alone, logits = of_chunk(0)

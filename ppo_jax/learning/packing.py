@@ -62,7 +62,8 @@ def in_fewest_rows(
     available = sizes(count, num_sizes)
     layouts = [None if size == count else Layout(size, places) for size in available]
     smallest = jnp.searchsorted(jnp.asarray(available), needed)
-    return jax.lax.switch(smallest, [partial(function, layout) for layout in layouts])
+    result: Result = jax.lax.switch(smallest, [partial(function, layout) for layout in layouts])
+    return result
 
 
 def sizes(count: int, num_sizes: int) -> tuple[int, ...]:

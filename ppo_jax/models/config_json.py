@@ -80,7 +80,8 @@ def _read(content: Mapping[str, Any]) -> Qwen2Config:
         if content.get(name) is None:
             raise UsageError(f"there is no {name}, which every model needs.")
         check_size(name, content[name])
-        return content[name]  # type: ignore[no-any-return]
+        size: int = content[name]
+        return size
 
     hidden_size, heads = required("hidden_size"), required("num_attention_heads")
     layers = required("num_hidden_layers")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from ppo_jax.generation.episode_metrics import (
     length_counts,
     sample_record,
 )
-from ppo_jax.models import save_pretrained
+from ppo_jax.models import Generation, save_pretrained
 from ppo_jax.runs.checkpoints import Checkpoints
 from ppo_jax.runs.config_file import Settings, settings
 from ppo_jax.runs.distributions import distributions_record
@@ -32,7 +33,7 @@ from ppo_jax.runs.records import Record
 from qwen_env.errors import RunError, UsageError, UserFacingError
 from qwen_env.prompts import PromptDataset
 
-PROG = "python -m ppo_jax.train"
+PROG = "ppo-train"
 NUM_SAMPLES = 8  # held-out prompts whose completions are kept in samples.jsonl
 SECONDS_BETWEEN_PLOTS = 20.0
 ALIKE = 3  # iterations in a row in which all scores are alike, before that is said
@@ -178,7 +179,7 @@ class Run:
         best, score = self.state.best_score, means["sampled/score"]
         if iteration and self._is_sound() and (best is None or score > best):
             self.folder.sync()  # whoever finds another best/ than a checkpoint's finds out why
-            save_pretrained(self.agent.network, self.folder.best, self.agent.task.tokenizer)
+            self._save_model(self.folder.best)
             self.state.best_score, self.state.best_iteration = score, iteration
             self.state.best_digest = None
         return means, samples["sampled"]
@@ -196,7 +197,7 @@ class Run:
             )
 
     def _finish(self) -> None:
-        save_pretrained(self.agent.network, self.folder.final, self.agent.task.tokenizer)
+        self._save_model(self.folder.final)
         self.progress.samples("After training", self.folder.last_samples())
         best = (
             f"the best one (iteration {self.state.best_iteration}) in {self.folder.best}, "
@@ -278,6 +279,11 @@ class Run:
         if self.state.best_iteration is not None and self.state.best_digest is None:
             self.state.best_digest = folder_digest(self.folder.best)
         self.checkpoints.save(self.agent.state, dataclasses.asdict(self.state))
+
+    def _save_model(self, folder: Path) -> None:
+        config, task = self.agent.config, self.agent.task
+        generation = Generation(*config.ppo.sampling, max_new_tokens=task.rules.max_new_tokens)
+        save_pretrained(self.agent.network, folder, task.tokenizer, generation=generation)
 
     def _where_saved(self) -> str:
         saved = self.checkpoints.iterations()
