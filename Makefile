@@ -39,7 +39,7 @@ train: $(VENV)/installed
 	$(BIN)/python -m ppo_jax.train --preset pocket $(call run,runs/pocket)
 
 train-smollm2: $(VENV)/installed-smollm2 $(SMOLLM2)
-	$(BIN)/python -m ppo_jax.train --preset smollm2 $(call run,runs/smollm2)
+	$(BIN)/python -m ppo_jax.train --preset smollm2 --model $(SMOLLM2) $(call run,runs/smollm2)
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .

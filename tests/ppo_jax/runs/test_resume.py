@@ -113,7 +113,7 @@ def test_a_signal_ends_the_run_behind_its_iteration(
         assert len(metrics(run)) == saved_after
         said = capfd.readouterr().err
         assert f"saved as it was after iteration {saved_after}, in {run}/checkpoints" in said
-        assert f"continue it with: python -m ppo_jax.train --output-dir {run} --resume" in said
+        assert f"continue it with: ppo-train --output-dir {run} --resume" in said
         main(["--output-dir", str(run), "--resume"])
     assert_same_run(run, finished_run)
 
@@ -381,7 +381,7 @@ def test_kill_9_and_ctrl_c_once_and_twice(
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Stopping after this iteration" in said
-    assert f"continue it with: python -m ppo_jax.train --output-dir {run} --resume" in said
+    assert f"continue it with: ppo-train --output-dir {run} --resume" in said
     assert "Traceback" not in said
     assert "\x1b" not in said, "piped output holds no escape codes"
 
