@@ -60,7 +60,8 @@ class Arguments:
     """Folder of a training run that gives the model, its held-out prompts, rewards and all other
     settings."""
     which: str | None = None
-    """Model of the run: final or best; None takes the final one if the run has finished."""
+    """Model of the run: final, best, or the iteration of a checkpoint; None takes the final one if
+    the run has finished."""
     task: EvaluatedTask = field(default_factory=EvaluatedTask)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     batch_size: Count = 16
@@ -110,9 +111,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainedRun | None]:
             if value != theirs and name not in _MAY_DIFFER:
                 raise UsageError(
                     f"{name} is {value!r}, but the run was trained with {theirs!r}; leave the flag "
-                    f"out, or evaluate the model on its own: --model {run.model}."
+                    f"out, or evaluate the model on its own: --model {run.folder / 'final'}."
                 )
-    task = replace(arguments.task, model=str(run.model))
+    task = replace(arguments.task, model=run.model)
     return replace(arguments, task=task), run
 
 
@@ -130,6 +131,8 @@ def evaluate(arguments: Arguments, run: TrainedRun | None = None) -> dict[str, d
         settings = replace(settings, prompts=run.config.task.prompts)
         dtype = run.config.run.dtype
     network, task, held_out = assemble(settings, prompts=prompts, dtype=dtype, say=cli.say)
+    if run is not None:
+        network = run.trained(network, task)
     asked = task.prompts if held_out is None else held_out
     actor = Actor(network, task, arguments.sampling.sampling)
 

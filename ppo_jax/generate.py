@@ -15,7 +15,7 @@ from ppo_jax.assembly import assemble
 from ppo_jax.config import ResponseConfig, SamplingConfig, TaskConfig
 from ppo_jax.config.fields import Seed, check_fields
 from ppo_jax.generation.actor import Actor
-from ppo_jax.runs.trained import named_run, sampling_of
+from ppo_jax.runs.trained import TrainedRun, named_run, sampling_of
 from qwen_env.errors import UsageError
 from qwen_env.rewards import RewardBatch
 
@@ -31,7 +31,8 @@ class Arguments:
     run: str | None = None
     """Folder of a training run that gives the model and the defaults of the other flags."""
     which: str | None = None
-    """Model of the run: final or best; None takes the final one if the run has finished."""
+    """Model of the run: final, best, or the iteration of a checkpoint; None takes the final one if
+    the run has finished."""
     response: ResponseConfig = field(default_factory=lambda: ResponseConfig(max_new_tokens=64))
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     greedy: bool = False
@@ -47,10 +48,10 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with cli.errors_as_sentences():
-        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        arguments, run = parse_arguments(sys.argv[1:] if argv is None else argv)
         cli.keep_compiled_programs()
         cli.find_devices()
-        for record in generate(arguments):
+        for record in generate(arguments, run):
             if arguments.json:
                 print(json.dumps(record, ensure_ascii=False))
             elif arguments.response.chat:
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(record["prompt"] + record["completion"])
 
 
-def parse_arguments(argv: Sequence[str]) -> Arguments:
+def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainedRun | None]:
     """The flags, over the settings of the run where they name one.
 
     Raises:
@@ -72,15 +73,15 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         default = replace(default, response=response, sampling=sampling_of(run.config.ppo))
     arguments = flags.parse(default, argv, prog=PROG)
     if run is not None:
-        response = replace(arguments.response, model=str(run.model))
+        response = replace(arguments.response, model=run.model)
         arguments = replace(arguments, response=response)
     for name, value in dataclasses.asdict(arguments.sampling).items():
         if arguments.greedy and value != getattr(default.sampling, name):
             raise UsageError(f"greedy and {name} exclude each other; leave one of them out.")
-    return arguments
+    return arguments, run
 
 
-def generate(arguments: Arguments) -> list[dict[str, str]]:
+def generate(arguments: Arguments, run: TrainedRun | None = None) -> list[dict[str, str]]:
     """One record per prompt: `prompt`, `completion`, `finish_reason`.
 
     Raises:
@@ -96,6 +97,8 @@ def generate(arguments: Arguments) -> list[dict[str, str]]:
         raise UsageError(f"There is no prompt; give one or more: {PROG} 'The plot'.")
     settings = TaskConfig(**dataclasses.asdict(response), max_prompt_length=None)
     network, task, _ = assemble(settings, prompts=arguments.prompts, reward=_nothing)
+    if run is not None:
+        network = run.trained(network, task)
     done = Actor(network, task, arguments.sampling.sampling).respond(
         nnx.state(network),
         task.prompts,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt8
 
 from ppo_jax.models.attention import KeyValue
 from ppo_jax.models.heads import PolicyValueNetwork
@@ -32,7 +32,7 @@ class Rollout(NamedTuple):
 
 class _Carry(NamedTuple):
     step: Int[Array, ""]  # response tokens written to every running row
-    key: PRNGKeyArray  # [B]: each row draws from its own
+    key: Key[Array, "B"]  # each row draws from its own
     token: Int[Array, "B"]  # the last of them
     state: mdp.State
     cache: tuple[KeyValue, ...]
@@ -159,7 +159,7 @@ def choose_token(
     network: PolicyValueNetwork,
     hidden: Float[Array, "B D"],
     num_written: Int[Array, "B"],
-    key: PRNGKeyArray,
+    key: Key[Array, "B"],
     *,
     rules: mdp.Rules,
     sampling: Sampling,
@@ -168,7 +168,7 @@ def choose_token(
     """The token that follows each hidden state, the response being `num_written` tokens long.
 
     Args:
-        key: [B], one for each draw.
+        key: one for each draw.
 
     Returns:
         tokens, their log-probabilities, and the ids they were drawn from if those are truncated.

@@ -79,13 +79,14 @@ class Checkpoints:
             shutil.rmtree(self.folder / str(iteration), ignore_errors=True)
 
     def restore(
-        self, state: TrainState, say: Callable[[str], None] = print
+        self, state: TrainState, say: Callable[[str], None] = print, *, only: int | None = None
     ) -> tuple[TrainState, Notes] | None:
         """The latest undamaged checkpoint, or None where none was ever saved.
 
         Args:
             state: gives the structure, types and placement of the arrays. They are deleted as
                 those of the checkpoint are restored.
+            only: the iteration to restore, and no other.
             say: is told of a damaged checkpoint, which is set aside once an earlier one is found.
 
         Raises:
@@ -95,7 +96,7 @@ class Checkpoints:
         arrays = _by_name(state)
         like = {name: _Place(array) for name, array in arrays.items()}
         damaged: list[Path] = []
-        for iteration in reversed(self.iterations()):
+        for iteration in reversed(self.iterations() if only is None else [only]):
             folder = self.folder / str(iteration)
             try:
                 content = _read_content(folder)

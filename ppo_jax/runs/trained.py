@@ -5,18 +5,45 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ppo_jax.agent import PPOAgent
 from ppo_jax.config import PPOConfig, SamplingConfig, TrainConfig
+from ppo_jax.models import PolicyValueNetwork
+from ppo_jax.runs.checkpoints import Checkpoints
 from ppo_jax.runs.config_file import read_config
 from qwen_env.errors import UsageError
+from qwen_env.task import TextTask
 
 _MODELS = ("final", "best")
 
 
 class TrainedRun(NamedTuple):
-    """A run's settings, and the folder of one of its models."""
+    """A run's settings, and one of its models: "final", "best", or a checkpoint's iteration."""
 
+    folder: Path
     config: TrainConfig
-    model: Path
+    which: str
+
+    @property
+    def model(self) -> str:
+        """The model to load: the run's, or for a checkpoint the one that training began with."""
+        return str(self.folder / self.which) if self.which in _MODELS else self.config.task.model
+
+    def trained(self, network: PolicyValueNetwork, task: TextTask) -> PolicyValueNetwork:
+        """`network`, loaded from `model`, with the parameters of the checkpoint if it is one's.
+
+        Takes the memory of a training state on the way.
+
+        Raises:
+            UserFacingError: the checkpoint is damaged, or of another version.
+        """
+        if self.which in _MODELS:
+            return network
+        agent = PPOAgent(network, task, self.config, num_iterations=1)
+        checkpoints = Checkpoints(self.folder / "checkpoints", self.config.run.keep_checkpoints)
+        restored = checkpoints.restore(agent.state, only=int(self.which))
+        assert restored is not None
+        agent.state = restored[0]
+        return agent.network
 
 
 def named_run(argv: Sequence[str]) -> TrainedRun | None:
@@ -52,7 +79,7 @@ def sampling_of(ppo: PPOConfig) -> SamplingConfig:
 def model_in(name: str) -> str:
     """The last model of a run where `name` is its folder; anything else as it is."""
     folder = Path(name).expanduser()
-    return str(_open(folder, None).model) if _is_run(folder) else name
+    return _open(folder, None).model if _is_run(folder) else name
 
 
 def _is_run(folder: Path) -> bool:
@@ -65,15 +92,14 @@ def _open(folder: Path, which: str | None) -> TrainedRun:
             f"{folder} holds no run; name a folder that ppo-train has written (its --output-dir)."
         )
     config = read_config(folder)
-    there = [name for name in _MODELS if (folder / name).is_dir()]
+    iterations = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints).iterations()
+    there = [name for name in _MODELS if (folder / name).is_dir()] + [*map(str, iterations[::-1])]
     if not there:
         raise UsageError(
             f"The run in {folder} has saved no model yet; let it go on, or continue it with "
-            f"--output-dir {folder} --resume."
+            f"ppo-train --output-dir {folder} --resume."
         )
     name = there[0] if which is None else which
     if name not in there:
-        raise UsageError(
-            f"which is {name!r}, but the run in {folder} has {' and '.join(there)} only."
-        )
-    return TrainedRun(config, folder / name)
+        raise UsageError(f"which is {name!r}, but the run in {folder} has {', '.join(there)}.")
+    return TrainedRun(folder, config, name)

@@ -26,9 +26,9 @@ def test_a_run_is_named_by_either_flag(finished_run: Path) -> None:
     config = read_config(finished_run)
     for flag in ("--run", "--model"):
         found = named_run([flag, str(finished_run), "--seed", "3"])
-        assert found == (config, finished_run / "final")
+        assert found == (finished_run, config, "final")
         found = named_run([f"{flag}={finished_run}", "--which", "best"])
-        assert found is not None and found.model == finished_run / "best"
+        assert found is not None and found.model == str(finished_run / "best")
     assert named_run(["--model", str(finished_run / "final")]) is None
     assert named_run(["--model", "Qwen/Qwen2.5-0.5B"]) is None
 
@@ -36,7 +36,7 @@ def test_a_run_is_named_by_either_flag(finished_run: Path) -> None:
 def test_an_unfinished_run_has_its_best_model(finished_run: Path) -> None:
     (finished_run / "final").rename(finished_run / "elsewhere")
     found = named_run(["--run", str(finished_run)])
-    assert found is not None and found.model == finished_run / "best"
+    assert found is not None and found.model == str(finished_run / "best")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_an_unfinished_run_has_its_best_model(finished_run: Path) -> None:
         (["--run", "{run}", "--model", "x"], r"run .* and model \(x\) both name"),
         (["--run", "{run}/final"], "holds no run"),
         (["--run", "nowhere"], "nowhere holds no run"),
-        (["--run", "{run}", "--which", "worst"], "which is 'worst', but .* has final and best"),
+        (["--run", "{run}", "--which", "worst"], "which is 'worst', but .* has final, best, "),
         (["--which", "best"], "no run is named"),
         (["--model", "{run}/final", "--which", "best"], "no run is named"),
     ],
@@ -56,7 +56,7 @@ def test_what_is_no_run(argv: list[str], words: str, finished_run: Path) -> None
 
 
 def test_a_run_that_has_saved_no_model(finished_run: Path) -> None:
-    for name in ("final", "best"):
+    for name in ("final", "best", "checkpoints"):
         (finished_run / name).rename(finished_run / f"not_{name}")
     with pytest.raises(UsageError, match=r"has saved no model yet; .*--resume"):
         named_run(["--run", str(finished_run)])
@@ -92,16 +92,17 @@ def test_no_flag_of_the_run_has_to_be_repeated(finished_run: Path) -> None:
     assert dataclasses.asdict(arguments.task) == expected
     assert arguments.sampling == SamplingConfig(temperature=0.7, top_k=20)
 
-    given = generate.parse_arguments(["--model", str(finished_run), "The plot"])
+    given, _ = generate.parse_arguments(["--model", str(finished_run), "The plot"])
     assert given.sampling == arguments.sampling
     for name, value in dataclasses.asdict(given.response).items():
         assert value == expected[name]
     # Talking to a model is no measurement: every flag may differ.
-    given = generate.parse_arguments(
+    given, _ = generate.parse_arguments(
         ["--run", str(finished_run), "--max-new-tokens", "99", "--temperature", "0.1", "The plot"]
     )
     assert (given.response.max_new_tokens, given.sampling.temperature) == (99, 0.1)
-    assert generate.parse_arguments(["--run", str(finished_run), "--greedy", "The plot"]).greedy
+    given, _ = generate.parse_arguments(["--run", str(finished_run), "--greedy", "The plot"])
+    assert given.greedy
 
 
 def test_other_prompts_and_rewards_may_be_named(finished_run: Path) -> None:
@@ -144,3 +145,17 @@ def test_a_run_scores_as_its_last_evaluation_says(
     means = json.loads(capfd.readouterr().out)
     for name, mean in means["greedy"].items():
         assert mean == pytest.approx(last[f"eval/greedy/{name}"])
+
+
+def test_a_checkpoint_is_a_model_of_the_run(
+    finished_run: Path, rewards: object, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The last one is the final model."""
+    last = max(int(path.name) for path in (finished_run / "checkpoints").iterdir())
+
+    def completions(which: str) -> list[str]:
+        capfd.readouterr()
+        generate.main(["--run", str(finished_run), "--which", which, "The plot", "A", "--json"])
+        return capfd.readouterr().out.splitlines()
+
+    assert completions(str(last)) == completions("final")
