@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -149,7 +150,7 @@ class _Place:
 
 @contextmanager
 def _checkpointer() -> Iterator[ocp.Checkpointer]:
-    """Orbax, for the block. What it raises, it does not print as well, in a dozen tracebacks."""
+    """Orbax, for the block. What it raises it does not print as well, in a dozen tracebacks."""
     log, hook = logging.getLogger("absl"), sys.unraisablehook
     level = log.level
 
@@ -163,7 +164,10 @@ def _checkpointer() -> Iterator[ocp.Checkpointer]:
         # Compressed, arrays would be 8 % smaller, take ten times as long, and a copy of the state.
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
             yield checkpointer
-        sys.unraisablehook = hook  # where it fails, its threads go on for a while
+        sys.unraisablehook = hook
+    except Exception:  # its threads go on for a while, and so the hook stays
+        warnings.filterwarnings("ignore", r"coroutine 'async_serialize", RuntimeWarning)
+        raise
     finally:
         log.setLevel(level)
 

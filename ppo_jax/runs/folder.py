@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ppo_jax.config import TrainConfig
-from ppo_jax.files import PARTIAL, disk_errors
+from ppo_jax.files import PARTIAL, disk_errors, sweep
 from ppo_jax.runs.config_file import (
     Settings,
     check_same,
@@ -88,6 +88,9 @@ class RunFolder:
             for path in self._own_paths():
                 if path.suffix == PARTIAL:
                     _remove(path)
+            with disk_errors(self.path):
+                sweep(self.best)
+                sweep(self.final)
             try:
                 yield
             except BaseException:

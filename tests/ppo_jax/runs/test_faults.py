@@ -8,6 +8,7 @@ Rust count as one request before they have written and one after.
 
 import builtins
 import errno
+import gc
 import io
 import json
 import os
@@ -138,8 +139,11 @@ class Disk:
         self.folder = str(folder)
         self.fails: Callable[[int], BaseException | None] = lambda number: None
         self.requests: list[str] = []
+        self.is_dead = False  # then nothing cleans up
 
     def request(self, what: str, path: object) -> None:
+        if self.is_dead:
+            raise Killed
         path = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
         if not os.path.abspath(path).startswith(self.folder):
             return
@@ -147,6 +151,7 @@ class Disk:
             return
         self.requests.append(f"{what} {path}")
         if error := self.fails(len(self.requests)):
+            self.is_dead = isinstance(error, Killed)
             raise error
 
 
@@ -183,23 +188,21 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
         buffered = io.BufferedWriter(raw)
         return buffered if "b" in mode else io.TextIOWrapper(buffered, *args, **kwargs)
 
-    def of_path(owner: Any, name: str, after: bool = False) -> None:
-        real = getattr(owner, name)
+    def watch(name: str) -> None:
+        real = getattr(os, name)
 
         def function(path: Any, *args: Any, **kwargs: Any) -> Any:
             place = f"/proc/self/fd/{path}" if isinstance(path, int) else path
             disk.request(name, os.readlink(place) if isinstance(path, int) else place)
-            result = real(path, *args, **kwargs)
-            if after:
-                disk.request(f"after {name}", place)
-            return result
+            # Nothing here survives a crash of the system, and waiting takes long.
+            return None if name == "fsync" else real(path, *args, **kwargs)
 
-        monkeypatch.setattr(owner, name, function)
+        monkeypatch.setattr(os, name, function)
 
     for module in (io, builtins):
         monkeypatch.setattr(module, "open", open_)
     for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "sendfile"):
-        of_path(os, name)
+        watch(name)
     real_save = ocp.Checkpointer.save
 
     def save(self: ocp.Checkpointer, path: Path, *args: Any, **kwargs: Any) -> None:
@@ -247,8 +250,8 @@ def go(
 def content(folder: Path) -> dict[str, Any]:
     """What must be the same, of a run that has ended."""
     files = ("metrics.jsonl", "distributions.jsonl", "samples.jsonl", "curves.png")
-    models = (path for name in ("best", "final") for path in sorted((folder / name).iterdir()))
-    names = [*files, *(path.relative_to(folder) for path in models)]
+    models = (path for name in ("best", "final") for path in sorted((folder / name).rglob("*")))
+    names = [*files, *(path.relative_to(folder) for path in models if path.is_file())]
     checkpoints = folder / "checkpoints"
     saved = json.loads((checkpoints / str(ITERATIONS) / "checkpoint.json").read_text())
     return {
@@ -257,7 +260,7 @@ def content(folder: Path) -> dict[str, Any]:
         "arrays": saved["arrays"],
         "best": saved["notes"]["best_iteration"],
         "checkpoints": sorted(path.name for path in checkpoints.iterdir()),
-        "leftovers": sorted(p.name for p in folder.iterdir() if p.suffix not in (".bak", "")),
+        "files": sorted(path.name for path in folder.iterdir() if path.suffix != ".bak"),
     }
 
 
@@ -267,7 +270,6 @@ def test_an_uninterrupted_run(go: Callable[[Path], None], disk: Disk) -> None:
     found = content(folder)
     assert found["best"] == 2
     assert found["checkpoints"] == ["3"]
-    assert [name for name in os.listdir(folder) if "partial" in name or name[0] == "."] == []
     assert len(disk.requests) > 100
     before = found
     go(folder)
@@ -283,21 +285,24 @@ def fails_from(number: int) -> Callable[[int], BaseException | None]:
 
 
 def killed_at(number: int) -> Callable[[int], BaseException | None]:
-    return lambda i: Killed() if i >= number else None
+    return lambda i: Killed() if i == number else None
+
+
+FAULTS = (fails_once, fails_from, killed_at)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [fails_once, fails_from, killed_at])
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # who is killed closes nothing
 def test_a_run_with_a_fault_is_resumed_to_the_same_end(
-    fault: Callable[[int], Callable[[int], BaseException | None]],
-    go: Callable[[Path], None],
-    disk: Disk,
-    capfd: pytest.CaptureFixture[str],
+    go: Callable[[Path], None], disk: Disk, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """One kind of fault a request, which FAULT_SHIFT=1 and 2 change for the other two."""
     folder = Path(disk.folder)
+    shift = int(os.environ.get("FAULT_SHIFT", 0))
     go(folder)
     expected, requests = content(folder), list(disk.requests)
     for number, request in enumerate(requests, start=1):
+        fault = FAULTS[(number + shift) % len(FAULTS)]
         shutil.rmtree(folder)
         disk.requests.clear()
         disk.fails = fault(number)
@@ -306,8 +311,10 @@ def test_a_run_with_a_fault_is_resumed_to_the_same_end(
         except Killed:
             assert fault is killed_at
         except UserFacingError as error:
-            assert re.search(r" cannot be written: (No space|Input/output)", str(error)), request
-        disk.fails = lambda number: None
+            message = f"{fault.__name__}, {request}: {error}"
+            assert re.search(r" cannot be written: (No space|Input/output)", str(error)), message
+        disk.fails, disk.is_dead = lambda number: None, False
         go(folder)
-        assert content(folder) == expected, request
+        assert content(folder) == expected, f"{fault.__name__}, {request}"
+    gc.collect()
     assert "Traceback" not in capfd.readouterr().err
