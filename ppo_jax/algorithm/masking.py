@@ -15,7 +15,7 @@ from jaxtyping import Float, Real, Shaped
 
 AnyArray = Array | np.ndarray
 """What these functions take, of any real type; what they give is JAX's, in float32."""
-Scalar = float | Real[AnyArray, ""]
+Scalar = int | float | Real[AnyArray, ""]
 """A coefficient, which may be traced."""
 
 Aggregation = Literal["token", "sequence"]
