@@ -68,7 +68,8 @@ def swiglu(
 
     Its gradients have their division last. XLA:CPU computes what ends in a product once more,
     column by column, where the weights' gradient wants it transposed; what ends in a division it
-    computes once.
+    computes once. The gradient of all 30 layers of SmolLM2-135M, over 8 x 56 tokens on two cores,
+    takes 0.78 of the time that it takes with JAX's own (0.74 to 0.91 in 11 alternations).
     """
     return jax.nn.silu(gate) * up
 
