@@ -81,6 +81,7 @@ def find_devices() -> None:
     Raises:
         UsageError: it does not start.
     """
+    jax.config.update("jax_transfer_guard", "allow")  # for programs that copy nothing by the way
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter for CUDA that is not installed

@@ -1,4 +1,4 @@
-"""How this project's programs are compiled: `jit`, with float32 that is float32.
+"""How this project's programs are compiled: `jit`, which means the same whatever JAX's flags are.
 
 What JAX needs to be told for that belongs to our own functions. Nothing is set for the process, so
 other people's programs stay as they are.
@@ -14,18 +14,24 @@ import jax
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:
-    """`jax.jit`, of programs that multiply float32 in float32 and are right on every jaxlib.
+    """`jax.jit`, of programs that mean what was written and are right on every jaxlib.
 
     Args:
         options: those of `jax.jit`.
     """
 
     @functools.wraps(function)
-    def exact(*args: Any, **kwargs: Any) -> Any:
-        with float32_products():
+    def as_written(*args: Any, **kwargs: Any) -> Any:
+        with (
+            float32_products(),
+            # Flags that people set for programs of their own, or that a reward function sets.
+            jax.enable_x64(False),
+            jax.numpy_rank_promotion("allow"),
+            jax.numpy_dtype_promotion("standard"),
+        ):
             return function(*args, **kwargs)
 
-    return jax.jit(exact, compiler_options=compiler_options(), **options)
+    return jax.jit(as_written, compiler_options=compiler_options(), **options)
 
 
 @contextmanager
