@@ -87,7 +87,8 @@ def train(
             on. What was learnt is saved.
         SystemExit: a signal ended the run early; what was learnt is saved.
     """
-    folder = RunFolder(output_dir, config, resume=resume, argv=argv)
+    # Absolute, since a reward may change the working directory.
+    folder = RunFolder(output_dir.absolute(), config, resume=resume, argv=argv)
     network, task, held_out = assemble(
         config.task, dtype=config.run.dtype, param_dtype=config.run.param_dtype, say=cli.say
     )

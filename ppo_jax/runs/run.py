@@ -100,7 +100,7 @@ class Run:
                     self.progress.say(self._where_saved())
                     raise SystemExit(EXIT_STATUS)
                 self._finish()
-            except Exception as error:
+            except (Exception, KeyboardInterrupt) as error:  # a reward may take Ctrl-C for itself
                 # An update that fails may leave no state to save, and a full disk no room for it.
                 with suppress(Exception):
                     if agent.iteration > 0:
