@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.special import gammaln
+from scipy.stats import nct as noncentral
 from scipy.stats import t as student
 
 CONFIDENCE = 0.95
@@ -35,6 +37,23 @@ def interval(values: Sequence[float]) -> Interval:
         return Interval(float(x.mean()), math.nan)
     quantile = student.ppf((1 + CONFIDENCE) / 2, len(x) - 1)
     return Interval(float(x.mean()), float(quantile * x.std(ddof=1) / math.sqrt(len(x))))
+
+
+def detectable_effect(
+    num_seeds: int, *, power: float = 0.8, alpha: float = 1 - CONFIDENCE
+) -> float:
+    """The difference that a paired t-test finds with probability `power`.
+
+    In standard deviations of the differences: the δ at which a noncentral t with n - 1 degrees of
+    freedom and noncentrality δ √n leaves ± t(1 - α/2, n-1) with that probability.
+    """
+    limit, freedom = student.ppf(1 - alpha / 2, num_seeds - 1), num_seeds - 1
+
+    def excess(effect: float) -> float:
+        found = noncentral(freedom, effect * math.sqrt(num_seeds))
+        return float(found.sf(limit) + found.cdf(-limit) - power)
+
+    return float(brentq(excess, 1e-6, 10.0))
 
 
 def paired(

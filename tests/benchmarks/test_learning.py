@@ -225,3 +225,12 @@ def test_tables_and_plots_say_what_the_records_hold(tmp_path: Path) -> None:
     assert content["differences"]["clip 0.1"]["kl"]["verdict"] == "robust"
     for name in ("curves", "ablations", "frontier"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_the_detectable_effect_is_found_as_often_as_it_says() -> None:
+    """By simulation of the t-test that the study makes."""
+    for power, alpha in ((0.8, 0.05), (0.5, 0.05), (0.8, 0.05 / 38)):
+        effect = statistics.detectable_effect(5, power=power, alpha=alpha)
+        differences = np.random.default_rng(0).normal(effect, 1, (100_000, 5))
+        p = stats.ttest_1samp(differences, 0, axis=1).pvalue
+        assert np.mean(p < alpha) == pytest.approx(power, abs=0.01)

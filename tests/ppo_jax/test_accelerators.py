@@ -37,7 +37,8 @@ def test_an_iteration_lowers(num_devices, dtype, make_network, make_test_task, t
     first = task.initial_state(task.prompts[:4])
     ids = jnp.asarray(first.tokens[:, : task.rules.max_prompt_length])
     how = {"completions_per_prompt": 1, "greedy": False}
-    rollout = result(agent.actor._rollout, state.params, ids, first.prompt_length, key, **how)
+    numbers = first.prompt_length, jnp.int32(0)
+    rollout = result(agent.actor._rollout, state.params, ids, *numbers, key, **how)
     score = jnp.zeros(4)
     prepared = result(agent._prepare, state.params, agent.reference, state.controls, rollout, score)
     after, _, _ = result(agent._update, state, prepared.batch, key)

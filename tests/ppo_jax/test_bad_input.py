@@ -299,9 +299,11 @@ def test_resuming_with_another_model_at_the_same_place(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """The trained model now lies where the untrained one was."""
-    run = with_task(finished_run, tmp_path, model=finished_run / "final")
+    model = finished_run / "final"
+    run = with_task(finished_run, tmp_path, model=model)
+    flags = ["--resume", "--num-iterations", "9", "--model", str(model)]
     with untouched(run):
-        error = fails(["--output-dir", str(run), "--resume", "--num-iterations", "9"], capfd)
+        error = fails(["--output-dir", str(run), *flags], capfd)
     assert "is not the model that the run" in error
 
 
@@ -325,8 +327,9 @@ def test_resuming_with_other_prompts_at_the_same_place(
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(lines))
     run = with_task(finished_run, tmp_path, prompts=prompts)
+    flags = ["--resume", "--num-iterations", "9", "--prompts", str(prompts)]
     with untouched(run):
-        error = fails(["--output-dir", str(run), "--resume", "--num-iterations", "9"], capfd)
+        error = fails(["--output-dir", str(run), *flags], capfd)
     assert f"{prompts} does not hold the prompts that the run" in error
 
 

@@ -1,6 +1,7 @@
 """Top-k and top-p against the warpers of `transformers`, and the sampling masks they leave."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -85,7 +86,8 @@ def test_what_is_forbidden_is_never_kept():
     logits = np.full((1, 5), -np.inf, np.float32)
     logits[0, 3] = 0.0
     for sampling in SAMPLINGS:
-        np.testing.assert_array_equal(truncation(logits, sampling)[0], np.arange(5) == 3)
+        kept = truncation(jnp.asarray(logits), sampling)[0]
+        np.testing.assert_array_equal(kept, np.arange(5) == 3)
 
 
 def test_top_p_of_one_keeps_everything_in_a_large_vocabulary():

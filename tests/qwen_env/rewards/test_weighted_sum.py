@@ -15,7 +15,7 @@ def ones(batch):
         ({"a": (1, ones, 2)}, "the term 'a' of a weighted sum is"),
         ({"a": (1, "m:f")}, "the reward of 'a' in a weighted sum is 'm:f'; it must be a callable"),
         ({"a": (None, ones)}, "the weight of 'a' in a weighted sum is None"),
-        ({"_a": (1, ones)}, "names a term '_a'; names must be text"),
+        ({"_a": (1, ones)}, "names a term '_a'; names must be printable text"),
         ({}, "needs at least one term"),
     ],
 )

@@ -72,10 +72,14 @@ def test_nothing_is_raised_after_the_block(monkeypatch):
 
 
 def test_ctrl_c_ends_a_block():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background: ignored
     timer = threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT])
     timer.start()
-    with pytest.raises(KeyboardInterrupt), watched():
-        loop_for_ever()
+    try:
+        with pytest.raises(KeyboardInterrupt), watched():
+            loop_for_ever()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_forked_child_has_a_watchdog_too():
