@@ -1,5 +1,11 @@
 """Score a model: `ppo-evaluate --run runs/pocket`, or `--model FOLDER --reward SPEC ...`."""
 
+if __name__ == "__main__":  # before the imports below
+    from ppo_jax import launch
+
+    launch.evaluate()
+    raise SystemExit
+
 import dataclasses
 import json
 import sys
@@ -154,7 +160,3 @@ def evaluate(arguments: Arguments, run: TrainedRun | None = None) -> dict[str, d
         *columns, console=console, transient=True, disable=not console.is_interactive
     ) as progress:
         return {decoding: means(decoding) for decoding in ("greedy", "sampled")}
-
-
-if __name__ == "__main__":
-    main()

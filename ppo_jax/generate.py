@@ -1,5 +1,11 @@
 """Talk to a model: `ppo-generate --run runs/pocket "The plot was"`, or `--model FOLDER "..."`."""
 
+if __name__ == "__main__":  # before the imports below
+    from ppo_jax import launch
+
+    launch.generate()
+    raise SystemExit
+
 import dataclasses
 import json
 import sys
@@ -117,7 +123,3 @@ def generate(arguments: Arguments, run: TrainedRun | None = None) -> list[dict[s
 
 def _nothing(batch: RewardBatch) -> np.ndarray:
     return np.zeros(len(batch), np.float32)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,11 @@
 """Train a language model with PPO: `ppo-train --preset pocket --output-dir runs/pocket`."""
 
+if __name__ == "__main__":  # before the imports below
+    from ppo_jax import launch
+
+    launch.train()
+    raise SystemExit
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -96,7 +102,3 @@ def train(
     agent = PPOAgent(network, task, config)
     with folder.locked():
         Run(agent, folder, held_out[: config.run.eval_size]).go(resume=resume)
-
-
-if __name__ == "__main__":
-    main()

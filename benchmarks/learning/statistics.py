@@ -45,13 +45,13 @@ def detectable_effect(
     """The difference that a paired t-test finds with probability `power`.
 
     In standard deviations of the differences: the δ at which a noncentral t with n - 1 degrees of
-    freedom and noncentrality δ √n leaves ± t(1 - α/2, n-1) with that probability.
+    freedom and noncentrality δ √n exceeds t(1 - α/2, n-1) with that probability.
     """
     limit, freedom = student.ppf(1 - alpha / 2, num_seeds - 1), num_seeds - 1
 
     def excess(effect: float) -> float:
         found = noncentral(freedom, effect * math.sqrt(num_seeds))
-        return float(found.sf(limit) + found.cdf(-limit) - power)
+        return float(found.sf(limit) - power)  # the other tail is next to nothing
 
     return float(brentq(excess, 1e-6, 10.0))
 
