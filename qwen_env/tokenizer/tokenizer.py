@@ -58,6 +58,9 @@ class Tokenizer:
         """Every id that has text. A padded vocabulary has more."""
         if not self.ids:
             raise UsageError("the tokenizer has no tokens; train it first.")
+        plain = backend.get_vocab(with_added_tokens=False)
+        if len(set(plain.values())) < len(plain):  # an added token may rename one of these
+            raise UsageError("the tokenizer has two tokens with one id; its files are damaged.")
         self.vocab_size: int = max(self.ids) + 1
         if self.vocab_size > _LARGEST_ID:
             raise UsageError(

@@ -291,6 +291,14 @@ def test_files_that_are_none(folder, change, name):
         load_tokenizer(folder)
 
 
+def test_two_tokens_with_one_id(folder, backend):
+    content = json.loads(backend.to_str())
+    content["model"]["vocab"]["twin"] = 5
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="the tokenizer has two tokens with one id"):
+        load_tokenizer(folder)
+
+
 def test_an_id_that_would_take_all_the_memory(folder, backend):
     content = json.loads(backend.to_str())
     content["model"]["vocab"]["far"] = 2**32 - 1
