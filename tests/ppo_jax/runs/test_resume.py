@@ -296,8 +296,8 @@ KILLED_IN = (
     (RunFolder, "write_samples"),
     (RunFolder, "write_metrics"),
     (RunFolder, "write_distributions"),
-    (ocp.StandardCheckpointer, "save"),
-    (checkpoints, "_digests"),
+    (ocp.Checkpointer, "save"),
+    (checkpoints, "_seal"),
     (Path, "rename"),
     (checkpoints.Checkpoints, "iterations"),  # the checkpoint is there, older ones must go
 )
