@@ -6,8 +6,8 @@ from types import ModuleType
 from gymnasium.error import DependencyNotInstalled
 
 
-def import_extra(module: str, extra: str) -> ModuleType:
-    """Import `module`, which the optional extra `extra` installs.
+def import_extra(module: str, package: str) -> ModuleType:
+    """Import `module`, which `package` installs.
 
     Raises:
         DependencyNotInstalled: it is not installed; the message has the pip command.
@@ -16,5 +16,5 @@ def import_extra(module: str, extra: str) -> ModuleType:
         return import_module(module)
     except ModuleNotFoundError as error:
         raise DependencyNotInstalled(
-            f"{module} is not installed; run: pip install 'qwen-ppo-jax[{extra}]'"
+            f"{module} is not installed; run: pip install {package}"
         ) from error

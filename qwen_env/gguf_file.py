@@ -76,7 +76,7 @@ def open_gguf(path: str | Path) -> GGUFFile:
         UsageError: no such file, not a GGUF file, a damaged one, or one part of several.
         gymnasium.error.DependencyNotInstalled: the `gguf` package is missing.
     """
-    import_extra("gguf", extra="gguf")
+    import_extra("gguf", package="gguf")
     path = expand(path)
     if not is_file(path):
         raise UsageError(f"{path}: no such file.")

@@ -95,7 +95,7 @@ class GGUFTensors:
         file = open_gguf(path)
         tensors = {tensor.name: tensor for tensor in file.tensors}
         self.config = _read_config(_Metadata(file.fields, self.where), tensors)
-        self._gguf: Any = import_extra("gguf", extra="gguf")
+        self._gguf: Any = import_extra("gguf", package="gguf")
         self._tensors = {_huggingface_name(name, self.where): t for name, t in tensors.items()}
         self.shapes = {name: _shape(tensor) for name, tensor in self._tensors.items()}
 

@@ -54,8 +54,8 @@ class HuggingFaceReward:
         max_length: int | None = None,
         use_chat_template: bool = True,
     ) -> None:
-        torch: Any = import_extra("torch", extra="torch")
-        transformers = import_extra("transformers", extra="torch")
+        torch: Any = import_extra("torch", package="torch")
+        transformers = import_extra("transformers", package="torch")
         if dtype not in ("float32", "bfloat16", "float16"):
             raise UsageError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16.")
         self.batch_size = integer("batch_size", batch_size, at_least=1)

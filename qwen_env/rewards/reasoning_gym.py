@@ -31,12 +31,12 @@ class ReasoningGym:
     """
 
     def __init__(self, name: str, *, size: int = 500, seed: int = 0, **config: Any) -> None:
-        reasoning_gym = import_extra("reasoning_gym", extra="reasoning")
+        reasoning_gym = import_extra("reasoning_gym", package="reasoning-gym")
         try:
             self._dataset = reasoning_gym.create_dataset(name, size=size, seed=seed, **config)
         except (ValueError, TypeError, AssertionError) as error:
             raise UsageError(f"reasoning-gym task {name!r}: {error}.") from error
-        self._extract = import_extra("reasoning_gym.utils", extra="reasoning").extract_answer
+        self._extract = import_extra("reasoning_gym.utils", package="reasoning-gym").extract_answer
 
     @property
     def prompts(self) -> list[Mapping[str, Any]]:

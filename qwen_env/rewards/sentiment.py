@@ -36,5 +36,5 @@ def _reviews(batch: RewardBatch) -> list[str]:
 
 @cache
 def _vader() -> Any:
-    module = import_extra("vaderSentiment.vaderSentiment", extra="vader")
+    module = import_extra("vaderSentiment.vaderSentiment", package="vaderSentiment")
     return module.SentimentIntensityAnalyzer()

@@ -20,19 +20,17 @@ def use_vader():
 
 
 @pytest.mark.parametrize(
-    ("module", "extra", "use"),
+    ("module", "package", "use"),
     [
         ("gguf", "gguf", lambda: load_gguf_tokenizer("model.gguf")),
         ("torch", "torch", lambda: load_reward("hf:folder")),
         ("transformers", "torch", lambda: load_reward("hf:folder")),
-        ("vaderSentiment.vaderSentiment", "vader", use_vader),
-        ("reasoning_gym", "reasoning", lambda: ReasoningGym("chain_sum")),
+        ("vaderSentiment.vaderSentiment", "vaderSentiment", use_vader),
+        ("reasoning_gym", "reasoning-gym", lambda: ReasoningGym("chain_sum")),
     ],
 )
-def test_a_missing_package(monkeypatch, module, extra, use):
+def test_a_missing_package(monkeypatch, module, package, use):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(DependencyNotInstalled) as caught:
         use()
-    assert str(caught.value) == (
-        f"{module} is not installed; run: pip install 'qwen-ppo-jax[{extra}]'"
-    )
+    assert str(caught.value) == f"{module} is not installed; run: pip install {package}"

@@ -303,5 +303,5 @@ def test_not_a_gguf_file(tmp_path, torch_model):
 
 def test_without_the_gguf_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(DependencyNotInstalled, match=r"pip install 'qwen-ppo-jax\[gguf\]'"):
+    with pytest.raises(DependencyNotInstalled, match=r"pip install gguf"):
         load_pretrained(tmp_path / "model.gguf")
