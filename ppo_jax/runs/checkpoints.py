@@ -52,6 +52,9 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self.folder = folder.resolve()
         self.keep = keep
+
+    def sweep(self) -> None:
+        """Remove what a killed save has left. Only for the run itself: another may be saving."""
         for partial in self.folder.glob(f"*{PARTIAL}"):
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -66,6 +66,7 @@ class Run:
         self.agent, self.folder, self.eval_prompts = agent, folder, eval_prompts
         self.config = agent.config.run
         self.checkpoints = Checkpoints(folder.checkpoints, self.config.keep_checkpoints)
+        self.checkpoints.sweep()
         self.progress = Progress(agent.num_iterations)
         self.state = RunState(
             settings=settings(agent.config),
