@@ -151,8 +151,9 @@ class PromptEncoder:
             if not self.chat_template:
                 if self.system_prompt is not None:
                     raise UsageError(
-                        f"{place} is plain text, which takes no system_prompt; set chat_template "
-                        "to True to make it a user's message."
+                        f"There is a system_prompt, but {place} is plain text and not a chat; make "
+                        "it a user's message (chat_template=True, or --chat), or leave "
+                        "system_prompt out."
                     )
                 return prompt, self.tokenizer.prefix_ids
             messages = [{"role": "user", "content": prompt}]

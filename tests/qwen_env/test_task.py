@@ -28,7 +28,7 @@ WRONG_ARGUMENTS = [
     ({"prompts": b"a"}, "prompts is a bytes; give the path"),
     ({"prompt_overflow": "wrap"}, "prompt_overflow is 'wrap'; it must be one of 'error'"),
     ({"prompt_overflow": None}, "prompt_overflow is None"),
-    ({"system_prompt": "be brief"}, "takes no system_prompt; set chat_template to True"),
+    ({"system_prompt": "be brief"}, r"There is a system_prompt, but .* is plain text .*--chat"),
     ({"system_prompt": 3}, "system_prompt is 3; it must be text"),
     (
         {"chat_template": True},
