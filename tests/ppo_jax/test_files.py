@@ -1,10 +1,11 @@
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from ppo_jax.files import atomic, disk_errors
+from ppo_jax.files import atomic, disk_errors, folder_digest
 from qwen_env.errors import RunError
 
 NO_ROOM = "runs/x cannot be written: No space left on device; "
@@ -38,3 +39,17 @@ def test_a_file_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(RunError, match=message), atomic(path) as partial:
         partial.write_text("new")
     assert path.read_text() == "old"
+
+
+def test_a_folder_has_a_digest_of_its_files(tmp_path: Path) -> None:
+    one = tmp_path / "one"
+    (one / "inner").mkdir(parents=True)
+    (one / "a").write_text("1")
+    (one / "inner" / "b").write_text("2")
+    other = Path(shutil.copytree(one, tmp_path / "other"))
+    assert folder_digest(other) == folder_digest(one)
+    (other / "a").write_text("2")
+    assert folder_digest(other) != folder_digest(one)
+    (other / "a").write_text("1")
+    (other / "inner" / "b").rename(other / "b")
+    assert folder_digest(other) != folder_digest(one)

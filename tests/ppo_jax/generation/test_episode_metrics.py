@@ -16,6 +16,7 @@ from ppo_jax.generation.episode_metrics import (
     length_counts,
     repetition,
     sample_record,
+    user_message,
 )
 from qwen_env.prompts import Prompt
 from qwen_env.task import Episode, Outcome
@@ -133,3 +134,26 @@ def test_agrees_with_counters(rows: list[list[int]]) -> None:
     again = sum(count - 1 for counter in each for count in counter.values())
     total = sum(counter.total() for counter in each)
     assert result["text/repeated_4"] == pytest.approx(again / max(total, 1))
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello."},
+    {"role": "assistant", "content": "Yes?"},
+    {"role": "user", "content": "What is 2 + 2?"},
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "text", "expected"),
+    [
+        ({"messages": CHAT}, "<s>Be brief. Hello. Yes? What is 2 + 2?<a>", "What is 2 + 2?"),
+        ({"prompt": "What is 2 + 2?"}, "<u>What is 2 + 2?<a>", "What is 2 + 2?"),
+        ({"prompt": "The plot"}, "The plot", None),  # no chat: the prompt itself is shown
+        ({"messages": CHAT}, "2 + 2?<a>", None),  # cut on its left
+        ({"messages": CHAT[:1]}, "Be brief.", None),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "x", None),
+    ],
+)
+def test_what_the_user_says_last(row: dict[str, Any], text: str, expected: str | None) -> None:
+    assert user_message(Prompt(text, np.array([1], np.int32), row, 0)) == expected
