@@ -7,16 +7,21 @@ import time
 
 import pytest
 
+# As `python -m`, from a terminal: a process in the background would ignore Ctrl-C.
+START = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
 
 @pytest.mark.parametrize("seconds", [0.3, 0.8, 1.5])
 @pytest.mark.parametrize("command", ["train", "evaluate", "generate"])
 def test_ctrl_c_during_the_imports_ends_in_silence(command: str, seconds: float) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", f"ppo_jax.{command}", "--no-such-flag"],
+        [sys.executable, "-c", START, f"ppo_jax.{command}", "--no-such-flag"],
         stderr=subprocess.PIPE,
         text=True,
-        # As from a terminal, even where this process runs in the background and ignores it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
