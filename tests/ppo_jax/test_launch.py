@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-# As `python -m`, from a terminal (a process in the background would ignore Ctrl-C), and telling when
+# As `python -m`, from a terminal (in the background Ctrl-C would be ignored), and telling when
 # Ctrl-C is left to the system.
 START = """
 import runpy, signal, sys
