@@ -85,7 +85,7 @@ def truncated(network, task):
     return compile_rollout(network, task, sampling=TRUNCATED)
 
 
-def test_draws_and_logprobs_belong_to_the_recorded_support(network, task, truncated):
+def test_draws_and_logprobs_belong_to_the_recorded_sampling_mask(network, task, truncated):
     teacher_forced = compile_teacher_forcing(network, task, TRUNCATED)
     sizes, lengths = set(), set()
     for seed in range(4):

@@ -196,7 +196,7 @@ def test_equals_the_computation_over_full_logits(split, tokens, chunks_of, rows)
 @pytest.mark.parametrize(
     ("num_rows", "chunk", "critic"), [(3, 50, "separate"), (4, 1000, "shared")]
 )
-def test_over_a_support_in_packed_rows_it_is_normalised_over_that(
+def test_over_a_sampling_mask_in_packed_rows_it_is_normalised_over_that(
     split, tokens, sampling_mask, chunks_of, num_rows, chunk, critic
 ):
     """Lengths of 47, 9, 5, 24 and 46 fit into three rows of 47; 112 of 205 places are responses.
