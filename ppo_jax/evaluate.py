@@ -22,11 +22,11 @@ from rich.table import Table
 from ppo_jax import cli, flags
 from ppo_jax.assembly import assemble
 from ppo_jax.config import SamplingConfig, TaskConfig
-from ppo_jax.config.fields import Count, Seed, check_fields
+from ppo_jax.config.fields import Checked, Count, Seed, part_of
 from ppo_jax.generation.actor import Actor
 from ppo_jax.generation.episode_metrics import evaluation_means
 from ppo_jax.runs.progress import stderr_console
-from ppo_jax.runs.trained import TrainedRun, named_run, sampling_of
+from ppo_jax.runs.trained import TrainedRun, named_run
 from qwen_env import pocket
 from qwen_env.errors import UsageError
 
@@ -56,7 +56,7 @@ class EvaluatedTask(TaskConfig):
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """Score a model's responses to prompts, both greedy and sampled.
 
     With a run, the settings are those that it was trained with.
@@ -76,9 +76,6 @@ class Arguments:
     """Seed of the sampled responses."""
     json: bool = False
     """Print one JSON object instead of a table."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -106,7 +103,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainedRun | None]:
     if run is None:
         return flags.parse(Arguments(), argv, prog=PROG), None
     theirs = dataclasses.asdict(run.config.task) | {"prompts": None, "max_prompt_length": None}
-    default = Arguments(task=EvaluatedTask(**theirs), sampling=sampling_of(run.config.ppo))
+    default = Arguments(
+        task=EvaluatedTask(**theirs), sampling=part_of(run.config.ppo, SamplingConfig)
+    )
     arguments = flags.parse(default, argv, prog=PROG)
     for given, trained_with in (
         (arguments.task, default.task),

@@ -19,9 +19,9 @@ from flax import nnx
 from ppo_jax import cli, flags
 from ppo_jax.assembly import assemble
 from ppo_jax.config import ResponseConfig, SamplingConfig, TaskConfig
-from ppo_jax.config.fields import Seed, check_fields
+from ppo_jax.config.fields import Checked, Seed, part_of
 from ppo_jax.generation.actor import Actor
-from ppo_jax.runs.trained import TrainedRun, named_run, sampling_of
+from ppo_jax.runs.trained import TrainedRun, named_run
 from qwen_env.errors import UsageError
 from qwen_env.rewards import RewardBatch
 
@@ -29,7 +29,7 @@ PROG = "ppo-generate"
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """Complete prompts with a language model. With a run, in the way that it was trained."""
 
     prompts: tuple[str, ...] = flags.positional("PROMPT")
@@ -47,9 +47,6 @@ class Arguments:
     """Seed of the sampled responses."""
     json: bool = False
     """Print one JSON object per line: prompt, completion, finish_reason."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -74,9 +71,11 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainedRun | None]:
     """
     default = Arguments()
     if (run := named_run(argv)) is not None:
-        task, names = run.config.task, dataclasses.fields(ResponseConfig)
-        response = ResponseConfig(**{field.name: getattr(task, field.name) for field in names})
-        default = replace(default, response=response, sampling=sampling_of(run.config.ppo))
+        default = replace(
+            default,
+            response=part_of(run.config.task, ResponseConfig),
+            sampling=part_of(run.config.ppo, SamplingConfig),
+        )
     arguments = flags.parse(default, argv, prog=PROG)
     if run is not None:
         response = replace(arguments.response, model=run.model)

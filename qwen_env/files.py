@@ -90,6 +90,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+class DuplicateKey(ValueError):
+    """An object of JSON has `key` twice; of the two, most readers drop one in silence."""
+
+    def __init__(self, key: str):
+        super().__init__(f"{key!a} stands there twice")
+        self.key = key
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON from its pairs, for `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        DuplicateKey: two have one key.
+    """
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise DuplicateKey(key)
+        content[key] = value
+    return content
+
+
 def json_error(error: ValueError | RecursionError) -> str:
     """What `json.loads` found wrong."""
     return "it is nested too deeply" if isinstance(error, RecursionError) else reason(error)

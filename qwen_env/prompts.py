@@ -11,7 +11,7 @@ import numpy as np
 
 from qwen_env.arguments import integer, one_of
 from qwen_env.errors import UsageError, reason
-from qwen_env.files import expand, json_error, kind_of
+from qwen_env.files import DuplicateKey, expand, json_error, kind_of, unique_keys
 from qwen_env.tokenizer import Tokenizer
 from qwen_env.tokenizer.chat import ARGUMENTS_OF_OUR_OWN
 
@@ -302,23 +302,11 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
-                    yield place, json.loads(text, object_pairs_hook=_unique)
+                    yield place, json.loads(text, object_pairs_hook=unique_keys)
             except UnicodeDecodeError as error:
                 raise UsageError(f"{place} is not UTF-8 text: {error}.") from error
-            except _Duplicate as error:
-                raise UsageError(f"{place} holds {error} twice; leave one out.") from error
+            except DuplicateKey as error:
+                key = reprlib.repr(error.key)
+                raise UsageError(f"{place} holds {key} twice; leave one out.") from error
             except (ValueError, RecursionError) as error:
                 raise UsageError(f"{place} is not JSON: {json_error(error)}.") from error
-
-
-class _Duplicate(ValueError):
-    """A key that an object has twice."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Its keys should be unique, and of two most readers drop one in silence."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _Duplicate(reprlib.repr(next(key for key in keys if keys.count(key) > 1)))
-    return content

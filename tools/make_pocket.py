@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ppo_jax import flags
 from ppo_jax.cli import errors_as_sentences, find_devices
 from ppo_jax.compilation import jit
-from ppo_jax.config.fields import Count, Rate, Seed, check_fields
+from ppo_jax.config.fields import Checked, Count, Rate, Seed
 from ppo_jax.generation.rollout import rollout
 from ppo_jax.models import (
     PolicyValueNetwork,
@@ -69,7 +69,7 @@ CENTRE_COEF = 0.01  # of the mean score in the Bradley-Terry loss, which itself 
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """How the pocket task's files are made."""
 
     output_dir: Path = pocket.POLICY_FOLDER.parent
@@ -100,12 +100,6 @@ class Settings:
     """β: how surely the better of two samples wins."""
     report_samples: Count = 2048
     """Held-out texts that each reported number is measured on."""
-
-    def __post_init__(self) -> None:
-        """Raises:
-        UsageError: a field is out of its range.
-        """
-        check_fields(self)
 
 
 class Texts(NamedTuple):

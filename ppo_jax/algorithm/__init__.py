@@ -10,6 +10,7 @@ from ppo_jax.algorithm.kl import KlEstimator, adapted_kl_coef, approx_kl, is_cla
 from ppo_jax.algorithm.losses import (
     ClipShares,
     PolicyLoss,
+    clip_limits,
     clip_shares,
     clipped_policy_loss,
     probability_ratio,
@@ -36,6 +37,7 @@ __all__ = [
     "RunningMoments",
     "adapted_kl_coef",
     "approx_kl",
+    "clip_limits",
     "clip_shares",
     "clipped_policy_loss",
     "generalized_advantage_estimation",

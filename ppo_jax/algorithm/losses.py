@@ -41,8 +41,16 @@ def probability_ratio(
     mask: Shaped[AnyArray, "*shape"],
 ) -> Float[Array, "*shape"]:
     """ρ = exp(new - old), clamped to exp(± MAX_LOG_RATIO); 1 where `mask` is False."""
-    log_ratio = zero_invalid(new_logprobs, mask) - zero_invalid(old_logprobs, mask)
+    log_ratio = _log_ratio(new_logprobs, old_logprobs, mask)
     return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
+def _log_ratio(
+    new_logprobs: Real[AnyArray, "*shape"],
+    old_logprobs: Real[AnyArray, "*shape"],
+    mask: Shaped[AnyArray, "*shape"],
+) -> Float[Array, "*shape"]:
+    return zero_invalid(new_logprobs, mask) - zero_invalid(old_logprobs, mask)
 
 
 def clipped_policy_loss(
@@ -79,7 +87,7 @@ def clipped_policy_loss(
         weights: see the top of this file.
     """
     chex.assert_equal_shape([new_logprobs, old_logprobs, advantages, mask])
-    low, high = 1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high)
+    low, high = clip_limits(clip_range, clip_range_high)
     ratio = probability_ratio(new_logprobs, old_logprobs, mask)
     surrogate = _surrogate(ratio, zero_invalid(advantages, mask), low, high, dual_clip)
     return PolicyLoss(
@@ -100,17 +108,20 @@ def clip_shares(
     weights: Real[AnyArray, "*shape"] | None = None,
 ) -> ClipShares:
     """Where `clipped_policy_loss`, given the same, has no gradient."""
-    low, high = 1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high)
-    ratio, advantages = (
-        probability_ratio(new_logprobs, old_logprobs, mask),
-        zero_invalid(advantages, mask),
-    )
+    low, high = clip_limits(clip_range, clip_range_high)
+    ratio = probability_ratio(new_logprobs, old_logprobs, mask)
+    advantages = zero_invalid(advantages, mask)
     surrogate = _surrogate(ratio, advantages, low, high, dual_clip)
-    log_ratio = zero_invalid(new_logprobs, mask) - zero_invalid(old_logprobs, mask)
+    log_ratio = _log_ratio(new_logprobs, old_logprobs, mask)
     return ClipShares(
         active=masked_mean(surrogate != ratio * advantages, mask, weights=weights),
         clamped=masked_mean(jnp.abs(log_ratio) > MAX_LOG_RATIO, mask, weights=weights),
     )
+
+
+def clip_limits(clip_range: Scalar, clip_range_high: Scalar | None) -> tuple[Scalar, Scalar]:
+    """The clip range of the ratio: 1 - ε and 1 + ε⁺, where None for ε⁺ makes it ε."""
+    return 1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high)
 
 
 def _surrogate(

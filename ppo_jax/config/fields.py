@@ -5,9 +5,20 @@ import numbers
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from qwen_env.errors import UsageError
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -34,14 +45,21 @@ Temperature = Annotated[
 Rate = Annotated[float, Range("above 0 and finite", lambda x: 0 < x < math.inf)]
 
 
-def check_fields(settings: Any) -> None:
-    """Refuse a field of a dataclass whose value its type does not allow.
+class Checked:
+    """Base of dataclasses that refuse a value which the type of its field does not allow.
 
     A NumPy number becomes a Python number, and an integer where a float belongs becomes one.
 
     Raises:
         UsageError: names the field, its value, and what it must be.
     """
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def check_fields(settings: Any) -> None:
+    """What `Checked` does when it is made; see there."""
     hints = get_type_hints(type(settings), include_extras=True)
     for field in fields(settings):
         value = getattr(settings, field.name)
@@ -57,6 +75,11 @@ def range_of(hint: Any) -> Range | None:
             if isinstance(note, Range):
                 return note
     return None
+
+
+def part_of(settings: Any, kind: type[Part]) -> Part:
+    """The fields that a dataclass `kind` has of `settings`, which have them all."""
+    return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})  # type: ignore[arg-type]
 
 
 def without_none(hint: Any) -> tuple[Any, bool]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from ppo_jax.algorithm import Aggregation, KlEstimator
 from ppo_jax.config.fields import (
+    Checked,
     Count,
     Decay,
     Factor,
@@ -23,7 +24,6 @@ from ppo_jax.config.fields import (
     Seed,
     Share,
     Temperature,
-    check_fields,
 )
 from ppo_jax.sampling import Sampling
 from qwen_env import pocket
@@ -35,7 +35,7 @@ ComputeType = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class ResponseConfig:
+class ResponseConfig(Checked):
     """Which model answers, and how it is asked."""
 
     model: str = str(pocket.POLICY_FOLDER)
@@ -52,7 +52,7 @@ class ResponseConfig:
     """System message for every chat that has none of its own."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.min_new_tokens > self.max_new_tokens:
             raise UsageError(
                 f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens "
@@ -84,7 +84,7 @@ class TaskConfig(ResponseConfig):
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Checked):
     """How tokens are drawn."""
 
     temperature: Temperature = 1.0
@@ -93,9 +93,6 @@ class SamplingConfig:
     """Sample from the k most probable tokens only."""
     top_p: Probability | None = None
     """Sample from the smallest set of most probable tokens that together have this probability."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @property
     def sampling(self) -> Sampling:
@@ -233,7 +230,7 @@ class PPOConfig(SamplingConfig):
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """AdamW and its schedule."""
 
     learning_rate: Rate = 1e-5
@@ -268,9 +265,6 @@ class OptimizerConfig:
     """Stop the run after this many losses or gradients in a row that were not finite; each is
     skipped."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
     def check_warmups(self, num_iterations: int) -> None:
         """Refuse warm-ups that would last for a whole run.
 
@@ -292,7 +286,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Checked):
     """How long, how often, with what precision, on what."""
 
     num_iterations: Count | None = None
@@ -319,9 +313,6 @@ class RunConfig:
     """Iterations between checkpoints."""
     keep_checkpoints: Count = 2
     """Checkpoints to keep."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True)

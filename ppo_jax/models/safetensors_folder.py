@@ -3,7 +3,6 @@
 import json
 import reprlib
 import struct
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from ppo_jax.models.config_json import config_from_json
 from qwen_env.errors import UsageError, reason
-from qwen_env.files import is_file, json_error, read_text
+from qwen_env.files import is_file, json_error, read_text, unique_keys
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -164,17 +163,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         )
     text = read_text(path)
     try:
-        content = json.loads(text, object_pairs_hook=_without_duplicates)
+        content = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid JSON: {json_error(error)}.") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}; it must hold an object.")
-    return content
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{name!a} stands there twice")
     return content

@@ -9,7 +9,6 @@ User names and passwords in URLs are replaced with `***`.
 
 import json
 import platform
-import re
 import shlex
 from collections.abc import Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -19,13 +18,12 @@ from typing import Any
 from ppo_jax.config import TrainConfig, as_json, from_json
 from ppo_jax.files import atomic, write_json
 from qwen_env.errors import UsageError
+from qwen_env.rewards.addresses import HIDDEN, redacted
 
 Settings = dict[str, dict[str, Any]]
 
 _MAY_CHANGE = {"num_iterations", "eval_every", "eval_size", "save_every", "keep_checkpoints"}
 _PACKAGES = {"ppo_jax": "qwen-ppo-jax", "jax": "jax", "jaxlib": "jaxlib", "flax": "flax"}
-_CREDENTIALS = re.compile(r"(?<=://)[^/?#\s]*@")
-_HIDDEN = "***@"
 
 
 def read_config(folder: Path) -> TrainConfig:
@@ -57,7 +55,7 @@ def write_config(folder: Path, config: TrainConfig, argv: Sequence[str]) -> None
     path = folder / "config.json"
     old = _read(path) if path.exists() else {}
     by = {
-        "arguments": shlex.join(_without_credentials(word) for word in argv),
+        "arguments": shlex.join(map(redacted, argv)),
         "versions": _versions(),
     }
     content = old | settings(config) | {"resumed_by" if old else "created_by": by}
@@ -69,7 +67,10 @@ def settings(config: TrainConfig) -> Settings:
     """The settings as JSON gives them back."""
     written: Settings = json.loads(json.dumps(as_json(config)))
     return {
-        group: {name: _without_credentials(value) for name, value in fields.items()}
+        group: {
+            name: redacted(value) if isinstance(value, str) else value
+            for name, value in fields.items()
+        }
         for group, fields in written.items()
     }
 
@@ -87,7 +88,7 @@ def check_same(folder: Path, config: TrainConfig) -> None:
         )
     for fields in as_json(config).values():
         for name, value in fields.items():
-            if isinstance(value, str) and f"://{_HIDDEN}" in value:
+            if isinstance(value, str) and f"://{HIDDEN}@" in value:
                 raise UsageError(
                     f"{folder / 'config.json'} keeps no user names and passwords; resume with "
                     f"{_as_flag(name, value)}, where *** are the user name and the password."
@@ -147,10 +148,6 @@ def _as_flag(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
     return f"--{flag} {shlex.quote(str(value))}"
-
-
-def _without_credentials(value: Any) -> Any:
-    return _CREDENTIALS.sub(_HIDDEN, value) if isinstance(value, str) else value
 
 
 def _versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ppo_jax.algorithm import clip_limits
 from ppo_jax.config import TrainConfig
 from ppo_jax.files import PARTIAL, disk_errors, sweep
 from ppo_jax.runs.config_file import (
@@ -250,11 +251,11 @@ def read_records(folder: Path) -> Records:
         UsageError: there is no run, or its config or its records cannot be read.
     """
     ppo = read_config(folder).ppo
-    high = ppo.clip_range if ppo.clip_range_high is None else ppo.clip_range_high
+    low, high = clip_limits(ppo.clip_range, ppo.clip_range_high)
     return Records(
         metrics=RecordFile(folder / _METRICS).read(),
         distributions=RecordFile(folder / _DISTRIBUTIONS).read(),
-        clip_limits=(1 - ppo.clip_range, 1 + high),
+        clip_limits=(float(low), float(high)),
     )
 
 

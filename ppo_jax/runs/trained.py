@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ppo_jax.agent import PPOAgent
-from ppo_jax.config import PPOConfig, SamplingConfig, TrainConfig
+from ppo_jax.config import TrainConfig
 from ppo_jax.models import PolicyValueNetwork
 from ppo_jax.runs.checkpoints import Checkpoints
 from ppo_jax.runs.config_file import read_config
@@ -69,11 +69,6 @@ def named_run(argv: Sequence[str]) -> TrainedRun | None:
             f"which is {known.which!r}, but no run is named to choose from; add --run."
         )
     return None
-
-
-def sampling_of(ppo: PPOConfig) -> SamplingConfig:
-    """How tokens were drawn in training."""
-    return SamplingConfig(ppo.temperature, ppo.top_k, ppo.top_p)
 
 
 def model_in(name: str) -> str:

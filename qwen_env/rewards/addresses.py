@@ -6,8 +6,10 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from qwen_env.errors import UsageError
 
-_HIDDEN = "***"
-_CREDENTIALS = re.compile(r"(https?://)[^/?#\s]*@", re.IGNORECASE)
+HIDDEN = "***"
+"""What stands for a user and a password where they are not to be seen."""
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/?#\s]*@")
 
 
 class Address(NamedTuple):
@@ -44,7 +46,7 @@ def parse_address(text: str) -> Address:
             f"the reward server is {shown(text)!r}; write it as "
             "'http://HOST:PORT/PATH', percent-encoded."
         )
-    if parts.username == _HIDDEN:
+    if parts.username == HIDDEN:
         raise UsageError(
             f"the user and password of the reward server {text} are not saved with a run; name it "
             "again, with them."
@@ -54,12 +56,12 @@ def parse_address(text: str) -> Address:
     return Address(urlunsplit(parts._replace(netloc=host)), credentials)
 
 
-def redacted(spec: str) -> str:
-    """A reward's name with `***` for the user and password of each address in it.
+def redacted(text: str) -> str:
+    """A reward's name, or any text, with `***` for the user and password of each address in it.
 
     What is written to files, and what is compared when a run is resumed.
     """
-    return _CREDENTIALS.sub(rf"\1{_HIDDEN}@", spec)
+    return _CREDENTIALS.sub(f"{HIDDEN}@", text)
 
 
 def shown(spec: object) -> object:
@@ -67,4 +69,4 @@ def shown(spec: object) -> object:
 
     In doubt too much is left out: all before the last `@`.
     """
-    return re.sub(r"(?s)^(\w+:/+)?.*@", rf"\1{_HIDDEN}@", spec) if isinstance(spec, str) else spec
+    return re.sub(r"(?s)^(\w+:/+)?.*@", rf"\1{HIDDEN}@", spec) if isinstance(spec, str) else spec

@@ -236,7 +236,8 @@ def test_wrong_sources(load, tmp_path):
 def test_wrong_arguments(load, backend):
     with pytest.raises(UsageError, match="prompt_overflow is 'cut'; it must be one of 'error'"):
         load(["a"], overflow="cut")
-    with pytest.raises(UsageError, match=r"prompts\[0\] is plain text, which takes no system"):
+    words = r"There is a system_prompt, but prompts\[0\] is plain text .*--chat"
+    with pytest.raises(UsageError, match=words):
         load(["a"], system_prompt="b")
     with pytest.raises(UsageError, match=r"prompts\[0\] holds chat messages"):
         load([{"messages": CHAT}], chat_template=False)
