@@ -107,16 +107,18 @@ class Tokenizer:
         """What goes before a text: the beginning-of-sequence id where its model expects one."""
         if not self.backend.num_special_tokens_to_add(False):
             return ()
-        text = self.decode(sorted(self.ids - set(self._special_ids.tolist()))[:8])
+        text = self.decode(sorted(self.ids - self._special_ids)[:8])
         bare, added = self.encode(text), self.encode(text, add_special_tokens=True)
         starts = (n for n in range(len(added)) if added[n : n + len(bare)] == bare)
         return tuple(added[: next(starts, 0)])
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids without text are left out."""
-        id_list = np.asarray(ids).tolist()
+        return self._decode(np.asarray(ids).tolist(), skip_special_tokens)
+
+    def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         with rust_errors("the tokens cannot be decoded"):
-            text = self.backend.decode(id_list, skip_special_tokens=skip_special_tokens)
+            text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
         if self.config.get("clean_up_tokenization_spaces") and not self._is_bpe:
             text = import_transformers().PreTrainedTokenizerBase.clean_up_tokenization(self, text)
         return text
@@ -127,16 +129,18 @@ class Tokenizer:
         It can be another than that of `ids` alone: tokenizers of SentencePiece's kind leave out
         the space before the first word.
         """
-        ids = ids[~np.isin(ids, self._special_ids)]
-        before = self.decode(prompt_ids, skip_special_tokens=False)
-        both = self.decode(np.concatenate([prompt_ids, ids]), skip_special_tokens=False)
+        # Lists, since these few ids take NumPy longer, and every episode passes here.
+        prompt = prompt_ids.tolist()
+        written = [i for i in ids.tolist() if i not in self._special_ids]
+        before = self._decode(prompt, False)
+        both = self._decode(prompt + written, False)
         if both.startswith(before):
             return both[len(before) :]
-        return self.decode(ids, skip_special_tokens=False)  # they complete a character
+        return self._decode(written, False)  # they complete a character
 
     @cached_property
-    def _special_ids(self) -> np.ndarray:
-        return np.array(list(special_tokens(self.backend)), np.int64)
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(special_tokens(self.backend))
 
     @cached_property
     def _is_bpe(self) -> bool:
