@@ -72,10 +72,10 @@ class Actor:
                 f"The task has {task.rules.vocab_size} actions, but the model's vocabulary has "
                 f"{network.config.vocab_size} ids; make the task with the model's vocab_size."
             )
-        if task.rules.max_length > network.config.max_position_embeddings:
+        if task.rules.max_length > network.config.max_length:
             raise UsageError(
                 f"max_prompt_length + max_new_tokens is {task.rules.max_length}, but the model "
-                f"has {network.config.max_position_embeddings} positions; lower one of them."
+                f"has {network.config.max_length} positions; lower one of them."
             )
         graphdef = nnx.graphdef(network)
         self.task = task

@@ -75,7 +75,7 @@ class FlaxReward:
                 f"a vocabulary of {model.config.vocab_size}; put the model's own tokenizer there."
             )
         self._end = _end_of_text(self._tokenizer)
-        self._max_length = model.config.max_position_embeddings
+        self._max_length = model.config.max_length
         graphdef, self._params = nnx.split(model)
         self._score = jit(lambda params, ids, mask: nnx.merge(graphdef, params)(ids, mask))
         ours, theirs = self._tokenizer.backend, policy_tokenizer.backend

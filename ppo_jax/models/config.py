@@ -8,11 +8,62 @@ import numpy as np
 
 from qwen_env.errors import UsageError
 
-MODEL_TYPES = ("qwen2", "llama")
+MODEL_TYPES = ("qwen2", "qwen3", "llama")
 """Hugging Face's `model_type`s of the architectures that are computed."""
 
 _LARGEST_SIZE = 2**31 - 1
 _LARGEST_NUMBER = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """How Llama 3.1 to 3.3 stretch rotary positions; errors as in `Qwen2Config`.
+
+    Wavelengths of less than original / high positions stay, those of more than original / low
+    become `factor` times as long, and those between go smoothly from the one to the other.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise UsageError(
+                f"high_freq_factor is {self.high_freq_factor}; it must be greater than "
+                f"low_freq_factor, which is {self.low_freq_factor}."
+            )
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """How YaRN (arXiv:2309.00071) stretches rotary positions; errors as in `Qwen2Config`.
+
+    Angles that turn more than `beta_fast` times over the original positions stay, those that turn
+    less than `beta_slow` times grow `factor` times as slowly, with a ramp between the two.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """Whether the ramp begins and ends at whole dimensions."""
+    attention_factor: float | None = None
+    """What cosines and sines are multiplied by; None is 0.1 ln(factor) + 1, as in the paper."""
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if self.attention_factor is not None:
+            check_number("attention_factor", self.attention_factor)
+
+
+RopeScaling = Llama3Scaling | YarnScaling
+
+ROPE_SCALINGS: dict[str, type[RopeScaling]] = {"llama3": Llama3Scaling, "yarn": YarnScaling}
+"""By Hugging Face's `rope_type`."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +88,12 @@ class Qwen2Config:
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 32768
     model_type: str = "qwen2"
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            for kind, check in _CHECKS:
-                if field.type is kind:
-                    check(field.name, getattr(self, field.name))
+        _check_fields(self)
         if self.model_type not in MODEL_TYPES:
-            known = " or ".join(MODEL_TYPES)
+            known = f"{', '.join(MODEL_TYPES[:-1])} or {MODEL_TYPES[-1]}"
             raise UsageError(f"model_type is {reprlib.repr(self.model_type)}; it must be {known}.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UsageError(
@@ -53,11 +102,30 @@ class Qwen2Config:
             )
         if self.head_dim % 2:
             raise UsageError(f"head_dim is {self.head_dim}; rotary positions need an even number.")
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1:
+            raise UsageError(f"rope_theta is {self.rope_theta}; YaRN needs more than 1.")
 
     @property
     def has_qkv_bias(self) -> bool:
         """Whether queries, keys and values have biases."""
         return self.model_type == "qwen2"
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Whether queries and keys are normalised, each head by itself."""
+        return self.model_type == "qwen3"
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence that its positions are made for.
+
+        A config to which YaRN was added, as the cards of Qwen's models say, still has the
+        `max_position_embeddings` of before.
+        """
+        if not isinstance(self.rope_scaling, YarnScaling):
+            return self.max_position_embeddings
+        scaled = self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings
+        return max(self.max_position_embeddings, int(scaled))
 
     @classmethod
     def qwen2_5_0_5b(cls) -> Self:
@@ -96,3 +164,10 @@ def check_flag(name: str, value: object) -> None:
 
 
 _CHECKS = ((int, check_size), (float, check_number), (bool, check_flag))
+
+
+def _check_fields(config: Qwen2Config | RopeScaling) -> None:
+    for field in fields(config):
+        for kind, check in _CHECKS:
+            if field.type is kind:
+                check(field.name, getattr(config, field.name))

@@ -13,7 +13,15 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from ppo_jax.models.config import MODEL_TYPES, Qwen2Config, check_flag, check_number, check_size
+from ppo_jax.models.config import (
+    MODEL_TYPES,
+    ROPE_SCALINGS,
+    Qwen2Config,
+    RopeScaling,
+    check_flag,
+    check_number,
+    check_size,
+)
 from qwen_env.errors import UsageError
 
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
@@ -55,14 +63,14 @@ def config_from_json(content: Mapping[str, Any], where: str = "config.json") -> 
 
     Raises:
         UsageError: another architecture, a key missing, of a wrong type or out of range, or a
-            variant this port does not compute (scaled RoPE, sliding-window attention, quantised
-            weights, ...).
+            variant this port does not compute (sliding-window attention, quantised weights, ...).
     """
     model_type = content.get("model_type")
     if model_type not in MODEL_TYPES:
         raise UsageError(
             f"{where} describes a model of type {reprlib.repr(model_type)}; this port reads "
-            f"{' and '.join(MODEL_TYPES)} models (Qwen2.5-0.5B and its relatives)."
+            f"{', '.join(MODEL_TYPES[:-1])} and {MODEL_TYPES[-1]} models (Qwen2.5-0.5B and its "
+            "relatives)."
         )
     try:
         return _read(content)
@@ -71,9 +79,10 @@ def config_from_json(content: Mapping[str, Any], where: str = "config.json") -> 
 
 
 def _read(content: Mapping[str, Any]) -> Qwen2Config:
+    model_type = content["model_type"]
     for key, neutral in NEUTRAL_VALUES.items():
         # Qwen2 has biases on q, k and v whatever that key says.
-        if not (key == "attention_bias" and content["model_type"] == "qwen2"):
+        if not (key == "attention_bias" and model_type == "qwen2"):
             _check_neutral(key, content.get(key), neutral)
 
     def required(name: str) -> int:
@@ -86,6 +95,8 @@ def _read(content: Mapping[str, Any]) -> Qwen2Config:
     hidden_size, heads = required("hidden_size"), required("num_attention_heads")
     layers = required("num_hidden_layers")
     _check_full_attention(content, layers)
+    default_positions = 2048 if model_type == "llama" else 32768
+    positions = _get(content, "max_position_embeddings", default_positions)
     return Qwen2Config(
         vocab_size=required("vocab_size"),
         hidden_size=hidden_size,
@@ -93,12 +104,12 @@ def _read(content: Mapping[str, Any]) -> Qwen2Config:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=_get(content, "num_key_value_heads", heads),
-        head_dim=_get(content, "head_dim", hidden_size // heads),
+        head_dim=_get(content, "head_dim", 128 if model_type == "qwen3" else hidden_size // heads),
         rms_norm_eps=_number("rms_norm_eps", _get(content, "rms_norm_eps", 1e-6)),
-        rope_theta=_number("rope_theta", _rope_theta(content)),
         tie_word_embeddings=_get(content, "tie_word_embeddings", False),
-        max_position_embeddings=_get(content, "max_position_embeddings", 32768),
-        model_type=content["model_type"],
+        max_position_embeddings=positions,
+        model_type=model_type,
+        **_rope(content, positions),
     )
 
 
@@ -140,11 +151,46 @@ def _check_full_attention(content: Mapping[str, Any], layers: int) -> None:
         )
 
 
-def _rope_theta(content: Mapping[str, Any]) -> Any:
-    """The base of the rotary angles.
+def _rope(content: Mapping[str, Any], max_position_embeddings: int) -> dict[str, Any]:
+    """The base of the rotary angles and their scaling, as fields of a `Qwen2Config`."""
+    settings = _rope_settings(content)
+    _check_neutral("partial_rotary_factor", settings.pop("partial_rotary_factor", None), (1.0,))
+    theta = _number("rope_theta", settings.pop("rope_theta", 10_000.0))
+    kind = settings.pop("rope_type", "default")
+    scaling = None
+    if kind != "default":
+        settings.setdefault("original_max_position_embeddings", max_position_embeddings)
+        scaling = _rope_scaling(kind, settings)
+    for name, value in settings.items():
+        _check_neutral(f"{reprlib.repr(name)} of {reprlib.repr(kind)} RoPE", value, ())
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
-    transformers 5 groups the settings of RoPE; before, there was a group for scaling alone, and
-    the rest stood at the top level.
+
+def _rope_scaling(kind: Any, settings: dict[str, Any]) -> RopeScaling:
+    """The scaling of that `rope_type`, of settings that are taken out of `settings`."""
+    names = [name for name in ROPE_SCALINGS if name == kind]
+    if not names:
+        known = ", ".join(map(repr, ROPE_SCALINGS))
+        raise UsageError(
+            f"rope_type is {reprlib.repr(kind)}; this port computes only 'default', {known}."
+        )
+    scaling = ROPE_SCALINGS[names[0]]
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(scaling):
+        if field.name in settings:
+            value = settings.pop(field.name)
+            is_exact = field.type in (int, bool)
+            values[field.name] = value if is_exact else _number(field.name, value)
+        elif field.default is dataclasses.MISSING:
+            raise UsageError(f"there is no {field.name}, which RoPE of type {kind!r} needs.")
+    return scaling(**values)
+
+
+def _rope_settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """All that is said of RoPE, by transformers 5's names.
+
+    It groups these settings. Before, there was a group for scaling alone, whose `rope_type` was
+    first called `type`, and the rest stood at the top level.
     """
     group: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):
@@ -154,21 +200,22 @@ def _rope_theta(content: Mapping[str, Any]) -> Any:
         if found and group and found != group:
             raise UsageError("rope_parameters and rope_scaling differ; leave one of them.")
         group = group or found
-    group = {key: value for key, value in group.items() if value is not None}
-    _check_neutral("rope_type", group.pop("rope_type", None), ("default",))
-    _check_neutral("the type of rope_scaling", group.pop("type", None), ("default",))
-    settings = {}
-    for name in ("rope_theta", "partial_rotary_factor"):
-        settings[name] = group.pop(name, content.get(name))
-        if content.get(name) not in (None, settings[name]):
+    settings = {key: value for key, value in group.items() if value is not None}
+
+    def settle(name: str, other: Any) -> None:
+        """Take a setting from elsewhere too, where it must be the same."""
+        if other is not None and settings.setdefault(name, other) != other:
             raise UsageError(
-                f"{name} is {reprlib.repr(content[name])} and, with the other settings of RoPE, "
+                f"{name} is {reprlib.repr(other)} and, with the other settings of RoPE, "
                 f"{reprlib.repr(settings[name])}; leave one of them."
             )
-    _check_neutral("partial_rotary_factor", settings["partial_rotary_factor"], (1.0,))
-    for name, value in group.items():
-        _check_neutral(f"{reprlib.repr(name)} of RoPE", value, ())
-    return _get(settings, "rope_theta", 10_000.0)
+
+    settle("rope_type", settings.pop("type", None))
+    settle("rope_theta", content.get("rope_theta"))
+    settle("partial_rotary_factor", content.get("partial_rotary_factor"))
+    if settings.get("rope_type", "default") != "default":
+        settle("original_max_position_embeddings", content.get("original_max_position_embeddings"))
+    return settings
 
 
 def config_to_json(config: Qwen2Config, head: str = "ForCausalLM") -> dict[str, Any]:
@@ -177,11 +224,27 @@ def config_to_json(config: Qwen2Config, head: str = "ForCausalLM") -> dict[str, 
     Args:
         head: the end of the name of transformers' class.
     """
-    family = {"qwen2": "Qwen2", "llama": "Llama"}[config.model_type]
+    family = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[config.model_type]
+    sizes = dataclasses.asdict(config)
+    del sizes["rope_scaling"]
     return {
         "architectures": [family + head],
-        **dataclasses.asdict(config),
+        **sizes,
+        **_rope_scaling_to_json(config.rope_scaling),
         "hidden_act": "silu",
         "attention_dropout": 0.0,
-        **({"use_sliding_window": False} if config.model_type == "qwen2" else {}),
+        **({} if config.model_type == "llama" else {"use_sliding_window": False}),
     }
+
+
+def _rope_scaling_to_json(scaling: RopeScaling | None) -> dict[str, Any]:
+    """In the spelling that transformers 4, transformers 5 and vLLM read."""
+    if scaling is None:
+        return {}
+    [kind] = [name for name, known in ROPE_SCALINGS.items() if isinstance(scaling, known)]
+    settings = {
+        field.name: getattr(scaling, field.name)
+        for field in dataclasses.fields(scaling)
+        if getattr(scaling, field.name) != field.default
+    }
+    return {"rope_scaling": {"rope_type": kind, **settings}}

@@ -1,8 +1,9 @@
-"""Qwen2, as Flax NNX modules.
+"""The decoder of Qwen2, Qwen3 and Llama, as Flax NNX modules.
 
-A decoder of L pre-norm layers: grouped-query attention with rotary positions and biases on q, k
-and v, then a SwiGLU MLP. The layers are one `DecoderLayer` whose arrays carry a leading L axis;
-training and prefill scan over it, so compile time does not grow with depth.
+L pre-norm layers: grouped-query attention with rotary positions, then a SwiGLU MLP. Qwen2 has
+biases on q, k and v; Qwen3 has none, and normalises q and k over each head. The layers are one
+`DecoderLayer` whose arrays carry a leading L axis; training and prefill scan over it, so compile
+time does not grow with depth.
 
 Weights are stored `[out, in]`, as Hugging Face stores them and as XLA:CPU multiplies them fastest.
 Norms, softmax and rotary angles are computed in float32 whatever the compute type.
@@ -11,7 +12,7 @@ Shapes: B batch, Q query positions, S key positions, D hidden, F MLP width, H he
 G = H / K query heads per KV head, N head size, V vocabulary, L layers.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,30 +22,9 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from ppo_jax.models.attention import KeyValue, attend
 from ppo_jax.models.config import Qwen2Config
 from ppo_jax.models.operations import broadcast, embed, swiglu
+from ppo_jax.models.rope import Rotary, rotary_angles, rotate
 
 INITIALIZER_STD = 0.02
-
-
-class Rotary(NamedTuple):
-    """Cosines and sines of the rotary angles at each query position, in float32."""
-
-    cos: Float[Array, "B Q N"]
-    sin: Float[Array, "B Q N"]
-
-
-def rotary_angles(positions: Int[Array, "B Q"], config: Qwen2Config) -> Rotary:
-    """RoPE (arXiv:2104.09864) in the rotate-halves form: angle_i = position * theta^(-2i/N)."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = positions[..., None].astype(jnp.float32) * config.rope_theta**-exponents
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    return Rotary(jnp.cos(angles), jnp.sin(angles))
-
-
-def _rotate(x: Float[Array, "B heads Q N"], rotary: Rotary) -> Float[Array, "B heads Q N"]:
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([-second, first], axis=-1)
-    cos, sin = rotary.cos[:, None], rotary.sin[:, None]
-    return (x * cos + rotated * sin).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -97,6 +77,12 @@ class Attention(nnx.Module):
         self.k_proj = linear(config.hidden_size, key_size, bias=config.has_qkv_bias)
         self.v_proj = linear(config.hidden_size, key_size, bias=config.has_qkv_bias)
         self.o_proj = linear(query_size, config.hidden_size, bias=False)
+        self.q_norm, self.k_norm = (
+            RMSNorm(config.head_dim, config.rms_norm_eps, param_dtype=param_dtype)
+            if config.has_qk_norm
+            else None
+            for _ in range(2)
+        )
         self.head_dim = config.head_dim
 
     def __call__(
@@ -108,8 +94,10 @@ class Attention(nnx.Module):
         slot: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B Q D"], KeyValue]:
         """Attend to this call's keys or, given `past`, to `past` with them written at `slot`."""
-        query = _rotate(self._heads(self.q_proj(x)), rotary)
-        key = _rotate(self._heads(self.k_proj(x)), rotary)
+        query, key = self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, rotary), rotate(key, rotary)
         key_value = KeyValue(key, self._heads(self.v_proj(x)))
         if past is not None:
             key_value = KeyValue(

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from transformers import Qwen2Config as TheirQwen2Config
 
 from ppo_jax.models import Qwen2Config, load_pretrained
+from ppo_jax.models.config import MODEL_TYPES
 from ppo_jax.models.config_json import NEUTRAL_VALUES, config_from_json, config_to_json
 from qwen_env.errors import UsageError
 
@@ -78,8 +79,18 @@ HARMLESS = {
 """Keys that transformers knows, or that are common, with a value that is not its default."""
 
 
-NAMES = ("Qwen2ForCausalLM", "LlamaForCausalLM")
+NAMES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
 ABSENT = "the key is removed"
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 0.2,
+    "high_freq_factor": 1.2,
+    "original_max_position_embeddings": 9,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 
 
 def edited(content, changes):
@@ -100,7 +111,7 @@ def refusal(content):
     return None
 
 
-@pytest.mark.parametrize("their_config", [TheirQwen2Config, LlamaConfig])
+@pytest.mark.parametrize("their_config", [TheirQwen2Config, Qwen3Config, LlamaConfig])
 def test_every_key_of_transformers_is_known(their_config):
     """A release that adds one fails here, until it is used, refused or found to be harmless."""
     fields = {field.name for field in dataclasses.fields(their_config)}
@@ -144,13 +155,30 @@ def test_harmless_keys_change_nothing_in_transformers_either(name, check_logits)
         np.testing.assert_array_equal(check_logits(name, {key: value}), before, err_msg=key)
 
 
-OF_BOTH = [
+OF_ALL = [
     {"rope_theta": 500.0},  # as in the group
     {"rope_parameters": ABSENT, "rope_theta": 700},
     {"rope_parameters": ABSENT, "rope_scaling": None},
     {"rope_parameters": None, "rope_scaling": {"type": "default"}, "rope_theta": 700.0},
     {"rope_parameters": {"rope_theta": 700.0, "rope_type": "default"}, "rope_scaling": {}},
     {"rope_parameters": ABSENT, "rope_scaling": {"rope_type": "default", "rope_theta": 700.0}},
+    # Scaled: as transformers 5 writes it, as transformers 4 did, and as Qwen's cards have it.
+    {"rope_parameters": LLAMA3 | {"rope_theta": 700.0}},
+    {"rope_parameters": ABSENT, "rope_scaling": LLAMA3, "rope_theta": 700.0},
+    {"rope_parameters": YARN | {"rope_theta": 700.0}},
+    {"rope_parameters": ABSENT, "rope_scaling": YARN, "rope_theta": 700},
+    {
+        "rope_parameters": ABSENT,
+        "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 8},
+        "rope_theta": 700.0,
+    },
+    {"rope_parameters": {"type": "yarn"} | YARN, "original_max_position_embeddings": 8},
+    {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 8},
+    {"rope_parameters": YARN | {"attention_factor": None, "truncate": False, "beta_fast": 4}},
+    {
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0},
+        "original_max_position_embeddings": 8,
+    },
     {"rms_norm_eps": ABSENT},
     {"rms_norm_eps": 0.5},
     {"hidden_act": "swish"},
@@ -172,6 +200,10 @@ OF_QWEN2 = [
     {"attention_bias": False},  # of Llama and Qwen3
     {"attention_bias": True},
 ]
+OF_QWEN3 = [
+    *OF_QWEN2[:-1],
+    {"head_dim": ABSENT},  # 128
+]
 OF_LLAMA = [
     {"head_dim": None},
     {"head_dim": ABSENT},
@@ -182,8 +214,9 @@ OF_LLAMA = [
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [(NAMES[0], changes) for changes in (*OF_BOTH, *OF_QWEN2)]
-    + [(NAMES[1], changes) for changes in (*OF_BOTH, *OF_LLAMA)],
+    [(NAMES[0], changes) for changes in (*OF_ALL, *OF_QWEN2)]
+    + [(NAMES[1], changes) for changes in (*OF_ALL, *OF_QWEN3)]
+    + [(NAMES[2], changes) for changes in (*OF_ALL, *OF_LLAMA)],
     ids=str,
 )
 def test_what_is_accepted_is_what_it_is_to_transformers(name, changes, check_logits):
@@ -191,7 +224,9 @@ def test_what_is_accepted_is_what_it_is_to_transformers(name, changes, check_log
 
 
 REFUSED = [
-    ({"model_type": "gpt2"}, r"describes a model of type 'gpt2'; .*qwen2 and llama"),
+    ({"model_type": "gpt2"}, r"describes a model of type 'gpt2'; .*qwen2, qwen3 and llama"),
+    ({"model_type": "qwen3_moe"}, r"describes a model of type 'qwen3_moe'"),
+    ({"model_type": "gemma3_text"}, r"describes a model of type 'gemma3_text'"),
     ({"model_type": ABSENT}, "of type None"),
     ({"model_type": ["qwen2"]}, "of type \\['qwen2'\\]"),
     *(({key: ABSENT}, f"there is no {key}") for key in BASE if key[-5:] not in ("_type", "heads")),
@@ -221,10 +256,42 @@ REFUSED = [
         },
         "rope_parameters and rope_scaling differ",
     ),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type of rope_scaling is 'linear'"),
+    (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        "rope_type is 'linear'; this port computes only 'default', 'llama3', 'yarn'",
+    ),
     ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type is 'longrope'; .* only 'default'"),
-    ({"rope_parameters": {"full_attention": {"rope_theta": 5}}}, "'full_attention' of RoPE is"),
-    ({"rope_scaling": {"factor": 2.0}}, r"'factor' of RoPE is 2\.0"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+    ({"rope_parameters": {"rope_type": ["yarn"]}}, r"rope_type is \['yarn'\]"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 5}}}, "'full_attention' of 'default'"),
+    ({"rope_scaling": {"factor": 2.0}}, r"'factor' of 'default' RoPE is 2\.0"),
+    (
+        {"rope_scaling": YARN | {"type": "linear"}},
+        "rope_type is 'linear' and, with the other settings of RoPE, 'yarn'; leave one",
+    ),
+    (
+        {"rope_scaling": YARN, "original_max_position_embeddings": 16},
+        "original_max_position_embeddings is 16 and, with the other settings of RoPE, 8",
+    ),
+    (
+        {"rope_scaling": {"rope_type": "yarn"}},
+        "there is no factor, which RoPE of type 'yarn' needs",
+    ),
+    ({"rope_scaling": YARN | {"factor": "4"}}, "factor is '4'; it must be a positive number"),
+    ({"rope_scaling": YARN | {"factor": -4.0}}, r"factor is -4\.0; it must be a positive number"),
+    ({"rope_scaling": YARN | {"attention_factor": 0}}, "attention_factor is 0; it must be"),
+    ({"rope_scaling": YARN | {"truncate": 1}}, "truncate is 1; it must be true or false"),
+    ({"rope_scaling": YARN | {"mscale": 0.7}}, r"'mscale' of 'yarn' RoPE is 0\.7"),
+    ({"rope_scaling": YARN, "rope_theta": 1}, r"rope_theta is 1\.0; YaRN needs more than 1"),
+    (
+        {"rope_scaling": YARN | {"original_max_position_embeddings": 8.5}},
+        r"original_max_position_embeddings is 8\.5; it must be an integer",
+    ),
+    (
+        {"rope_scaling": LLAMA3 | {"high_freq_factor": 0.2}},
+        r"high_freq_factor is 0\.2; it must be greater than low_freq_factor, which is 0\.2",
+    ),
+    ({"rope_scaling": LLAMA3 | {"beta_fast": 3}}, "'beta_fast' of 'llama3' RoPE is 3"),
     (
         {"rope_parameters": {"rope_theta": 500.0}, "rope_theta": 10000.0},
         r"rope_theta is 10000\.0 and, with the other settings of RoPE, 500\.0",
@@ -245,6 +312,11 @@ REFUSED = [
     ),
     ({"model_type": "llama", "sliding_window": 3}, "sliding_window is 3"),
     ({"model_type": "llama", "attention_bias": True}, "attention_bias is True; .* only False"),
+    ({"model_type": "qwen3", "attention_bias": True}, "attention_bias is True; .* only False"),
+    (
+        {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 0},
+        "sliding_window is 4096",
+    ),
     ({"mlp_bias": True}, "mlp_bias is True"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; this port computes only 'silu'"),
     ({"is_causal": False}, "is_causal is False"),
@@ -265,13 +337,14 @@ def test_what_is_not_computed_is_refused_by_name(changes, message):
 ODD = [
     *(None, True, False, 0, 1, 2, -1, 0.5, 1.0, 64, 10**9, 10**30, math.inf, math.nan),
     *("x", "", "\x1b[2J\n", [], [1], {}, {"a": 1}, {"rope_type": []}, [[None]]),
+    *({"rope_type": "yarn", "factor": x} for x in (None, 10**400, [], 1e-300, True)),
 ]
 
 
 def test_any_key_may_hold_anything():
     for key in USED | HARMLESS.keys() | NEUTRAL_VALUES.keys():
         for value in (*ODD, ABSENT):
-            for model_type in ("qwen2", "llama"):
+            for model_type in MODEL_TYPES:
                 refusal(edited(BASE | {"model_type": model_type}, {key: value}))
 
 
@@ -289,16 +362,22 @@ def test_any_json_is_a_config_or_a_sentence(changes):
     refusal(BASE | changes)
 
 
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, LLAMA3, YARN | {"beta_fast": 8.0}])
 @pytest.mark.parametrize("name", NAMES)
-def test_our_config_is_read_alike_by_transformers(name, torch_model, tmp_path):
-    theirs = torch_model(name, head_dim=20, num_key_value_heads=1).config
+def test_our_config_is_read_alike_by_transformers(name, rope, torch_model, tmp_path):
+    rope = rope | {"rope_theta": 500.0}
+    theirs = torch_model(name, head_dim=20, num_key_value_heads=1, rope_parameters=rope).config
     theirs.save_pretrained(tmp_path)
     ours = config_from_json(json.loads((tmp_path / "config.json").read_text()))
     written = config_to_json(ours)
     (tmp_path / "config.json").write_text(json.dumps(written))
     again = AutoConfig.from_pretrained(tmp_path)
     assert type(again) is type(theirs)
-    for key in written.keys() - {"rope_theta", "architectures"}:
+    for key in written.keys() - {"rope_theta", "rope_scaling", "architectures"}:
         assert getattr(again, key) == getattr(theirs, key), key
     assert again.rope_parameters == theirs.rope_parameters
     assert config_from_json(written) == ours
+    if rope["rope_type"] == "default":
+        assert "rope_scaling" not in written
+    else:  # nothing but what differs from the defaults
+        assert written["rope_scaling"].keys() == rope.keys() - {"rope_theta"}

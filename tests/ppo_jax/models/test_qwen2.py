@@ -1,4 +1,4 @@
-"""The port against transformers' PyTorch Qwen2, live."""
+"""The port against transformers' PyTorch models, live."""
 
 from dataclasses import replace
 
@@ -13,10 +13,38 @@ from transformers import AutoModelForCausalLM
 
 from ppo_jax.generation.rollout import rollout
 from ppo_jax.models import PolicyValueNetwork, Qwen2Config, load_pretrained, save_pretrained
-from ppo_jax.models.qwen2 import rotary_angles
+from ppo_jax.models.rope import rotary_angles
 from qwen_env import mdp
 
+# Over 9 positions, fewer than the tests have, some angles turn often, some seldom, some between.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 0.2,
+    "high_freq_factor": 1.2,
+    "original_max_position_embeddings": 9,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 9,
+}
+RELATIVES = {
+    "Qwen3": {"name": "Qwen3ForCausalLM", "head_dim": 20},
+    "Llama 3.2": {"name": "LlamaForCausalLM", "head_dim": 20, "rope_parameters": LLAMA3},
+    "Qwen2.5 with YaRN": {"head_dim": 20, "rope_parameters": YARN},
+    "Qwen3 with a YaRN of its own": {
+        "name": "Qwen3ForCausalLM",
+        "head_dim": 16,
+        "tie_word_embeddings": False,
+        "rope_parameters": YARN
+        | {"beta_fast": 1.2, "beta_slow": 0.2, "truncate": False, "attention_factor": 1.5},
+    },
+}
 VARIANTS = {
+    **RELATIVES,
     "tied, 2 heads a KV head": {},
     "untied, a KV head a head": {"tie_word_embeddings": False, "num_key_value_heads": 4},
     "one KV head, heads wider than D / H": {"num_key_value_heads": 1, "head_dim": 20},
@@ -76,7 +104,10 @@ def test_parity_with_transformers(variant, torch_model, torch_logits, outputs, r
         assert torch.equal(ours, original), name
 
 
-def test_transformers_generates_what_the_rollout_does(network, tmp_path):
+@pytest.mark.parametrize("variant", [{}, *RELATIVES.values()], ids=["Qwen2", *RELATIVES])
+def test_transformers_generates_what_the_rollout_does(variant, torch_model, tmp_path):
+    torch_model(**variant).save_pretrained(tmp_path / "model")
+    network = load_pretrained(tmp_path / "model")
     save_pretrained(network, tmp_path / "saved")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     prompt = np.random.default_rng(0).integers(1, 96, (2, 5))
@@ -183,9 +214,16 @@ def mean_logprob(network, ids, mask, *, remat=False):
     return jnp.sum(chosen * mask[:, 1:]) / jnp.sum(mask[:, 1:])
 
 
-@pytest.mark.parametrize(("tied", "remat"), [(True, False), (False, True)])
-def test_gradients_are_those_of_torch(tied, remat, torch_model, ragged, tmp_path):
-    theirs = torch_model(tie_word_embeddings=tied)
+GRADIENTS = {
+    "tied": ({}, False),
+    "untied, remat": ({"tie_word_embeddings": False}, True),
+    **{name: (variant, False) for name, variant in RELATIVES.items()},
+}
+
+
+@pytest.mark.parametrize(("variant", "remat"), GRADIENTS.values(), ids=GRADIENTS.keys())
+def test_gradients_are_those_of_torch(variant, remat, torch_model, ragged, tmp_path):
+    theirs = torch_model(**variant)
     theirs.save_pretrained(tmp_path / "theirs")
     ids, mask = ragged()
     log_p = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.log_softmax(-1)
