@@ -1,9 +1,11 @@
-"""GGUF files as a source of Hugging Face tensors: architectures `qwen2` and `llama`.
+"""GGUF files as a source of Hugging Face tensors: architectures `qwen2`, `qwen3` and `llama`.
 
 Quantised tensors come out dequantised, in float32. llama.cpp interleaves the two rotary halves of
-q and k in `llama` files; they are put back into halves here.
+q and k in `llama` files; they are put back into halves here. The scaling of Llama 3's rotary
+positions is there as a tensor of factors, of which the settings are found again.
 """
 
+import dataclasses
 import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ppo_jax.models.config import MODEL_TYPES, Qwen2Config
+from ppo_jax.models.config import MODEL_TYPES, Llama3Scaling, Qwen2Config
 from ppo_jax.models.config_json import config_from_json
+from ppo_jax.models.rope import inverse_frequencies
 from qwen_env.errors import UsageError
 from qwen_env.extras import import_extra
 from qwen_env.gguf_file import open_gguf
@@ -27,6 +30,8 @@ _LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
@@ -47,9 +52,21 @@ _CONFIG_KEYS = {
     "rope.freq_base": "rope_theta",
     "context_length": "max_position_embeddings",
 }
+# Of qwen3 files also attention.key_length: the size of a head does not follow from the others.
 _REQUIRED = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count")
 _HEAD_SIZES = ("attention.value_length", "rope.dimension_count")
 """Sizes that llama.cpp keeps apart; here they are one with the size of a head."""
+
+_YARN_KEYS = {
+    "rope.scaling.type": "rope_type",
+    "rope.scaling.factor": "factor",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "rope.scaling.yarn_beta_fast": "beta_fast",
+    "rope.scaling.yarn_beta_slow": "beta_slow",
+}
+"""What is read where `rope.scaling.type` is yarn."""
+
+_ROPE_FACTORS = "rope_freqs.weight"
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     # A factor is a linear one unless the type says otherwise; 0 stands for 1 there.
@@ -57,6 +74,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.factor": (1.0, 0.0),
     "rope.scale_linear": (1.0, 0.0),  # the factor's old name
     "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_ext_factor": (1.0, -1.0),  # -1 stands for what the type says
+    "rope.scaling.yarn_log_multiplier": (0.0,),
     "rope.scaling.finetuned": (False, True),  # nothing reads it
     "attention.causal": (True,),
     "attention.scale": (0.0,),
@@ -95,6 +115,9 @@ class GGUFTensors:
         file = open_gguf(path)
         tensors = {tensor.name: tensor for tensor in file.tensors}
         self.config = _read_config(_Metadata(file.fields, self.where), tensors)
+        if self.config.model_type == "llama" and _ROPE_FACTORS in tensors:
+            factors = np.asarray(tensors.pop(_ROPE_FACTORS).data)
+            self.config = _with_llama3_scaling(self.config, factors, self.where)
         self._gguf: Any = import_extra("gguf", package="gguf")
         self._tensors = {_huggingface_name(name, self.where): t for name, t in tensors.items()}
         self.shapes = {name: _shape(tensor) for name, tensor in self._tensors.items()}
@@ -186,12 +209,37 @@ def _read_config(metadata: _Metadata, tensors: Mapping[str, Any]) -> Qwen2Config
     return config
 
 
+def _with_llama3_scaling(config: Qwen2Config, factors: np.ndarray, where: str) -> Qwen2Config:
+    """The config whose inverse frequencies are the plain ones divided by `factors`.
+
+    Llama 3.1 to 3.3 are scaled alike, but for the factor of the longest wavelengths.
+    """
+    is_possible = factors.dtype == np.float32 and factors.shape == (config.head_dim // 2,)
+    if is_possible and config.rope_scaling is None and 0 < factors.max() < np.inf:
+        scaling = Llama3Scaling(
+            factor=float(factors.max()),
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=8192,
+        )
+        scaled = dataclasses.replace(config, rope_scaling=scaling)
+        expected = inverse_frequencies(config) / inverse_frequencies(scaled)
+        if np.allclose(factors, expected, rtol=1e-5, atol=0):
+            return scaled
+    raise UsageError(
+        f"{where}: tensor {_ROPE_FACTORS} scales rotary positions in another way than Llama 3.1; "
+        "take the model as a folder in Hugging Face layout, which says how."
+    )
+
+
 def _config_keys(metadata: _Metadata, architecture: str) -> dict[str, Any]:
     """What of a `config.json` the metadata says; the rest of it must change nothing."""
     prefix = f"{architecture}."
+    is_yarn = metadata.get(f"{prefix}rope.scaling.type", "none") == "yarn"
+    read_names = {*_CONFIG_KEYS, *_HEAD_SIZES, *(_YARN_KEYS if is_yarn else ())}
     for field in metadata.names:
         name = field.removeprefix(prefix)
-        if name == field or name in _CONFIG_KEYS or name in _HEAD_SIZES:
+        if name == field or name in read_names:
             continue
         value, neutral = metadata.get(field), _NEUTRAL.get(name)
         if neutral is None or value not in neutral:
@@ -199,11 +247,17 @@ def _config_keys(metadata: _Metadata, architecture: str) -> dict[str, Any]:
             raise UsageError(
                 f"{metadata.where}: {field!a} is {reprlib.repr(value)}; this port computes {only}."
             )
-    return {
-        key: metadata.get(prefix + name)
-        for name, key in _CONFIG_KEYS.items()
-        if name in _REQUIRED or prefix + name in metadata.names
-    }
+    required = [*_REQUIRED, *(["attention.key_length"] if architecture == "qwen3" else [])]
+
+    def read(keys: Mapping[str, str]) -> dict[str, Any]:
+        return {
+            key: metadata.get(prefix + name)
+            for name, key in keys.items()
+            if name in required or prefix + name in metadata.names
+        }
+
+    scaling = {"factor": 1.0} | read(_YARN_KEYS) if is_yarn else {}
+    return read(_CONFIG_KEYS) | {"rope_scaling": scaling}
 
 
 def _huggingface_name(name: str, where: str) -> str:

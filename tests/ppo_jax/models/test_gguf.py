@@ -1,5 +1,6 @@
 """GGUF files, written here from random models the way llama.cpp's converter writes them."""
 
+import math
 import struct
 import sys
 import tracemalloc
@@ -11,9 +12,13 @@ import torch
 from gymnasium.error import DependencyNotInstalled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
+from transformers import AutoConfig
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from ppo_jax.models import gguf as gguf_module
-from ppo_jax.models import load_pretrained
+from ppo_jax.models import load_pretrained, save_pretrained
+from ppo_jax.models.rope import inverse_frequencies
 from qwen_env.errors import UsageError
 
 NAMES = {
@@ -23,6 +28,8 @@ NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
@@ -47,7 +54,17 @@ def permuted(tensor, heads):
     return rows.swapaxes(1, 2).reshape(tensor.shape)
 
 
-def write_gguf(path, model, kind=F32, *, without=(), extra_tensors=(), architecture=None, **fields):
+def write_gguf(
+    path,
+    model,
+    kind=F32,
+    *,
+    without=(),
+    extra_tensors=(),
+    architecture=None,
+    rope_factors=None,
+    **fields,
+):
     """Write `model` with its matrices stored as `kind`, and put back into it what that lost.
 
     Fields have the architecture's name before their own, unless theirs begins with a slash.
@@ -65,6 +82,8 @@ def write_gguf(path, model, kind=F32, *, without=(), extra_tensors=(), architect
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": config.rope_parameters["rope_theta"],
     }
+    if architecture == "qwen3":
+        metadata |= {"attention.key_length": config.head_dim}
     for name, value in (metadata | fields).items():
         if name not in without:
             key = name[1:] if name.startswith("/") else f"{architecture}.{name}"
@@ -82,6 +101,8 @@ def write_gguf(path, model, kind=F32, *, without=(), extra_tensors=(), architect
             writer.add_tensor(gguf_name(name), data, raw_dtype=stored_as)
     for name in extra_tensors:
         writer.add_tensor(name, np.ones(4, np.float32))
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -97,12 +118,17 @@ def add_field(writer, key, value):
 @pytest.mark.parametrize("kind", [F32, F16, Q8_0, Q4_1], ids=lambda kind: kind.name)
 @pytest.mark.parametrize(
     ("name", "tied"),
-    [("LlamaForCausalLM", True), ("LlamaForCausalLM", False), ("Qwen2ForCausalLM", True)],
+    [
+        ("LlamaForCausalLM", True),
+        ("LlamaForCausalLM", False),
+        ("Qwen2ForCausalLM", True),
+        ("Qwen3ForCausalLM", False),
+    ],
 )
 def test_parity_with_transformers(
     name, tied, kind, torch_model, torch_logits, outputs, ragged, tmp_path
 ):
-    theirs = torch_model(name, tie_word_embeddings=tied)
+    theirs = torch_model(name, tie_word_embeddings=tied, head_dim=8)
     before = theirs.model.layers[0].self_attn.q_proj.weight.detach().clone()
     path = write_gguf(tmp_path / "model.gguf", theirs, kind)
     lost = (theirs.model.layers[0].self_attn.q_proj.weight - before).abs().max()
@@ -126,6 +152,124 @@ def test_untied_qwen2_with_wide_heads(torch_model, torch_logits, outputs, ragged
     logits, _ = outputs(network, ids, mask)
     expected = torch_logits(theirs, ids, mask)
     np.testing.assert_allclose(logits[mask], expected[mask], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_transformers_reads_the_same_tensors(name, torch_model, tmp_path):
+    """Its reader, which knows nothing of ours: names, and the rotary halves of a llama."""
+    size = 16 if name == "Qwen3ForCausalLM" else 8
+    model = torch_model(name, tie_word_embeddings=False, head_dim=size)
+    path = write_gguf(tmp_path / "model.gguf", model, **{"rope.dimension_count": size})
+    read = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
+    save_pretrained(load_pretrained(path), tmp_path / "ours")
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    assert ours.keys() == read["tensors"].keys() == model.state_dict().keys()
+    for key, tensor in read["tensors"].items():
+        np.testing.assert_array_equal(ours[key], tensor.numpy(), err_msg=key)
+
+
+def check_scaled(theirs, path, torch_logits, outputs, ragged):
+    """That a file is read as `theirs`, beyond its original positions too, of which it has 9."""
+    ids, mask = ragged()
+    logits, _ = outputs(load_pretrained(path), ids, mask)
+    expected = torch_logits(theirs, ids, mask)
+    np.testing.assert_allclose(logits[mask], expected[mask], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM"])
+def test_yarn(name, torch_model, torch_logits, outputs, ragged, tmp_path):
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 500.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 9,
+        "beta_fast": 1.5,
+        "beta_slow": 0.25,
+    }
+    theirs = torch_model(name, rope_parameters=rope, head_dim=20)
+    fields = {
+        "attention.key_length": 20,
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 9,
+        "rope.scaling.yarn_beta_fast": 1.5,
+        "rope.scaling.yarn_beta_slow": 0.25,
+        "rope.scaling.yarn_attn_factor": 1.0,
+    }
+    path = write_gguf(tmp_path / "model.gguf", theirs, **fields)
+    check_scaled(theirs, path, torch_logits, outputs, ragged)
+
+
+def rope_factors(config):
+    """As llama.cpp's converter writes them."""
+    rope, factors = config.rope_parameters, []
+    for i in range(0, config.head_dim, 2):
+        wavelength = 2 * math.pi * rope["rope_theta"] ** (i / config.head_dim)
+        turns = rope["original_max_position_embeddings"] / wavelength
+        smooth = (turns - rope["low_freq_factor"]) / (
+            rope["high_freq_factor"] - rope["low_freq_factor"]
+        )
+        smooth = min(max(smooth, 0.0), 1.0)
+        factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return np.array(factors, np.float32)
+
+
+@pytest.fixture
+def llama3(torch_model):
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    return torch_model(
+        "LlamaForCausalLM", rope_parameters=rope, head_dim=64, max_position_embeddings=131_072
+    )
+
+
+def test_llama3_scaling(llama3, tmp_path):
+    factors = rope_factors(llama3.config)
+    assert factors[0] == 1.0
+    assert factors[-1] == 32.0
+    assert np.sum((factors > 1) & (factors < 32)) >= 3
+    fields = {"attention.key_length": 64, "rope_factors": factors}
+    path = write_gguf(tmp_path / "model.gguf", llama3, **fields)
+    config = load_pretrained(path).config
+    inverse = llama3.model.rotary_emb.inv_freq.numpy()
+    np.testing.assert_allclose(inverse_frequencies(config), inverse, rtol=4e-7)
+    # Written, it has all that transformers wants to know.
+    save_pretrained(load_pretrained(path), tmp_path / "saved")
+    theirs = AutoConfig.from_pretrained(tmp_path / "saved")
+    assert theirs.rope_parameters == llama3.config.rope_parameters
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda factors: factors[:-1],
+        lambda factors: factors.astype(np.float16),
+        lambda factors: factors * np.float32(1.001),
+        lambda factors: factors * np.float32(np.nan),
+        lambda factors: factors * 0,
+        lambda factors: np.linspace(1, 8, 32, dtype=np.float32),
+    ],
+)
+def test_rope_factors_of_another_scaling(edit, llama3, tmp_path):
+    factors = edit(rope_factors(llama3.config))
+    fields = {"attention.key_length": 64, "rope_factors": factors}
+    path = write_gguf(tmp_path / "model.gguf", llama3, **fields)
+    with pytest.raises(UsageError, match=r"rope_freqs\.weight scales rotary positions") as caught:
+        load_pretrained(path)
+    assert str(path) in str(caught.value)
+
+
+def test_the_head_size_of_a_qwen3_is_never_guessed(torch_model, tmp_path):
+    theirs = torch_model("Qwen3ForCausalLM", head_dim=8)
+    path = write_gguf(tmp_path / "model.gguf", theirs, without=("attention.key_length",))
+    with pytest.raises(UsageError, match=r"no metadata field qwen3\.attention\.key_length"):
+        load_pretrained(path)
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -173,7 +317,8 @@ def test_metadata_that_changes_nothing(
 
 
 BAD_FILES = [
-    ({"architecture": "gpt2"}, r"describes a model of type 'gpt2'; .*qwen2 and llama"),
+    ({"architecture": "gpt2"}, r"describes a model of type 'gpt2'; .*qwen2, qwen3 and llama"),
+    ({"architecture": "qwen3moe"}, r"describes a model of type 'qwen3moe'"),
     ({"without": ("block_count",)}, r"no metadata field qwen2\.block_count"),
     ({"without": ("attention.head_count",)}, r"no metadata field qwen2\.attention\.head_count"),
     ({"without": ("token_embd.weight",)}, r"tensor token_embd\.weight is missing"),
@@ -193,7 +338,16 @@ BAD_FILES = [
     ({"attention.layer_norm_rms_epsilon": float("inf")}, r"rms_norm_eps is inf; it must"),
     ({"rope.freq_base": -1.0}, r"rope_theta is -1\.0; it must be a positive number"),
     ({"vocab_size": 95}, r"embed_tokens\.weight has shape \(96, 32\).* is \(95, 32\)"),
-    ({"rope.scaling.type": "yarn"}, r"'qwen2\.rope\.scaling\.type' is 'yarn'; .* only 'none'"),
+    ({"rope.scaling.type": "longrope"}, r"scaling\.type' is 'longrope'; .* only 'none'"),
+    (
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 0.0},
+        r"factor is 0\.0; it must be a positive number",
+    ),
+    (
+        {"rope.scaling.type": "yarn", "rope.scaling.yarn_attn_factor": 0.5},
+        r"yarn_attn_factor' is 0\.5; .* only 1\.0",
+    ),
+    ({"rope.scaling.original_context_length": 8}, r"original_context_length' is 8; .* nothing"),
     ({"rope.scaling.factor": 4.0}, r"'qwen2\.rope\.scaling\.factor' is 4\.0; .* only 1\.0"),
     ({"rope.dimension_count": 4}, r"rope\.dimension_count is 4; .* one size, here 8"),
     ({"attention.value_length": 16}, r"attention\.value_length is 16; .* one size, here 8"),
@@ -242,6 +396,7 @@ names = st.sampled_from(
     [
         *gguf_module._CONFIG_KEYS,
         *gguf_module._HEAD_SIZES,
+        *gguf_module._YARN_KEYS,
         *gguf_module._NEUTRAL,
         *("/general.type", "/split.count", "/general.name"),
     ]
