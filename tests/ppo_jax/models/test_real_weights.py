@@ -1,0 +1,345 @@
+"""The genuine model against transformers, where its file is at hand.
+
+    QWEN_GGUF=qwen2.5-0.5b-instruct-q4_k_m.gguf pytest -m slow -rP THIS_FILE
+
+Any GGUF file of a Qwen2.5 with a chat template will do. transformers gets the weights through its
+own reader of GGUF, and the tokenizer from its own class for Qwen2. The second takes 10 GiB of
+memory for 0.5 B parameters, and all a few minutes; `-rP` prints what was measured.
+"""
+
+import gc
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, Qwen2Tokenizer
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from ppo_jax.generation.rollout import rollout
+from ppo_jax.models import load_pretrained
+from qwen_env import mdp
+from qwen_env.errors import UsageError
+from qwen_env.tokenizer import load_tokenizer
+
+FILE = os.environ.get("QWEN_GGUF", "")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not FILE, reason="the real weights are not at hand: set QWEN_GGUF to a GGUF file of Qwen2.5"
+    ),
+]
+
+PROMPTS = (
+    "The capital of France is",
+    'def fibonacci(n):\n    """The n-th number of Fibonacci."""\n',
+    "<|im_start|>user\nWas ist 17 + 25? Nur die Zahl.<|im_end|>\n<|im_start|>assistant\n",
+)
+NEW_TOKENS = 16
+
+
+def test_loading_is_fast_and_takes_little_memory():
+    """In a process of its own: under 20 s, and under 1.5 times the size of the parameters."""
+    program = """
+import json, resource, sys, time
+import jax
+from ppo_jax.models import load_pretrained
+import gguf
+from flax import nnx
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before, start, cpu = peak(), time.perf_counter(), time.process_time()
+state = nnx.state(load_pretrained(sys.argv[1]))
+seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+size = sum(x.nbytes for x in jax.tree.leaves(state))
+print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak() - before, "size": size}))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, FILE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    ratio = found["peak"] / found["size"]
+    print(
+        f"loading: {found['seconds']:.1f} s ({found['cpu']:.1f} s of CPU), peak "
+        f"{found['peak'] / 2**30:.2f} GiB, {ratio:.2f} times the {found['size'] / 2**30:.2f} GiB "
+        "of the parameters"
+    )
+    assert found["cpu"] < 20  # not of the clock, for the machine may be busy
+    assert ratio < 1.5
+
+
+class Theirs(NamedTuple):
+    logits: list[np.ndarray]
+    """[S, V] of each prompt and its continuation."""
+    tokens: list[list[int]]
+    """Of each prompt's continuation, greedily."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(FILE)
+
+
+@pytest.fixture(scope="module")
+def prompt_ids(tokenizer):
+    return [tokenizer.encode(prompt) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def theirs(prompt_ids) -> Theirs:
+    """From a model that is gone when ours is loaded."""
+    config = AutoConfig.from_pretrained(Path(FILE).parent, gguf_file=Path(FILE).name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    read = load_gguf_checkpoint(FILE, return_tensors=True, model_to_load=model)["tensors"]
+    read.setdefault("lm_head.weight", read["model.embed_tokens.weight"])
+    # Angles are no parameters, and come from a model that is not on `meta`.
+    small = config.__class__(**(config.to_dict() | {"num_hidden_layers": 1, "layer_types": None}))
+    small.vocab_size = small.intermediate_size = 8
+    model.model.rotary_emb = AutoModelForCausalLM.from_config(small).model.rotary_emb
+    model.load_state_dict(read, assign=True)
+    model.eval()
+    logits, tokens = [], []
+    with torch.no_grad():
+        for ids in prompt_ids:
+            out = model.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            logits.append(model(out).logits[0].numpy())
+            tokens.append(out[0, len(ids) :].tolist())
+    del model, read
+    gc.collect()
+    return Theirs(logits, tokens)
+
+
+@pytest.fixture(scope="module")
+def network(theirs):
+    return load_pretrained(FILE)
+
+
+def test_logits(network, theirs, prompt_ids):
+    lengths = [len(logits) for logits in theirs.logits]
+    ids = np.zeros((len(lengths), max(lengths)), np.int32)
+    for row, prompt, new in zip(ids, prompt_ids, theirs.tokens, strict=True):
+        row[: len(prompt) + NEW_TOKENS] = [*prompt, *new]
+    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    graphdef, state = nnx.split(network)
+    ours = jax.jit(lambda state: nnx.merge(graphdef, state)(ids, mask)[0])(state)
+    of_logits = of_logprobs = 0.0
+    for found, expected, length in zip(ours, theirs.logits, lengths, strict=True):
+        found = np.asarray(found[:length])
+        of_logits = max(of_logits, np.abs(found - expected).max())
+        found, expected = (np.asarray(jax.nn.log_softmax(x)) for x in (found, expected))
+        is_likely = expected > np.log(1e-6)
+        of_logprobs = max(of_logprobs, np.abs(found - expected)[is_likely].max())
+    print(f"largest difference: {of_logits:.1e} of logits, {of_logprobs:.1e} nats")
+    assert of_logits < 1e-3
+    assert of_logprobs < 2e-4
+
+
+def test_greedy_tokens(network, theirs, prompt_ids, tokenizer):
+    limit = max(map(len, prompt_ids))
+    rules = mdp.Rules(
+        max_prompt_length=limit,
+        max_new_tokens=NEW_TOKENS,
+        vocab_size=network.config.vocab_size,
+        eos_token_ids=tokenizer.eos_token_ids,
+        min_new_tokens=NEW_TOKENS,
+    )
+    prompts = np.zeros((len(prompt_ids), limit), np.int32)
+    for row, ids in zip(prompts, prompt_ids, strict=True):
+        row[: len(ids)] = ids
+    lengths = jnp.array([len(ids) for ids in prompt_ids])
+    graphdef, state = nnx.split(network)
+
+    @jax.jit
+    def greedy(state: Any) -> jax.Array:
+        policy = nnx.merge(graphdef, state)
+        key = jax.random.key(0)
+        return rollout(policy, prompts, lengths, key, rules=rules, greedy=True).state.tokens
+
+    for tokens, ids, expected in zip(greedy(state), prompt_ids, theirs.tokens, strict=True):
+        found = tokens[len(ids) : len(ids) + NEW_TOKENS].tolist()
+        print(repr(tokenizer.decode(expected)))
+        assert found == expected
+
+
+@pytest.fixture(scope="module")
+def their_tokenizer():
+    """transformers' own class, with the words of the file as the gguf package reads them."""
+    fields = gguf.GGUFReader(FILE).fields
+    tokens, merges, kinds = (
+        fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type")
+    )
+    control, user_defined = int(gguf.TokenType.CONTROL), int(gguf.TokenType.USER_DEFINED)
+    added = [i for i, kind in enumerate(kinds) if kind in (control, user_defined)]
+    words = {token: i for i, token in enumerate(tokens) if kinds[i] == gguf.TokenType.NORMAL}
+    made = Qwen2Tokenizer(
+        vocab=words | {tokens[i]: i for i in added},
+        merges=[tuple(merge.split(" ")) for merge in merges],
+        chat_template=fields["tokenizer.chat_template"].contents(),
+    )
+    made.add_tokens([AddedToken(tokens[i], special=kinds[i] == control) for i in added])
+    return made
+
+
+PIECES = (
+    *("a", "Z", "the", "don't", "I'LL", "naïve", "e\u0301", "n\u0303o", "Å", "\u212b", "ﬁ", "ß"),
+    *("привет", "γειά", "שלום", "مرحبا", "हिन्दी", "ภาษาไทย", "漢字かな", "한국어", "각"),
+    *(
+        "👩\u200d👩\u200d👧\u200d👦",
+        "🏳️\u200d🌈",
+        "👍🏽",
+        "🇫🇷",
+        "e\u0301\u0302\u0303\u0304",
+        "\u200b",
+        "\ufeff",
+    ),
+    *("0", "1234567890", "3.14", "٣٤", "½", "²", "Ⅳ", "１２"),
+    *(" ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", "\r", "\u00a0", "\u2003", "\u3000", "\u2028"),
+    *("\x00", "\x07", "\x1b[0m", "\x7f", "\x85", "\ufffd", "\ue000", "\U0010ffff", "\U000e0041"),
+    *(
+        ".",
+        ",",
+        "...",
+        "!?",
+        "—",
+        "«»",
+        "()[]{}",
+        "<>",
+        "$%&",
+        "\\n",
+        "://",
+        "__init__",
+        "=>",
+        "#!",
+    ),
+    *(
+        "def f(x):\n    return x",
+        "for(;;){}",
+        "<div class='a'>",
+        "SELECT *\nFROM t;",
+        "\t\tif",
+        "'s",
+    ),
+    *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_start|", "|im_end|>", "<|IM_END|>"),
+    *(
+        "<tool_call>",
+        "</tool_call>",
+        "<|fim_prefix|>",
+        "<|im_ start|>",
+        "<s>",
+        "</s>",
+        "[PAD151936]",
+    ),
+)
+
+
+def nasty_strings(count: int) -> list[str]:
+    """Of the pieces above, and of characters from everywhere in Unicode."""
+    draw = random.Random(0)
+
+    def character() -> str:
+        while True:
+            code = draw.randrange(draw.choice([0x80, 0x800, 0x3000, 0x10000, 0x110000]))
+            if not 0xD800 <= code < 0xE000:  # halves of surrogate pairs are no text
+                return chr(code)
+
+    def piece() -> str:
+        if draw.random() < 0.7:
+            return draw.choice(PIECES) * draw.choice([1, 1, 1, 1, 2, 7])
+        return "".join(character() for _ in range(draw.randrange(1, 6)))
+
+    return [
+        *PIECES,
+        *("".join(piece() for _ in range(draw.randrange(1, 12))) for _ in range(count)),
+    ]
+
+
+def test_nasty_strings(tokenizer, their_tokenizer):
+    strings = nasty_strings(5000)
+    for text in strings:
+        expected = their_tokenizer(text, add_special_tokens=False)["input_ids"]
+        found = tokenizer.encode(text)
+        assert found == expected, ascii(text)
+        for skip in (False, True):
+            back = their_tokenizer.decode(expected, skip_special_tokens=skip)
+            assert tokenizer.decode(found, skip_special_tokens=skip) == back, ascii(text)
+    print(f"{len(strings)} strings, {sum(map(len, strings))} characters: the same tokens")
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a \udfff b", "\ude00\ud83d"])
+def test_half_a_surrogate_pair_is_no_text(text, tokenizer):
+    with pytest.raises(UsageError, match="not valid Unicode"):
+        tokenizer.encode(text)
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather <today> & tomorrow, in °C.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["city"],
+        },
+    },
+}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich"}}}
+CHATS = {
+    "a question": ([{"role": "user", "content": "Hi 👋"}], {}),
+    "with a system prompt": (
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+        {},
+    ),
+    "with tools": ([{"role": "user", "content": "Weather?"}], {"tools": [WEATHER]}),
+    "a tool is called and answers": (
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Weather in Zürich?"},
+            {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
+            {"role": "tool", "content": '{"celsius": -3.5}'},
+            {"role": "tool", "content": "snow"},
+        ],
+        {"tools": [WEATHER, WEATHER]},
+    ),
+    "an answer is begun": (
+        [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "It is "}],
+        {"add_generation_prompt": False, "continue_final_message": True},
+    ),
+}
+
+
+@pytest.mark.parametrize(("chat", "arguments"), CHATS.values(), ids=CHATS.keys())
+def test_chat_template(chat, arguments, tokenizer, their_tokenizer):
+    arguments = {"add_generation_prompt": True} | arguments
+    expected = their_tokenizer.apply_chat_template(chat, tokenize=False, **arguments)
+    found = tokenizer.apply_chat_template(chat, **arguments)
+    assert found == expected
+    ids = their_tokenizer.apply_chat_template(chat, return_dict=False, **arguments)
+    assert tokenizer.encode(found) == ids
+    for message in chat:
+        assert message["content"].strip() in found
+    if "tools" in arguments:
+        assert json.dumps(WEATHER, ensure_ascii=False) in found
