@@ -2,9 +2,9 @@
 
     QWEN_GGUF=qwen2.5-0.5b-instruct-q4_k_m.gguf pytest -m slow -rP THIS_FILE
 
-Any GGUF file of a Qwen2.5 with a chat template will do. transformers gets the weights through its
-own reader of GGUF, and the tokenizer from its own class for Qwen2. The second takes 10 GiB of
-memory for 0.5 B parameters, and all a few minutes; `-rP` prints what was measured.
+Any GGUF file of a Qwen2.5 with a chat template will do. The file is read a second time by the gguf
+package, the reference implementation; model and tokenizer are transformers' own classes. It takes
+a few minutes and 5 GiB of memory for 0.5 B parameters; `-rP` prints what was measured.
 """
 
 import gc
@@ -13,7 +13,6 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
@@ -23,8 +22,8 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, Qwen2Tokenizer
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
 from ppo_jax.generation.rollout import rollout
 from ppo_jax.models import load_pretrained
@@ -91,6 +90,11 @@ class Theirs(NamedTuple):
 
 
 @pytest.fixture(scope="module")
+def reader():
+    return gguf.GGUFReader(FILE)
+
+
+@pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer(FILE)
 
@@ -101,18 +105,29 @@ def prompt_ids(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def theirs(prompt_ids) -> Theirs:
+def theirs(reader, prompt_ids) -> Theirs:
     """From a model that is gone when ours is loaded."""
-    config = AutoConfig.from_pretrained(Path(FILE).parent, gguf_file=Path(FILE).name)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    config = Qwen2Config(
+        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        hidden_size=fields["qwen2.embedding_length"],
+        intermediate_size=fields["qwen2.feed_forward_length"],
+        num_hidden_layers=fields["qwen2.block_count"],
+        num_attention_heads=fields["qwen2.attention.head_count"],
+        num_key_value_heads=fields["qwen2.attention.head_count_kv"],
+        rms_norm_eps=fields["qwen2.attention.layer_norm_rms_epsilon"],
+        rope_parameters={"rope_type": "default", "rope_theta": fields["qwen2.rope.freq_base"]},
+    )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    read = load_gguf_checkpoint(FILE, return_tensors=True, model_to_load=model)["tensors"]
-    read.setdefault("lm_head.weight", read["model.embed_tokens.weight"])
-    # Angles are no parameters, and come from a model that is not on `meta`.
-    small = config.__class__(**(config.to_dict() | {"num_hidden_layers": 1, "layer_types": None}))
-    small.vocab_size = small.intermediate_size = 8
-    model.model.rotary_emb = AutoModelForCausalLM.from_config(small).model.rotary_emb
-    model.load_state_dict(read, assign=True)
+        model = Qwen2ForCausalLM(config)
+    names = get_gguf_hf_weights_map(model, TensorProcessor(config.to_dict()))
+    state = {
+        names[tensor.name]: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+        for tensor in reader.tensors
+    }
+    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # no parameters, not on `meta`
+    model.load_state_dict(state, assign=True)
     model.eval()
     logits, tokens = [], []
     with torch.no_grad():
@@ -127,7 +142,7 @@ def theirs(prompt_ids) -> Theirs:
             )
             logits.append(model(out).logits[0].numpy())
             tokens.append(out[0, len(ids) :].tolist())
-    del model, read
+    del model, state
     gc.collect()
     return Theirs(logits, tokens)
 
@@ -185,9 +200,9 @@ def test_greedy_tokens(network, theirs, prompt_ids, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def their_tokenizer():
-    """transformers' own class, with the words of the file as the gguf package reads them."""
-    fields = gguf.GGUFReader(FILE).fields
+def their_tokenizer(reader):
+    """transformers' own class, with the words of the file."""
+    fields = reader.fields
     tokens, merges, kinds = (
         fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type")
     )
