@@ -25,7 +25,7 @@ class ScalarHead(nnx.Module):
 
 
 class PolicyValueNetwork(nnx.Module):
-    """A Qwen2 policy, and a value function on its backbone or on one of its own.
+    """A policy, and a value function on its backbone or on one of its own.
 
     The value head starts at zero, so that the first advantages are those of a zero baseline
     rather than of random numbers.
@@ -88,7 +88,7 @@ def with_separate_critic(network: PolicyValueNetwork) -> PolicyValueNetwork:
 
 
 class RewardModel(nnx.Module):
-    """A Qwen2 with one score at the last real token (`Qwen2ForSequenceClassification`)."""
+    """A decoder with one score at the last real token: a `Qwen2ForSequenceClassification`, say."""
 
     def __init__(
         self,

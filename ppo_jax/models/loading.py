@@ -60,7 +60,7 @@ def load_pretrained(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
 ) -> PolicyValueNetwork:
-    """Read a Qwen2 or Llama language model as a policy with a value head.
+    """Read a language model (Qwen2, Qwen3 or Llama) as a policy with a value head.
 
     Args:
         folder_or_hub_id_or_gguf: a folder in Hugging Face layout, a hub id such as
@@ -94,7 +94,10 @@ def load_reward_model(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
 ) -> RewardModel:
-    """Read a `Qwen2ForSequenceClassification` with one label. Errors as in `load_pretrained`."""
+    """Read a sequence classifier with one label, such as a `Qwen2ForSequenceClassification`.
+
+    Errors as in `load_pretrained`.
+    """
 
     def load(source: TensorSource) -> RewardModel:
         # Made from a language model, the file may still hold what that wrote tokens with.

@@ -189,10 +189,12 @@ class TestValueHead:
 
 
 class TestRewardModel:
-    @pytest.mark.parametrize("tied", [True, False])
-    def test_parity_both_ways(self, tied, torch_model, outputs, ragged, tmp_path):
+    @pytest.mark.parametrize(
+        ("family", "tied"), [("Qwen2", True), ("Qwen2", False), ("Qwen3", True), ("Llama", False)]
+    )
+    def test_parity_both_ways(self, family, tied, torch_model, outputs, ragged, tmp_path):
         theirs = torch_model(
-            "Qwen2ForSequenceClassification", num_labels=1, tie_word_embeddings=tied
+            f"{family}ForSequenceClassification", num_labels=1, tie_word_embeddings=tied, head_dim=8
         )
         theirs.save_pretrained(tmp_path / "theirs")
         ids, mask = ragged()
