@@ -50,7 +50,7 @@ def load_training_reward(spec: str, tokenizer: Tokenizer, gold: str | None = Non
 
 
 class FlaxReward:
-    """A sequence classifier (Qwen2, Qwen3 or Llama) as a reward model, run by our own port on the device.
+    """A sequence classifier as a reward model, run by our own port on the device.
 
     If it shares the policy's vocabulary, it reads the tokens as they were chosen, the
     end-of-sequence id included; otherwise the text in its own tokens, with its own end-of-sequence
