@@ -34,14 +34,14 @@ from ppo_jax import flags  # noqa: E402
 from ppo_jax.agent import PPOAgent  # noqa: E402
 from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TrainConfig  # noqa: E402
 from ppo_jax.generation.actor import Experience  # noqa: E402
-from ppo_jax.models import PolicyValueNetwork, Qwen2Config, load_pretrained  # noqa: E402
+from ppo_jax.models import DecoderConfig, PolicyValueNetwork, load_pretrained  # noqa: E402
 from qwen_env.prompts import Prompt  # noqa: E402
 from qwen_env.task import TextTask, make_task  # noqa: E402
 from qwen_env.tokenizer import Tokenizer  # noqa: E402
 
 SHAPES = {
-    "random:qwen2.5-0.5b": Qwen2Config.qwen2_5_0_5b(),
-    "random:smollm2-135m": Qwen2Config(
+    "random:qwen2.5-0.5b": DecoderConfig.qwen2_5_0_5b(),
+    "random:smollm2-135m": DecoderConfig(
         vocab_size=49_152,
         hidden_size=576,
         intermediate_size=1536,
@@ -50,7 +50,7 @@ SHAPES = {
         num_key_value_heads=3,
         head_dim=64,
     ),
-    "random:tiny": Qwen2Config(
+    "random:tiny": DecoderConfig(
         vocab_size=512,
         hidden_size=32,
         intermediate_size=64,
@@ -251,7 +251,7 @@ def time_decoding(
 
 
 def floor_seconds(
-    config: Qwen2Config,
+    config: DecoderConfig,
     work: Work,
     lengths: list[tuple[int, int]],
     flops: float,

@@ -26,7 +26,7 @@ from ppo_jax.learning.metrics import fetch
 from ppo_jax.learning.optimizer import Params
 from ppo_jax.mesh import make_mesh, replicate
 from ppo_jax.models import PolicyValueNetwork, with_separate_critic
-from ppo_jax.models.qwen2 import last_hidden
+from ppo_jax.models.decoder import last_hidden
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
 from qwen_env.errors import RunError, UsageError

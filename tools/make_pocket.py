@@ -34,8 +34,8 @@ from ppo_jax.compilation import jit
 from ppo_jax.config.fields import Checked, Count, Rate, Seed
 from ppo_jax.generation.rollout import rollout
 from ppo_jax.models import (
+    DecoderConfig,
     PolicyValueNetwork,
-    Qwen2Config,
     RewardModel,
     save_pretrained,
     save_reward_model,
@@ -44,7 +44,7 @@ from qwen_env import mdp, pocket
 from qwen_env.pocket import corpus, grammar
 from qwen_env.tokenizer import Tokenizer
 
-MODEL = Qwen2Config(
+MODEL = DecoderConfig(
     vocab_size=corpus.VOCAB_SIZE,
     hidden_size=128,
     intermediate_size=384,

@@ -16,8 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt8
 
 from ppo_jax.models.attention import KeyValue
+from ppo_jax.models.decoder import DecoderLayer, last_hidden
 from ppo_jax.models.heads import PolicyValueNetwork
-from ppo_jax.models.qwen2 import DecoderLayer, last_hidden
 from ppo_jax.models.rope import rotary_angles
 from ppo_jax.sampling import Sampling, pack_bits, sampling_logits, truncation
 from qwen_env import mdp

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from ppo_jax.models.qwen2 import project
+from ppo_jax.models.decoder import project
 from ppo_jax.sampling import sampling_logits, unpack_bits
 from qwen_env import mdp
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from ppo_jax.learning.logprobs import ChosenTokens, logprobs_and_entropy
 from ppo_jax.learning.packing import Layout, pack
+from ppo_jax.models.decoder import Decoder
 from ppo_jax.models.heads import PolicyValueNetwork
-from ppo_jax.models.qwen2 import Qwen2
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
 
@@ -57,7 +57,7 @@ def response_outputs(
     chosen = jnp.take_along_axis(tokens, index, axis=1)
     before = packed.start[:, None] + jnp.minimum(index, length[:, None]) - 1
 
-    def hidden_states(backbone: Qwen2) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
+    def hidden_states(backbone: Decoder) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
         """Before each response token, and at the end."""
         hidden, _ = backbone(packed.tokens, packed.mask, remat=remat)
         hidden = hidden.reshape(-1, hidden.shape[-1])

@@ -17,7 +17,7 @@ _LARGEST_NUMBER = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """How Llama 3.1 to 3.3 stretch rotary positions; errors as in `Qwen2Config`.
+    """How Llama 3.1 to 3.3 stretch rotary positions; errors as in `DecoderConfig`.
 
     Wavelengths of less than original / high positions stay, those of more than original / low
     become `factor` times as long, and those between go smoothly from the one to the other.
@@ -39,7 +39,7 @@ class Llama3Scaling:
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """How YaRN (arXiv:2309.00071) stretches rotary positions; errors as in `Qwen2Config`.
+    """How YaRN (arXiv:2309.00071) stretches rotary positions; errors as in `DecoderConfig`.
 
     Angles that turn more than `beta_fast` times over the original positions stay, those that turn
     less than `beta_slow` times grow `factor` times as slowly, with a ramp between the two.
@@ -67,8 +67,8 @@ ROPE_SCALINGS: dict[str, type[RopeScaling]] = {"llama3": Llama3Scaling, "yarn": 
 
 
 @dataclass(frozen=True)
-class Qwen2Config:
-    """Sizes of a Qwen2 or of a relative, under their Hugging Face names. Hashable.
+class DecoderConfig:
+    """Sizes of a Qwen2, a Qwen3 or a Llama, under their Hugging Face names. Hashable.
 
     Raises:
         UsageError: the type is another, a size is no integer from 1 to 2³¹ - 1, a number is not
@@ -166,7 +166,7 @@ def check_flag(name: str, value: object) -> None:
 _CHECKS = ((int, check_size), (float, check_number), (bool, check_flag))
 
 
-def _check_fields(config: Qwen2Config | RopeScaling) -> None:
+def _check_fields(config: DecoderConfig | RopeScaling) -> None:
     for field in fields(config):
         for kind, check in _CHECKS:
             if field.type is kind:

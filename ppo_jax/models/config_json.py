@@ -16,7 +16,7 @@ from typing import Any
 from ppo_jax.models.config import (
     MODEL_TYPES,
     ROPE_SCALINGS,
-    Qwen2Config,
+    DecoderConfig,
     RopeScaling,
     check_flag,
     check_number,
@@ -55,7 +55,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 _FULL_ATTENTION = ("full_attention", "attention")  # in `layer_types`, new spelling and old
 
 
-def config_from_json(content: Mapping[str, Any], where: str = "config.json") -> Qwen2Config:
+def config_from_json(content: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
     """The architecture that the contents of a `config.json` describe.
 
     Args:
@@ -78,7 +78,7 @@ def config_from_json(content: Mapping[str, Any], where: str = "config.json") -> 
         raise UsageError(f"{where}: {error}") from None
 
 
-def _read(content: Mapping[str, Any]) -> Qwen2Config:
+def _read(content: Mapping[str, Any]) -> DecoderConfig:
     model_type = content["model_type"]
     for key, neutral in NEUTRAL_VALUES.items():
         # Qwen2 has biases on q, k and v whatever that key says.
@@ -97,7 +97,7 @@ def _read(content: Mapping[str, Any]) -> Qwen2Config:
     _check_full_attention(content, layers)
     default_positions = 2048 if model_type == "llama" else 32768
     positions = _get(content, "max_position_embeddings", default_positions)
-    return Qwen2Config(
+    return DecoderConfig(
         vocab_size=required("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=required("intermediate_size"),
@@ -152,7 +152,7 @@ def _check_full_attention(content: Mapping[str, Any], layers: int) -> None:
 
 
 def _rope(content: Mapping[str, Any], max_position_embeddings: int) -> dict[str, Any]:
-    """The base of the rotary angles and their scaling, as fields of a `Qwen2Config`."""
+    """The base of the rotary angles and their scaling, as fields of a `DecoderConfig`."""
     settings = _rope_settings(content)
     _check_neutral("partial_rotary_factor", settings.pop("partial_rotary_factor", None), (1.0,))
     theta = _number("rope_theta", settings.pop("rope_theta", 10_000.0))
@@ -218,7 +218,7 @@ def _rope_settings(content: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def config_to_json(config: Qwen2Config, head: str = "ForCausalLM") -> dict[str, Any]:
+def config_to_json(config: DecoderConfig, head: str = "ForCausalLM") -> dict[str, Any]:
     """The contents of a `config.json` that transformers loads as what the config describes.
 
     Args:

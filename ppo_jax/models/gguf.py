@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ppo_jax.models.config import MODEL_TYPES, Llama3Scaling, Qwen2Config
+from ppo_jax.models.config import MODEL_TYPES, DecoderConfig, Llama3Scaling
 from ppo_jax.models.config_json import config_from_json
 from ppo_jax.models.rope import inverse_frequencies
 from qwen_env.errors import UsageError
@@ -182,7 +182,7 @@ class _Metadata:
         return value
 
 
-def _read_config(metadata: _Metadata, tensors: Mapping[str, Any]) -> Qwen2Config:
+def _read_config(metadata: _Metadata, tensors: Mapping[str, Any]) -> DecoderConfig:
     where = metadata.where
     if (kind := metadata.get("general.type", "model")) != "model":
         raise UsageError(
@@ -209,7 +209,7 @@ def _read_config(metadata: _Metadata, tensors: Mapping[str, Any]) -> Qwen2Config
     return config
 
 
-def _with_llama3_scaling(config: Qwen2Config, factors: np.ndarray, where: str) -> Qwen2Config:
+def _with_llama3_scaling(config: DecoderConfig, factors: np.ndarray, where: str) -> DecoderConfig:
     """The config whose inverse frequencies are the plain ones divided by `factors`.
 
     Llama 3.1 to 3.3 are scaled alike, but for the factor of the longest wavelengths.

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from ppo_jax.models.config import Qwen2Config
-from ppo_jax.models.qwen2 import Qwen2, last_hidden, project
+from ppo_jax.models.config import DecoderConfig
+from ppo_jax.models.decoder import Decoder, last_hidden, project
 
 
 class ScalarHead(nnx.Module):
@@ -36,23 +36,23 @@ class PolicyValueNetwork(nnx.Module):
 
     def __init__(
         self,
-        config: Qwen2Config,
+        config: DecoderConfig,
         *,
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         separate_critic: bool = False,
     ):
-        self.backbone = Qwen2(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.backbone = Decoder(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.critic = (
-            Qwen2(_without_projection(config), rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+            Decoder(_without_projection(config), rngs=rngs, dtype=dtype, param_dtype=param_dtype)
             if separate_critic
             else None
         )
         self.value_head = ScalarHead(jnp.zeros((config.hidden_size,)), bias=True)
 
     @property
-    def config(self) -> Qwen2Config:
+    def config(self) -> DecoderConfig:
         return self.backbone.config
 
     def __call__(
@@ -92,7 +92,7 @@ class RewardModel(nnx.Module):
 
     def __init__(
         self,
-        config: Qwen2Config,
+        config: DecoderConfig,
         *,
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
@@ -100,13 +100,13 @@ class RewardModel(nnx.Module):
     ):
         std = 1 / math.sqrt(config.hidden_size + 1)
         config = _without_projection(config)
-        self.backbone = Qwen2(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.backbone = Decoder(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.score = ScalarHead(
             std * jax.random.normal(rngs.params(), (config.hidden_size,)), bias=False
         )
 
     @property
-    def config(self) -> Qwen2Config:
+    def config(self) -> DecoderConfig:
         return self.backbone.config
 
     def __call__(
@@ -117,6 +117,6 @@ class RewardModel(nnx.Module):
         return self.score(last_hidden(hidden, jnp.sum(attention_mask, axis=-1)))
 
 
-def _without_projection(config: Qwen2Config) -> Qwen2Config:
+def _without_projection(config: DecoderConfig) -> DecoderConfig:
     """Of a network that writes no tokens, whatever the policy that it came from has."""
     return dataclasses.replace(config, tie_word_embeddings=True)

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import DTypeLike
 
-from ppo_jax.models.config import Qwen2Config
+from ppo_jax.models.config import DecoderConfig
 from ppo_jax.models.gguf import GGUFTensors
 from ppo_jax.models.heads import PolicyValueNetwork, RewardModel
 from ppo_jax.models.safetensors_folder import SafetensorsFolder
@@ -34,7 +34,7 @@ class TensorSource(Protocol):
     """Tensors by Hugging Face name, wherever they come from."""
 
     @property
-    def config(self) -> Qwen2Config: ...
+    def config(self) -> DecoderConfig: ...
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
@@ -110,7 +110,7 @@ class _Plan(NamedTuple):
     """What a network is made of."""
 
     source: TensorSource
-    config: Qwen2Config
+    config: DecoderConfig
     spare: Collection[str] = ()
     """Tensors that say nothing."""
     aliases: Mapping[str, str] = MappingProxyType({})

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ppo_jax.models.config import Llama3Scaling, Qwen2Config, YarnScaling
+from ppo_jax.models.config import DecoderConfig, Llama3Scaling, YarnScaling
 
 
 class Rotary(NamedTuple):
@@ -28,7 +28,7 @@ class Rotary(NamedTuple):
     sin: Float[Array, "B Q N"]
 
 
-def rotary_angles(positions: Int[Array, "B Q"], config: Qwen2Config) -> Rotary:
+def rotary_angles(positions: Int[Array, "B Q"], config: DecoderConfig) -> Rotary:
     """What `rotate` turns queries and keys at these positions by."""
     angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(config)
     angles = jnp.concatenate([angles, angles], axis=-1)
@@ -44,7 +44,7 @@ def rotate(x: Float[Array, "B heads Q N"], rotary: Rotary) -> Float[Array, "B he
     return (x * cos + rotated * sin).astype(x.dtype)
 
 
-def inverse_frequencies(config: Qwen2Config) -> Float[np.ndarray, "half"]:
+def inverse_frequencies(config: DecoderConfig) -> Float[np.ndarray, "half"]:
     """The angle from one position to the next in each of a head's N/2 pairs, in float32."""
     size = config.head_dim
     exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
@@ -58,7 +58,7 @@ def inverse_frequencies(config: Qwen2Config) -> Float[np.ndarray, "half"]:
             return _yarn(wavelengths, scaling, config)
 
 
-def attention_factor(config: Qwen2Config) -> float:
+def attention_factor(config: DecoderConfig) -> float:
     """What cosines and sines are multiplied by: 1, except with YaRN (equation 22)."""
     scaling = config.rope_scaling
     if not isinstance(scaling, YarnScaling):
@@ -78,7 +78,7 @@ def _llama3(plain: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
     return scaled
 
 
-def _yarn(wavelengths: np.ndarray, scaling: YarnScaling, config: Qwen2Config) -> np.ndarray:
+def _yarn(wavelengths: np.ndarray, scaling: YarnScaling, config: DecoderConfig) -> np.ndarray:
     """Equations 17, 18 and 20 of the paper, the ramp over dimensions as in its code."""
     size = config.head_dim
 

@@ -12,7 +12,7 @@ from flax import nnx
 from learning import jobs, plots, report, runs, settings, statistics
 from scipy import stats
 
-from ppo_jax.models import PolicyValueNetwork, Qwen2Config
+from ppo_jax.models import DecoderConfig, PolicyValueNetwork
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
 from qwen_env.errors import UsageError
@@ -139,7 +139,7 @@ def test_a_last_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def network() -> PolicyValueNetwork:
-    config = Qwen2Config(
+    config = DecoderConfig(
         vocab_size=11,
         hidden_size=8,
         intermediate_size=8,

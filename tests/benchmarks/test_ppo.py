@@ -11,14 +11,14 @@ import numpy as np
 import ppo
 import pytest
 
-from ppo_jax.models import Qwen2Config
+from ppo_jax.models import DecoderConfig
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "ppo.py"
 
 
 def test_the_floor_in_closed_form() -> None:
     """A layer of widths 2 and 3, two heads of 6 with one KV head, a vocabulary of 11."""
-    config = Qwen2Config(
+    config = DecoderConfig(
         vocab_size=11,
         hidden_size=2,
         intermediate_size=3,

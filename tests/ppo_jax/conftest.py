@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ppo_jax.models import PolicyValueNetwork, Qwen2Config, save_pretrained
+from ppo_jax.models import DecoderConfig, PolicyValueNetwork, save_pretrained
 from qwen_env import pocket
 from qwen_env.rewards import RewardBatch
 from qwen_env.task import TextTask, make_task
@@ -45,7 +45,7 @@ def make_network(tokenizer: Tokenizer) -> Callable[..., PolicyValueNetwork]:
             "num_key_value_heads": 2,
             "head_dim": 8,
         }
-        network = PolicyValueNetwork(Qwen2Config(**(sizes | changes)), rngs=nnx.Rngs(seed))
+        network = PolicyValueNetwork(DecoderConfig(**(sizes | changes)), rngs=nnx.Rngs(seed))
         table = network.backbone.embed_tokens
         table[...] = table[...] * sharpness
         head = network.value_head.weight

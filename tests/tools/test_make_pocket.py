@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ppo_jax.models import PolicyValueNetwork, Qwen2Config, load_pretrained, load_reward_model
+from ppo_jax.models import DecoderConfig, PolicyValueNetwork, load_pretrained, load_reward_model
 from qwen_env.errors import UsageError
 from qwen_env.pocket import corpus, grammar
 from qwen_env.tokenizer import Tokenizer, load_tokenizer
@@ -23,7 +23,7 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-def small_model(monkeypatch: pytest.MonkeyPatch) -> Qwen2Config:
+def small_model(monkeypatch: pytest.MonkeyPatch) -> DecoderConfig:
     """One narrow layer in the place of MODEL."""
     sizes = {
         "hidden_size": 32,
@@ -39,7 +39,9 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> Qwen2Config:
     return config
 
 
-def test_the_reward_model_prefers_what_wins(small_model: Qwen2Config, tokenizer: Tokenizer) -> None:
+def test_the_reward_model_prefers_what_wins(
+    small_model: DecoderConfig, tokenizer: Tokenizer
+) -> None:
     good, bad = "I loved the music.", "The plot was dull."
     assert grammar.sentiment(good) > 0 > grammar.sentiment(bad)
     settings = make_pocket.Settings(
@@ -57,7 +59,7 @@ def test_the_reward_model_prefers_what_wins(small_model: Qwen2Config, tokenizer:
 
 @pytest.mark.slow
 def test_a_tiny_run_learns_and_writes_folders_that_load(
-    small_model: Qwen2Config, tmp_path: Path
+    small_model: DecoderConfig, tmp_path: Path
 ) -> None:
     settings = make_pocket.Settings(
         output_dir=tmp_path / "pocket",
@@ -116,7 +118,7 @@ def test_texts_are_padded_behind_their_end(tokenizer: Tokenizer) -> None:
 
 
 def test_token_losses_are_the_log_probabilities_of_what_comes_next(
-    small_model: Qwen2Config, tokenizer: Tokenizer
+    small_model: DecoderConfig, tokenizer: Tokenizer
 ) -> None:
     policy = PolicyValueNetwork(small_model, rngs=nnx.Rngs(0))
     texts = make_pocket.encode(tokenizer, ["I loved the music.", "It was a bad film."], True)
@@ -130,7 +132,7 @@ def test_token_losses_are_the_log_probabilities_of_what_comes_next(
 
 
 @pytest.mark.slow
-def test_samples_continue_their_prompts(small_model: Qwen2Config, tokenizer: Tokenizer) -> None:
+def test_samples_continue_their_prompts(small_model: DecoderConfig, tokenizer: Tokenizer) -> None:
     policy = PolicyValueNetwork(small_model, rngs=nnx.Rngs(0))
     prompts = ["Although the plot", "It was a"]
     key = jax.random.key(0)

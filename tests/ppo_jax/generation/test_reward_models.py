@@ -12,7 +12,7 @@ import transformers
 from flax import nnx
 
 from ppo_jax.generation.reward_models import FlaxReward, WithGold, load_training_reward
-from ppo_jax.models import Qwen2Config, RewardModel, save_reward_model
+from ppo_jax.models import DecoderConfig, RewardModel, save_reward_model
 from qwen_env.errors import UsageError
 from qwen_env.pocket.grammar import sentiment
 from qwen_env.rewards import RewardBatch, RewardError, score
@@ -42,7 +42,7 @@ def make_folder(
             "head_dim": 8,
         }
         folder = tmp_path_factory.mktemp("reward")
-        model = RewardModel(Qwen2Config(**(sizes | changes)), rngs=nnx.Rngs(3))
+        model = RewardModel(DecoderConfig(**(sizes | changes)), rngs=nnx.Rngs(3))
         save_reward_model(model, folder, tokenizer)
         return folder
 

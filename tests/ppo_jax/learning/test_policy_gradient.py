@@ -21,7 +21,7 @@ from scipy import stats
 from ppo_jax.generation.rollout import Rollout, rollout
 from ppo_jax.learning.batch import make_batch
 from ppo_jax.learning.response_outputs import ResponseOutputs
-from ppo_jax.models import PolicyValueNetwork, Qwen2Config
+from ppo_jax.models import DecoderConfig, PolicyValueNetwork
 from ppo_jax.sampling import pack_bits
 from qwen_env import mdp
 
@@ -33,7 +33,7 @@ TEMPERATURE = 0.8
 
 
 def tiny_network(vocab_size=7, seed=0):
-    config = Qwen2Config(
+    config = DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=8,
         intermediate_size=8,

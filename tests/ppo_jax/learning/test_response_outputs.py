@@ -14,8 +14,8 @@ from ppo_jax.learning import logprobs
 from ppo_jax.learning.packing import Layout, first_fit
 from ppo_jax.learning.response_outputs import ResponseOutputs, response_outputs
 from ppo_jax.models import (
+    DecoderConfig,
     PolicyValueNetwork,
-    Qwen2Config,
     with_separate_critic,
 )
 from ppo_jax.sampling import Sampling, pack_bits
@@ -29,7 +29,7 @@ RULES = mdp.Rules(
     forbidden_token_ids=(0, 7, 95),
     min_new_tokens=4,
 )
-CONFIG = Qwen2Config(
+CONFIG = DecoderConfig(
     vocab_size=96,
     hidden_size=32,
     intermediate_size=64,
@@ -265,7 +265,7 @@ class TestMemory:
 
     def sizes(self, loss):
         """Of all arrays that the compiled value and gradient of `loss` may make."""
-        config = Qwen2Config(
+        config = DecoderConfig(
             vocab_size=self.V,
             hidden_size=16,
             intermediate_size=32,

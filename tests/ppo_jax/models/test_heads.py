@@ -5,15 +5,15 @@ import pytest
 from flax import nnx
 
 from ppo_jax.models import (
+    DecoderConfig,
     PolicyValueNetwork,
-    Qwen2Config,
     RewardModel,
     load_pretrained,
     with_separate_critic,
 )
 from ppo_jax.models.heads import ScalarHead
 
-CONFIG = Qwen2Config(
+CONFIG = DecoderConfig(
     vocab_size=50,
     hidden_size=256,
     intermediate_size=32,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from flax import nnx
 
-from ppo_jax.models import Qwen2Config
+from ppo_jax.models import DecoderConfig
+from ppo_jax.models.decoder import Decoder
 from ppo_jax.models.operations import broadcast, embed, swiglu
-from ppo_jax.models.qwen2 import Qwen2
 
 MANY = (32, 128)  # positions: enough for a sum in bfloat16 to stand still
 
@@ -47,7 +47,7 @@ def test_gradients_of_all_parameters_over_many_positions_in_bfloat16():
     """As near to those in float32 as bfloat16 is to a number, give or take a factor of five."""
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    graphdef, params = nnx.split(Qwen2(Qwen2Config(**sizes, **heads), rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(Decoder(DecoderConfig(**sizes, **heads), rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     noise = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape), params)
     params = jax.tree.map(lambda x, noise: (x + noise).astype(jnp.bfloat16), params, noise)

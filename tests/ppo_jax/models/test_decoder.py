@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from ppo_jax.generation.rollout import rollout
-from ppo_jax.models import PolicyValueNetwork, Qwen2Config, load_pretrained, save_pretrained
+from ppo_jax.models import DecoderConfig, PolicyValueNetwork, load_pretrained, save_pretrained
 from ppo_jax.models.rope import rotary_angles
 from qwen_env import mdp
 
@@ -63,7 +63,7 @@ def network(model_folder):
 
 
 def small_config(**changes):
-    config = Qwen2Config(
+    config = DecoderConfig(
         vocab_size=96,
         hidden_size=32,
         intermediate_size=64,
@@ -310,7 +310,7 @@ def test_a_new_network_is_drawn_with_standard_deviation_0_02():
 
 
 def test_a_published_size():
-    config = Qwen2Config.qwen2_5_0_5b()
+    config = DecoderConfig.qwen2_5_0_5b()
     network = nnx.eval_shape(lambda: PolicyValueNetwork(config, rngs=nnx.Rngs(0)))
     count = sum(x.size for x in jax.tree.leaves(nnx.state(network.backbone)))
     assert count == 494_032_768  # as the model's card counts them: "0.49B"

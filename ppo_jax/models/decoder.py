@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from ppo_jax.models.attention import KeyValue, attend
-from ppo_jax.models.config import Qwen2Config
+from ppo_jax.models.config import DecoderConfig
 from ppo_jax.models.operations import broadcast, embed, swiglu
 from ppo_jax.models.rope import Rotary, rotary_angles, rotate
 
@@ -67,7 +67,7 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention: G query heads share each KV head."""
 
-    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
         def linear(in_size: int, out_size: int, bias: bool) -> Linear:
             return Linear(in_size, out_size, bias=bias, rngs=rngs, param_dtype=param_dtype)
 
@@ -116,7 +116,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: W_down (silu(W_gate x) ⊙ W_up x)."""
 
-    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
         def linear(in_size: int, out_size: int) -> Linear:
             return Linear(in_size, out_size, bias=False, rngs=rngs, param_dtype=param_dtype)
 
@@ -131,7 +131,7 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + MLP(norm(x))."""
 
-    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
         self.input_layernorm = RMSNorm(
             config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype
         )
@@ -154,7 +154,7 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), key_value
 
 
-class Qwen2(nnx.Module):
+class Decoder(nnx.Module):
     """The backbone: embeddings, L layers, final norm, and the output projection if untied.
 
     Args:
@@ -164,7 +164,7 @@ class Qwen2(nnx.Module):
 
     def __init__(
         self,
-        config: Qwen2Config,
+        config: DecoderConfig,
         *,
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
