@@ -102,6 +102,11 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise UsageError(f"head_dim is {self.head_dim}; rotary positions need an even number.")
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise UsageError(
+                f"rope_scaling is {reprlib.repr(self.rope_scaling)}; it must be a Llama3Scaling, a "
+                "YarnScaling or None."
+            )
         if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1:
             raise UsageError(f"rope_theta is {self.rope_theta}; YaRN needs more than 1.")
 

@@ -198,7 +198,10 @@ def _rope_settings(content: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise UsageError(f"{name} is {reprlib.repr(found)}; it must be an object.")
         if found and group and found != group:
-            raise UsageError("rope_parameters and rope_scaling differ; leave one of them.")
+            raise UsageError(
+                "rope_parameters and rope_scaling differ; leave one of them, with all that is said "
+                "of RoPE."
+            )
         group = group or found
     settings = {key: value for key, value in group.items() if value is not None}
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ppo_jax.generation.rollout import rollout
 from ppo_jax.models import DecoderConfig, PolicyValueNetwork, load_pretrained, save_pretrained
+from ppo_jax.models.config_json import config_from_json
 from ppo_jax.models.rope import rotary_angles
 from qwen_env import mdp
 
@@ -309,8 +310,60 @@ def test_a_new_network_is_drawn_with_standard_deviation_0_02():
     np.testing.assert_array_equal(backbone.norm.weight[...], 1.0)
 
 
-def test_a_published_size():
-    config = DecoderConfig.qwen2_5_0_5b()
+# What their config.json say, without what says nothing of sizes.
+QWEN3_0_6B = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "attention_bias": False,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+}
+LLAMA_3_2_1B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "attention_bias": False,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "pretraining_tp": 1,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (DecoderConfig.qwen2_5_0_5b(), 494_032_768),
+        (config_from_json(QWEN3_0_6B), 596_049_920),
+        (config_from_json(LLAMA_3_2_1B), 1_235_814_400),
+    ],
+    ids=["Qwen2.5-0.5B", "Qwen3-0.6B", "Llama-3.2-1B"],
+)
+def test_published_sizes(config, expected):
+    """As the models' pages count them."""
     network = nnx.eval_shape(lambda: PolicyValueNetwork(config, rngs=nnx.Rngs(0)))
-    count = sum(x.size for x in jax.tree.leaves(nnx.state(network.backbone)))
-    assert count == 494_032_768  # as the model's card counts them: "0.49B"
+    assert sum(x.size for x in jax.tree.leaves(nnx.state(network.backbone))) == expected

@@ -1,13 +1,17 @@
 """Inverse frequencies against transformers', with the numbers of published models."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ppo_jax.models import DecoderConfig, Llama3Scaling, YarnScaling
 from ppo_jax.models.config_json import config_from_json
 from ppo_jax.models.rope import attention_factor, inverse_frequencies, rotary_angles
+from qwen_env.errors import UsageError
 
 SIZES = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 9, "num_hidden_layers": 1}
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -53,3 +57,19 @@ def test_far_angles_are_those_of_transformers():
     for ours, expected in ((cos, angles.cos()), (sin, angles.sin())):
         np.testing.assert_allclose(ours[..., :32], expected, rtol=0, atol=131_072 * 2**-23)
         np.testing.assert_array_equal(ours[..., :32], ours[..., 32:])
+
+
+def test_yarn_makes_room_for_longer_sequences():
+    """Qwen's cards say to add it to a config that still has the number of positions of before."""
+    config = replace(DecoderConfig.qwen2_5_0_5b(), rope_scaling=YarnScaling(4.0, 32768))
+    assert config.max_position_embeddings == 32_768
+    assert config.max_length == 131_072
+    shorter = replace(config, rope_scaling=YarnScaling(4.0, 4096))
+    assert shorter.max_length == 32_768
+    llama3 = replace(config, rope_scaling=Llama3Scaling(32.0, 1.0, 4.0, 8192))
+    assert llama3.max_length == 32_768
+
+
+def test_a_scaling_is_no_dict():
+    with pytest.raises(UsageError, match=r"rope_scaling is \{'rope_type': 'yarn'\}; it must be a"):
+        replace(DecoderConfig.qwen2_5_0_5b(), rope_scaling={"rope_type": "yarn"})
