@@ -122,7 +122,7 @@ def theirs(reader, prompt_ids) -> Theirs:
         model = Qwen2ForCausalLM(config)
     names = get_gguf_hf_weights_map(model, TensorProcessor(config.to_dict()))
     state = {
-        names[tensor.name]: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+        names[tensor.name]: torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
         for tensor in reader.tensors
     }
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
