@@ -119,17 +119,23 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     - `tokenizer=None`: a Hugging Face folder, a hub id, a `.gguf` file, or a tokenizer of the
       `tokenizers` or `transformers` packages. Default: the pocket task's.
     - `prompts=None`: the path of a `.jsonl` file, or a list or `datasets.Dataset` of texts or of
-      rows with `"prompt"` (text) or `"messages"` (a chat); other columns reach the reward
-      function. `qwen_env.rewards.reasoning_gym.ReasoningGym` makes prompts and their reward from a
-      task of that package. Default: the pocket task's.
+      rows with `"prompt"` (text) or `"messages"` (a chat), which may have `"tools"`; other columns
+      reach the reward function. Default: the task's, or the pocket task's.
     - `reward`: a callable, or the name of one: `"package.module:callable"`; or
       `"hf:FOLDER_OR_HUB_ID"`, a sequence-classification model run by `transformers`, with options
       as in `"hf:FOLDER?device=cuda&dtype=bfloat16&batch_size=64"`; or `"http://HOST:PORT/PATH"`, a
       reward server (see `qwen_env.rewards.http`, also for time limits); or a weighted sum,
       `"1.0 * SPEC + 0.2 * SPEC"` or `{name: (weight, reward)}`. Default: the pocket grammar's
       sentiment.
-    - `max_prompt_length=32`, `max_new_tokens=32`: limits, in tokens. With `max_new_tokens=1`
-      Gymnasium's `check_env` fails ("truncates after 1 step"): it requires at least two.
+    - `task=None`: prompts and the reward that verifies the answers, by one name: `"gsm8k"`, or
+      `"gsm8k:FOLDER_OR_FILE"`; `"reasoning_gym:NAME"`, a task of that package with options as in
+      `"reasoning_gym:chain_sum?min_terms=3&max_terms=4&size=2000"`; or `"package.module:callable"`,
+      which makes a `qwen_env.tasks.NamedTask`; or such a task itself. `prompts` may name others
+      whose rows have the same columns, such as its `held_out`; `reward` must be left out.
+    - `max_prompt_length=None`: the longest prompt, in tokens. Default: 32, or the longest that a
+      `task` has.
+    - `max_new_tokens=32`: the longest response, in tokens. With 1, Gymnasium's `check_env` fails
+      ("truncates after 1 step"): it requires at least two.
     - `vocab_size=None`: the model's vocabulary size, if it is padded beyond the tokenizer's.
     - `eos_token_ids=None`: the id, or ids, that end the response. Default: what the tokenizer's
       folder says.
@@ -137,9 +143,11 @@ class QwenTextEnv(gym.Env[Observation, Any]):
       it. It is looked for in what the tokens spell, across their borders; the prompt and special
       tokens do not count.
     - `chat_template=None`: `None` renders chats with the tokenizer's template and takes text as it
-      is; `True`, or a template, also makes text a user's message; `False` takes no chats.
-    - `chat_template_kwargs=None`: variables for the template, such as `{"enable_thinking": False}`;
-      a row may have its own in a column of this name.
+      is; `True`, or a template, or the name of one of the tokenizer's, also makes text a user's
+      message; `False` takes no chats.
+    - `chat_template_kwargs=None`: arguments of `apply_chat_template`, such as
+      `{"continue_final_message": True}` or variables for the template
+      (`{"enable_thinking": False}`); a row may have its own in a column of this name.
     - `system_prompt=None`: goes before every chat without a system message.
     - `prompt_overflow="error"`: what to do with a prompt over the limit; or `"drop"`, or
       `"truncate_left"`.

@@ -224,13 +224,14 @@ class PromptDataset(Sequence[Prompt]):
         return iter(self._prompts)
 
 
-def load_prompts(source: Any, encoder: PromptEncoder) -> PromptDataset:
+def load_prompts(source: Any, encoder: PromptEncoder, name: str = "prompts") -> PromptDataset:
     """Read, tokenise and check all the prompts of `source`.
 
     Args:
         source: the path of a `.jsonl` file, or an iterable (a list, a `datasets.Dataset`) of
             texts or of rows; a row has `"prompt"` (text) or `"messages"` (a chat), and its other
             columns reach the reward function. A `PromptDataset` is taken as it is.
+        name: what messages call a source that is no file.
 
     Raises:
         UsageError: a row is wrong (named by file and line, or by index), or there are no prompts.
@@ -239,23 +240,23 @@ def load_prompts(source: Any, encoder: PromptEncoder) -> PromptDataset:
         longest = max((len(prompt.ids) for prompt in source), default=0)
         if longest > encoder.max_prompt_length:
             raise UsageError(
-                f"prompts holds a prompt of {longest} tokens, over the limit of "
+                f"{name} holds a prompt of {longest} tokens, over the limit of "
                 f"{encoder.max_prompt_length}; raise max_prompt_length."
             )
         return source
     if isinstance(source, str | Path):
-        name, rows = str(source), _read_jsonl(expand(source))
+        name, rows = str(source), read_jsonl(expand(source))
     elif isinstance(source, Set):
-        raise UsageError("prompts is a set, whose order no seed can reproduce; sort it.")
+        raise UsageError(f"{name} is a set, whose order no seed can reproduce; sort it.")
     elif type(source).__name__ == "DataFrame":  # whose items are its columns
-        raise UsageError("prompts is a DataFrame; give its rows, as df.to_dict('records') does.")
+        raise UsageError(f"{name} is a DataFrame; give its rows, as df.to_dict('records') does.")
     elif isinstance(source, Iterable) and not isinstance(source, Mapping | bytes):
         if type(source).__module__.startswith("datasets."):
             source = _rows_of_dataset(source)
-        name, rows = "prompts", ((f"prompts[{i}]", row) for i, row in enumerate(source))
+        rows = ((f"{name}[{i}]", row) for i, row in enumerate(source))
     else:
         raise UsageError(
-            f"prompts is a {type(source).__name__}; give the path of a .jsonl file, a list of "
+            f"{name} is a {type(source).__name__}; give the path of a .jsonl file, a list of "
             "texts or rows, or a datasets.Dataset."
         )
     encoded = [encoder.encode(row, index, place) for index, (place, row) in enumerate(rows)]
@@ -282,8 +283,12 @@ def _without_nones(value: Any) -> Any:
     return value
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row, after its name in messages. Blank lines are skipped."""
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each row of a .jsonl file, after its name in messages. Blank lines are skipped.
+
+    Raises:
+        UsageError: no such file, it cannot be read, or a line is not JSON in UTF-8.
+    """
     kind = kind_of(path)
     if kind == "nothing":
         raise UsageError(

@@ -21,10 +21,14 @@ from qwen_env.prompts import Overflow, Prompt, PromptDataset, PromptEncoder, loa
 from qwen_env.rewards import RewardBatch, RewardFn, load_reward, score
 from qwen_env.rewards.sentiment import pocket_sentiment
 from qwen_env.stop_strings import StopStrings, make_stop_strings
+from qwen_env.tasks import load_named_task
 from qwen_env.tokenizer import Tokenizer, load_tokenizer
 from qwen_env.tokenizer.token_bytes import special_tokens, token_bytes
 
 _RESET_OPTIONS = ("prompt", "messages", "prompt_index")
+
+_DEFAULT_PROMPT_LENGTH = 32
+_ANY_LENGTH = 2**30  # leaves room for a response in an int32
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class TextTask:
 
     `prompt_encoder` is what tokenised the prompts; it also tokenises those that the options of a
     reset bring. `missing_eos_penalty` is taken from the reward of a response that was cut off.
+    `answer_of` is a named task's: the answer that a completion gives, in a normal form; None where
+    it gives none.
     """
 
     tokenizer: Tokenizer
@@ -63,6 +69,7 @@ class TextTask:
     rules: mdp.Rules
     reward: RewardFn
     missing_eos_penalty: float
+    answer_of: Callable[[str], str | None] | None = None
 
     @property
     def action_space(self) -> spaces.Discrete:
@@ -246,7 +253,8 @@ def make_task(
     tokenizer: Any = None,
     prompts: Any = None,
     reward: Any = pocket_sentiment,
-    max_prompt_length: int = 32,
+    task: Any = None,
+    max_prompt_length: int | None = None,
     max_new_tokens: int = 32,
     vocab_size: int | None = None,
     eos_token_ids: int | Sequence[int] | None = None,
@@ -266,6 +274,14 @@ def make_task(
         UsageError: an argument is wrong.
     """
     one_of("prompt_order", prompt_order, get_args(PromptOrder))
+    named = None if task is None else load_named_task(task)
+    if named is not None and reward is not pocket_sentiment:
+        raise UsageError(
+            f"The task {named.name} has a reward of its own; leave task or reward out."
+        )
+    fits_longest = max_prompt_length is None and named is not None
+    if max_prompt_length is None:
+        max_prompt_length = _ANY_LENGTH if fits_longest else _DEFAULT_PROMPT_LENGTH
     missing_eos_penalty = finite("missing_eos_penalty", missing_eos_penalty)
     if missing_eos_penalty < 0:
         raise UsageError(
@@ -309,14 +325,23 @@ def make_task(
         system_prompt,
         chat_template_kwargs,
     )
+    source, name = pocket.TRAIN_PROMPTS if prompts is None else prompts, "prompts"
+    if named is not None and prompts is None:
+        source, name = named.prompts, named.name
+    dataset = load_prompts(source, encoder, name)
+    if fits_longest:
+        longest = max(len(prompt.ids) for prompt in dataset)
+        rules = replace(rules, max_prompt_length=longest)
+        encoder = replace(encoder, max_prompt_length=longest)
     return TextTask(
         tokenizer=tokenizer,
-        prompts=load_prompts(pocket.TRAIN_PROMPTS if prompts is None else prompts, encoder),
+        prompts=dataset,
         prompt_encoder=encoder,
         prompt_order=prompt_order,
         rules=rules,
-        reward=load_reward(reward),
+        reward=load_reward(reward if named is None else named.reward),
         missing_eos_penalty=missing_eos_penalty,
+        answer_of=None if named is None else named.answer_of,
     )
 
 

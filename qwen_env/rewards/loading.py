@@ -1,15 +1,13 @@
 """From what a person writes to a reward function."""
 
-import os
 import re
-import sys
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import parse_qsl
 
 from qwen_env.errors import UsageError
+from qwen_env.importing import import_attribute
 from qwen_env.rewards.addresses import redacted, shown
 from qwen_env.rewards.base import RewardFn, describe, is_ctrl_c, may_be_named, place
 from qwen_env.rewards.weighted_sum import WeightedSum, weight_and_reward
@@ -130,22 +128,8 @@ def _load_huggingface(rest: str) -> RewardFn:
 
 
 def _load_callable(module_name: str, attribute: str) -> RewardFn:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    if module_name.startswith("."):
-        raise UsageError(
-            f"reward {module_name}:{attribute}: name the module in full, without leading dots."
-        )
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module exists; something that it imports does not
-        raise UsageError(
-            f"reward {module_name}:{attribute}: there is no module {module_name!r}; it is looked "
-            "for among the installed packages and in the current directory."
-        ) from error
-    reward: RewardFn = _instance(getattr(module, attribute, None), f"{module_name}:{attribute}")
+    named = import_attribute("reward", module_name, attribute)
+    reward: RewardFn = _instance(named, f"{module_name}:{attribute}")
     if not callable(reward):
         raise UsageError(
             f"reward {module_name}:{attribute}: {module_name} has no callable {attribute!r}."

@@ -1,0 +1,253 @@
+"""Tasks of the package `reasoning-gym`: generated questions whose answers it verifies.
+
+The answer of a completion is what its last `<answer>...</answer>` holds, or else all of it. The
+reward is the package's own score of that, in [0, 1]: many of its tasks give a share of 1 for an
+answer that is partly right, or that comes with other words. `accuracy` is 1 where the score is
+exactly 1: of a bare number, "42" and "42.0" are right, and "The answer is 42" is not.
+"""
+
+import dataclasses
+import re
+import types
+import typing
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from fractions import Fraction
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+
+from qwen_env.arguments import integer
+from qwen_env.errors import UsageError, reason
+from qwen_env.extras import import_extra
+from qwen_env.rewards.base import RewardBatch, RewardError, row_name
+from qwen_env.tasks.base import NamedTask, perhaps
+from qwen_env.tasks.numbers import numbers_in
+
+INSTRUCTION = "Give your final answer between <answer> and </answer>."
+"""Fits answers of all kinds, also those of several lines, and lets a model think first; the stop
+string "</answer>" then ends a response. Where only a few tokens are allowed, an instruction such
+as "Reply with the final number only." fits better."""
+
+_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+_SEEDS = 2**32
+_HELD_OUT = 2**31  # between the seed of the questions to train on and that of the held-out ones
+_OWN_OPTIONS = ("size", "held_out_size", "seed", "instruction")
+
+
+class Verify:
+    """The reward of a task of `reasoning-gym`; rows hold an entry of its data set.
+
+    An answer that the package fails on, as some of its tasks do on text that is none, scores 0.
+    """
+
+    def __init__(self, name: str, dataset: Any):
+        self.__qualname__ = f"reasoning_gym:{name}"  # the name in messages
+        self._dataset = dataset
+
+    def __call__(self, batch: RewardBatch) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
+        """The scores, float32 [N], and their `accuracy`.
+
+        Raises:
+            RewardError: a row holds no entry of the task.
+        """
+        scores = np.zeros(len(batch))
+        for index, (completion, row) in enumerate(zip(batch.completions, batch.rows, strict=True)):
+            if not {"question", "answer", "metadata"} <= row.keys():
+                raise RewardError(
+                    f"{row_name(batch, index)} is no question of {self.__qualname__}, so its "
+                    "answer cannot be verified."
+                )
+            scores[index] = self._score(extract_answer(completion), dict(row))
+        return scores.astype(np.float32), {"accuracy": (scores == 1).astype(np.float32)}
+
+    def _score(self, answer: str, entry: dict[str, Any]) -> float:
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of NumPy, about text that is no array
+                return float(self._dataset.score_answer(answer, entry))
+        except Exception:  # of whatever kind its parsers raise
+            return 0.0
+
+
+def reasoning_gym(
+    name: str,
+    *,
+    size: int = 500,
+    held_out_size: int = 256,
+    seed: int = 0,
+    instruction: str = INSTRUCTION,
+    **config: Any,
+) -> NamedTask:
+    """A task of `reasoning-gym` with questions to train on and others that are held out.
+
+    No question is asked twice: one that was generated before gives way to the next. Rows hold the
+    prompt and the package's entry (`question`, `answer`, `metadata`).
+
+    Args:
+        name: the task's name in `reasoning-gym`, such as `chain_sum`.
+        size: the number of questions to train on.
+        held_out_size: the number of questions that are held out.
+        seed: decides which questions.
+        instruction: follows each question, on a line of its own; none where it is empty.
+        config: the task's own options.
+
+    Raises:
+        UsageError: no such task, an option that it does not take (near names are named), or fewer
+            different questions than are asked for.
+        gymnasium.error.DependencyNotInstalled: `reasoning-gym` is missing.
+    """
+    _check_options(name, config)
+    size = integer("size", size, at_least=1)
+    held_out_size = integer("held_out_size", held_out_size, at_least=1)
+    if not 0 <= integer("seed", seed) < _SEEDS:
+        raise UsageError(f"seed is {seed}; it must be at least 0 and below 2**32.")
+    held_out = list(islice(_entries(name, held_out_size, seed + _HELD_OUT, config), held_out_size))
+    asked = {entry["question"] for entry in held_out}
+    fresh = (e for e in _entries(name, size, seed, config) if e["question"] not in asked)
+    train = list(islice(fresh, size))
+    if len(train) < size or len(held_out) < held_out_size:
+        raise UsageError(
+            f"reasoning_gym:{name} with these options has too few different questions: size is "
+            f"{size} and held_out_size {held_out_size}, but {len(train) + len(held_out)} were "
+            "found; lower them, or widen its options."
+        )
+    ending = f"\n{instruction}" if instruction else ""
+    rows, held_out_rows = (
+        [{**entry, "prompt": entry["question"] + ending} for entry in entries]
+        for entries in (train, held_out)
+    )
+    are_numbers = all(_number(entry["answer"] or "") is not None for entry in train)
+    return NamedTask(
+        f"reasoning_gym:{name}",
+        rows,
+        held_out_rows,
+        Verify(name, _create(name, {**config, "size": size, "seed": seed})),
+        _number_of if are_numbers else _text_of,
+    )
+
+
+def reasoning_gym_from_text(name: str, options: Mapping[str, str]) -> NamedTask:
+    """The same with options as text, each of the type that the task's own field has.
+
+    Raises:
+        UsageError: one cannot be of that type; else as `reasoning_gym`.
+    """
+    hints = {**_hints(name), "size": int, "held_out_size": int, "seed": int, "instruction": str}
+    _check_options(name, options)
+    values = {
+        option: parsed(f"{option} of reasoning_gym:{name}", text, hints[option])
+        for option, text in options.items()
+    }
+    return reasoning_gym(name, **values)
+
+
+def extract_answer(completion: str) -> str:
+    """What the last `<answer>...</answer>` holds, or else the whole completion, stripped."""
+    found = _ANSWER.findall(completion)
+    return (found[-1] if found else completion).strip()
+
+
+def parsed(name: str, text: str, hint: Any) -> Any:
+    """`text`, called `name` in messages, as the type `hint`; the items of a list have commas
+    between them.
+
+    Raises:
+        UsageError: it is not of that type, or no text can be.
+    """
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if text == "None" and type(None) in parts:
+            return None
+        (hint,) = (part for part in parts if part is not type(None))
+        return parsed(name, text, hint)
+    if hint is bool:
+        if text.lower() in ("true", "false", "1", "0"):
+            return text.lower() in ("true", "1")
+        raise UsageError(f"{name} is {text!r}; it must be true or false.")
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            kind = "an integer" if hint is int else "a number"
+            raise UsageError(f"{name} is {text!r}; it must be {kind}.") from None
+    if hint is str:
+        return text
+    if origin is typing.Literal or (isinstance(hint, type) and issubclass(hint, Enum)):
+        choices = {str(part): part for part in parts} or {part.name: part for part in hint}
+        if text in choices:
+            return choices[text]
+        raise UsageError(f"{name} is {text!r}; it must be one of {', '.join(map(repr, choices))}.")
+    if origin in (list, tuple, Sequence):
+        items = [item.strip() for item in text.split(",")] if text else []
+        values = [parsed(f"item {i} of {name}", item, parts[0]) for i, item in enumerate(items)]
+        return tuple(values) if origin is tuple else values
+    raise UsageError(
+        f"{name} cannot be written as text; make the task in Python, with "
+        "qwen_env.tasks.reasoning_gym.reasoning_gym."
+    )
+
+
+def _entries(name: str, size: int, seed: int, config: Mapping[str, Any]) -> Iterator[Any]:
+    """Entries with different questions, from `seed` on, until `size` in a row bring no new one."""
+    asked: set[str] = set()
+    for start in count(seed, size):  # most tasks make question i of the seed plus i
+        num_asked = len(asked)
+        for entry in _create(name, {**config, "size": size, "seed": start % _SEEDS}):
+            if entry["question"] not in asked:
+                asked.add(entry["question"])
+                yield entry
+        if len(asked) == num_asked:
+            return
+
+
+def _create(name: str, config: Mapping[str, Any]) -> Any:
+    package = import_extra("reasoning_gym", package="reasoning-gym")
+    try:
+        return package.create_dataset(name, **config)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UsageError(f"reasoning_gym:{name}: {reason(error)}.") from error
+
+
+def _hints(name: str) -> dict[str, Any]:
+    """The types of the options that the package's task `name` takes.
+
+    Raises:
+        UsageError: it has no such task.
+    """
+    tasks = import_extra("reasoning_gym.factory", package="reasoning-gym").DATASETS
+    if name not in tasks:
+        near = perhaps(name, tasks) or f"it has {', '.join(sorted(tasks))}; "
+        raise UsageError(
+            f"reasoning-gym has no task {name!r}; {near}name one as in 'reasoning_gym:chain_sum'."
+        )
+    _, config_class = tasks[name]
+    hints = typing.get_type_hints(config_class)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    known = sorted({*_hints(name), *_OWN_OPTIONS})
+    for option in options:
+        if option not in known:
+            raise UsageError(
+                f"reasoning_gym:{name} has no option {option!r}; {perhaps(option, known)}it has "
+                f"{', '.join(known)}."
+            )
+
+
+def _number(text: str) -> Fraction | None:
+    """The value of a text that is a number and nothing else."""
+    found = numbers_in(text)
+    is_all = len(found) == 1 and (found[0].start, found[0].end) == (0, len(text))
+    return found[0].value if is_all else None
+
+
+def _number_of(completion: str) -> str | None:
+    number = _number(extract_answer(completion).removesuffix("."))
+    return None if number is None else str(number)
+
+
+def _text_of(completion: str) -> str | None:
+    return " ".join(extract_answer(completion).split()) or None
