@@ -4,14 +4,19 @@ The one place where a task is put together, for every command and for Python.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ppo_jax.config import TaskConfig
 from ppo_jax.generation.reward_models import load_training_reward
 from ppo_jax.models import PolicyValueNetwork, load_pretrained
 from qwen_env.errors import UsageError
+from qwen_env.files import read_json
+from qwen_env.gguf_file import open_gguf
+from qwen_env.hub import resolve
 from qwen_env.prompts import PromptDataset, PromptEncoder, load_prompts
 from qwen_env.task import TextTask, make_task
+from qwen_env.tasks import load_named_task
 from qwen_env.tokenizer import load_tokenizer
 
 _ANY_LENGTH = 2**31 - 1
@@ -37,9 +42,10 @@ def assemble(
     """Load what `settings` name, the network last, since it takes longest.
 
     Args:
-        prompts: instead of those that `settings` name: whatever the environment takes as prompts.
-        reward: instead of the one that `settings` name: a function of a `RewardBatch`, or the name
-            of one.
+        prompts: instead of those that `settings` or their task name: whatever the environment takes
+            as prompts.
+        reward: instead of the one that `settings` or their task name: a function of a
+            `RewardBatch`, or the name of one.
         dtype: the type that the network computes in.
         param_dtype: the type that its parameters are kept in.
         say: is told how many prompts were dropped, if any were.
@@ -48,37 +54,48 @@ def assemble(
         UsageError: a setting, or a file that it names, is wrong.
         gymnasium.error.DependencyNotInstalled: an optional package is missing.
     """
-    reward = settings.reward if reward is None else reward
-    if prompts is None and settings.prompts is None:
-        raise UsageError("There are no prompts; name them, such as --prompts my_prompts.jsonl.")
+    is_given = prompts is not None and reward is not None
+    named = None if settings.task is None or is_given else load_named_task(settings.task)
+    if prompts is None and named is None and settings.prompts is None:
+        raise UsageError(
+            "There are no prompts; name them, such as --prompts my_prompts.jsonl, or a task."
+        )
     if reward is None:
-        raise UsageError("There is no reward; name one, such as --reward my_rewards:my_function.")
+        reward = settings.reward if named is None else named.reward
+    if reward is None:
+        raise UsageError(
+            "There is no reward; name one, such as --reward my_rewards:my_function, or a task."
+        )
     tokenizer = load_tokenizer(settings.model)
     encoder = PromptEncoder(
         tokenizer,
-        settings.max_prompt_length or _ANY_LENGTH,
+        settings.max_prompt_length or _positions(settings.model),
         overflow=settings.prompt_overflow,
         chat_template=True if settings.chat else None,
         system_prompt=settings.system_prompt,
     )
 
-    def read(source: Any) -> PromptDataset:
-        dataset = load_prompts(source, encoder)
+    def read(source: Any, name: str) -> PromptDataset:
+        dataset = load_prompts(source, encoder, name)
         if dropped := dataset.num_dropped:
-            name = source if isinstance(source, str) else "the prompts"
             say(
                 f"Dropped {dropped} of {dropped + len(dataset)} prompts of {name}: more than "
-                f"{settings.max_prompt_length} tokens."
+                f"{encoder.max_prompt_length} tokens."
             )
         return dataset
 
     held_out: PromptDataset | None = None
     if prompts is not None:
-        prompts = read(prompts)
-    elif settings.eval_prompts is not None:
-        prompts, held_out = read(settings.prompts), read(settings.eval_prompts)
+        prompts = read(prompts, prompts if isinstance(prompts, str) else "prompts")
     else:
-        prompts, held_out = _set_apart(read(settings.prompts), str(settings.prompts))
+        name = str(settings.prompts) if named is None else named.name
+        prompts = read(settings.prompts if named is None else named.prompts, name)
+        if settings.eval_prompts is not None:
+            held_out = read(settings.eval_prompts, settings.eval_prompts)
+        elif named is not None and named.held_out is not None:
+            held_out = read(named.held_out, f"{name} (held out)")
+        else:
+            prompts, held_out = _set_apart(prompts, name)
     reward = load_training_reward(reward, tokenizer, settings.gold_reward)
     network = load_pretrained(settings.model, dtype=dtype, param_dtype=param_dtype)
     longest = max(len(prompt.ids) for dataset in (prompts, held_out or ()) for prompt in dataset)
@@ -96,7 +113,22 @@ def assemble(
         prompt_overflow=settings.prompt_overflow,
         missing_eos_penalty=settings.missing_eos_penalty,
     )
+    if named is not None:
+        task = replace(task, answer_of=named.answer_of)
     return Assembly(network, task, held_out)
+
+
+def _positions(model: str) -> int:
+    """The positions that `model` has, which no prompt can exceed; a large number where its files
+    do not say, of which its loading will complain."""
+    if model.endswith(".gguf"):
+        fields = open_gguf(model).fields
+        field = next((fields[name] for name in fields if name.endswith(".context_length")), None)
+        positions = field and field.contents()
+    else:
+        folder = resolve(model, allow_patterns=["config.json"])
+        positions = read_json(folder / "config.json").get("max_position_embeddings")
+    return positions if isinstance(positions, int) and positions > 0 else _ANY_LENGTH
 
 
 def _set_apart(prompts: PromptDataset, name: str) -> tuple[PromptDataset, PromptDataset]:

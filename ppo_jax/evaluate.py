@@ -34,6 +34,8 @@ PROG = "ppo-evaluate"
 
 _MAY_DIFFER = {
     "model",
+    "task",
+    "eval_prompts",
     "prompts",
     "max_prompt_length",
     "prompt_overflow",
@@ -133,7 +135,8 @@ def evaluate(arguments: Arguments, run: TrainedRun | None = None) -> dict[str, d
     """
     settings, prompts, dtype = arguments.task, arguments.task.prompts, "float32"
     if run is not None:
-        settings = replace(settings, prompts=run.config.task.prompts)
+        if settings.task is None:
+            settings = replace(settings, prompts=run.config.task.prompts)
         dtype = run.config.run.dtype
     network, task, held_out = assemble(settings, prompts=prompts, dtype=dtype, say=cli.say)
     if run is not None:

@@ -50,12 +50,20 @@ def hidden(default: Any) -> Any:
 def parse(default: Arguments, argv: Sequence[str], *, prog: str) -> Arguments:
     """`default`, an instance of a dataclass, with what the flags in `argv` say instead.
 
+    A dataclass may say in `replaces` which of its other fields a flag that changes something makes
+    None, where these are not given as well.
+
     Raises:
         UsageError: an unknown flag, a flag without its value, or a value that cannot be.
         SystemExit: after `--help`, which prints the flags and their defaults.
     """
     description = inspect.getdoc(type(default)) or ""
-    parser = _Parser(prog=prog, description=description.split("\n\n")[0], allow_abbrev=False)
+    parser = _Parser(
+        prog=prog,
+        description=description.split("\n\n")[0],
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # what is not given is not there
+    )
     _add_flags(parser, default)
     # --output_dir and --output-dir are one flag; what follows -- is none.
     end = argv.index("--") if "--" in argv else len(argv)
@@ -94,24 +102,21 @@ def _add_flags(group: Any, settings: Any) -> None:
         flag = f"--{field.name.replace('_', '-')}"
         kind, is_optional = without_none(hints[field.name])
         if metavar := field.metadata.get("positional"):
-            group.add_argument(field.name, nargs="*", default=value, metavar=metavar, help=text)
+            group.add_argument(field.name, nargs="*", metavar=metavar, help=text)
         elif kind is bool:
             action = argparse.BooleanOptionalAction
-            group.add_argument(flag, action=action, default=value, help=_with_default(text, value))
+            group.add_argument(flag, action=action, help=_with_default(text, value))
         elif get_origin(kind) is tuple:
             (item, _) = get_args(kind)
             shown = _with_default(text, " ".join(map(str, value)) or "none")
             metavar = item.__name__.upper()
-            group.add_argument(
-                flag, nargs="*", type=item, default=value, metavar=metavar, help=shown
-            )
+            group.add_argument(flag, nargs="*", type=item, metavar=metavar, help=shown)
         else:
             choices = get_args(kind) if get_origin(kind) is Literal else None
             group.add_argument(
                 flag,
                 type=_converter(str if choices else kind, is_optional),
                 choices=choices and (*choices, None) if is_optional else choices,
-                default=value,
                 metavar=None if choices else kind.__name__.upper(),
                 help=_with_default(text, value),
             )
@@ -131,7 +136,7 @@ def _converter(kind: Any, is_optional: bool) -> Any:
 
 
 def _with_values(settings: Any, values: dict[str, Any]) -> Any:
-    changes = {}
+    changes: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
@@ -139,6 +144,9 @@ def _with_values(settings: Any, values: dict[str, Any]) -> Any:
         elif field.name in values:
             given = values[field.name]
             changes[field.name] = tuple(given) if isinstance(given, list) else given
+    for name, others in getattr(settings, "replaces", {}).items():
+        if name in changes and changes[name] != getattr(settings, name):
+            changes |= {other: None for other in others if other not in values}
     return dataclasses.replace(settings, **changes)
 
 

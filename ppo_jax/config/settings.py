@@ -7,8 +7,9 @@ the text below it is the flag's help.
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ppo_jax.algorithm import Aggregation, KlEstimator
 from ppo_jax.config.fields import (
@@ -64,6 +65,10 @@ class ResponseConfig(Checked):
 class TaskConfig(ResponseConfig):
     """What the model is asked, and what its answers are worth."""
 
+    task: str | None = None
+    """A task by name, which brings prompts, held-out prompts, and the reward that verifies the
+    answers: "gsm8k", "gsm8k:FOLDER_OR_FILE", "reasoning_gym:NAME" with options as in
+    "reasoning_gym:chain_sum?min_terms=3&size=2000", or "package.module:callable"."""
     prompts: str | None = str(pocket.TRAIN_PROMPTS)
     """Prompts to train on: a .jsonl file whose objects hold "prompt" (text) or "messages" (a
     chat)."""
@@ -81,6 +86,27 @@ class TaskConfig(ResponseConfig):
     """What to do with a longer prompt: refuse it, drop it, or cut off its beginning."""
     missing_eos_penalty: Factor = 0.0
     """Subtract this from the score of a response that the length limit cut off."""
+
+    replaces: ClassVar[Mapping[str, Sequence[str]]] = {
+        "task": ("prompts", "eval_prompts", "reward", "gold_reward", "max_prompt_length"),
+        "prompts": ("task",),
+        "reward": ("task",),
+    }
+    """What a flag makes None unless it is given too: what the preset says of another task."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task is None:
+            return
+        for name in self.replaces["task"]:  # the defaults are the pocket task's
+            if getattr(self, name) == getattr(type(self), name):
+                object.__setattr__(self, name, None)
+        for name in ("prompts", "reward"):
+            if (value := getattr(self, name)) is not None:
+                raise UsageError(
+                    f"task is {self.task!r}, which brings prompts and a reward of its own, but "
+                    f"{name} is {value!r}; leave one of the two out."
+                )
 
 
 @dataclass(frozen=True)

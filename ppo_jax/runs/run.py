@@ -231,8 +231,9 @@ class Run:
                 f"{self.folder.path} was started with: its weights have changed."
             )
         if self.state.prompts_digest != now.prompts_digest:
+            asked = self.agent.config.task
             raise UsageError(
-                f"{self.agent.config.task.prompts} does not hold the prompts that the run in "
+                f"{asked.task or asked.prompts} does not hold the prompts that the run in "
                 f"{self.folder.path} was started with; put those back, or start another run."
             )
         if iteration > total:

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from qwen_env.errors import UsageError, reason
+from qwen_env.errors import RewardError, UsageError, reason
 from qwen_env.extras import import_extra
 from qwen_env.files import expand, kind_of
 from qwen_env.prompts import read_jsonl
-from qwen_env.rewards.base import RewardBatch, RewardError, row_name
+from qwen_env.rewards.base import RewardBatch, row_name
 from qwen_env.tasks.base import NamedTask
 from qwen_env.tasks.numbers import numbers_in, plain
 

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from qwen_env.arguments import integer
-from qwen_env.errors import UsageError, reason
+from qwen_env.errors import RewardError, UsageError, reason
 from qwen_env.extras import import_extra
-from qwen_env.rewards.base import RewardBatch, RewardError, row_name
+from qwen_env.rewards.base import RewardBatch, row_name
 from qwen_env.tasks.base import NamedTask, perhaps
 from qwen_env.tasks.numbers import numbers_in
 
@@ -216,7 +216,7 @@ def _hints(name: str) -> dict[str, Any]:
     Raises:
         UsageError: it has no such task.
     """
-    tasks = import_extra("reasoning_gym.factory", package="reasoning-gym").DATASETS
+    tasks = import_extra("reasoning_gym", package="reasoning-gym").factory.DATASETS
     if name not in tasks:
         near = perhaps(name, tasks) or f"it has {', '.join(sorted(tasks))}; "
         raise UsageError(

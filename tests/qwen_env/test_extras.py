@@ -7,8 +7,8 @@ from gymnasium.error import DependencyNotInstalled
 
 from qwen_env.rewards import load_reward, score
 from qwen_env.rewards.base import RewardBatch
-from qwen_env.rewards.reasoning_gym import ReasoningGym
 from qwen_env.rewards.sentiment import _vader, vader_compound
+from qwen_env.tasks import load_named_task
 from qwen_env.tokenizer.gguf import load_gguf_tokenizer
 
 EMPTY = RewardBatch([], [], [], [], [], [])
@@ -26,7 +26,8 @@ def use_vader():
         ("torch", "torch", lambda: load_reward("hf:folder")),
         ("transformers", "torch", lambda: load_reward("hf:folder")),
         ("vaderSentiment.vaderSentiment", "vaderSentiment", use_vader),
-        ("reasoning_gym", "reasoning-gym", lambda: ReasoningGym("chain_sum")),
+        ("reasoning_gym", "reasoning-gym", lambda: load_named_task("reasoning_gym:chain_sum")),
+        ("datasets", "datasets", lambda: load_named_task("gsm8k")),
     ],
 )
 def test_a_missing_package(monkeypatch, module, package, use):

@@ -47,6 +47,8 @@ WRONG_ARGUMENTS = [
     ({"reward": 3}, "reward is 3; give a callable, or a string"),
     ({"reward": None}, "reward is None; give a callable"),
     ({"reward": "none"}, "reward is 'none'; give a callable"),
+    ({"task": 3}, "task is 3; give a NamedTask, or a string"),
+    ({"task": "gsm9k"}, "no task 'gsm9k'; perhaps you meant 'gsm8k'"),
     ({"max_prompt_length": 0}, "max_prompt_length is 0; it must be at least 1"),
     ({"max_prompt_length": "8"}, "max_prompt_length is '8'; it must be an integer"),
     (
