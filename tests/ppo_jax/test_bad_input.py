@@ -81,6 +81,7 @@ CASES: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
     "limit below one": ("--max-new-tokens -5", nothing, ("max_new_tokens is -5", "at least 1")),
     "contradiction of limits": ("--min-new-tokens 9", nothing, ("min_new_tokens", "(8)")),
     "more tokens than positions": ("--max-new-tokens 60", nothing, ("68", "64 positions")),
+    "task beside prompts": ("--task gsm8k", nothing, ("task is 'gsm8k'", "prompts", "leave one")),
     "missing prompts": ("", remove("prompts.jsonl"), ("prompts.jsonl", "no such file")),
     "prompts that are not JSON": (
         "",
