@@ -153,35 +153,31 @@ def records(run: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run(
     inputs: Path, flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Trained, resumed, and evaluated on what it held out and on another task."""
+    """Trained, evaluated on what it held out and on another task, and not to be resumed with other
+    questions."""
     words = " ".join(flags)
-    for name in ("prompts", "eval-prompts", "reward", "max-prompt-length"):
+    for name in ("prompts", "eval-prompts", "reward"):
         words = re.sub(rf"--{name} \S+", "", words)
     run = tmp_path / "run"
-    argv = [*words.split(), "--task", "tasks_of_tests:letters", "--output-dir", str(run)]
-    train.main([*argv, "--num-iterations", "2"])
+    argv = ["--task", "tasks_of_tests:letters", "--output-dir", str(run), "--num-iterations", "1"]
+    train.main([*words.split(), *argv])
     lines = records(run, "metrics.jsonl")
-    assert all("reward/accuracy" in line for line in lines)
-    assert "eval/greedy/accuracy" in lines[-1]
+    assert all("reward/accuracy" in line for line in lines if line["iteration"])
     asked = {sample["prompt"] for sample in records(run, "samples.jsonl") if "prompt" in sample}
     assert asked <= {"The plot was", "The songs", "It was", "A", "The acting", "I liked", "So"}
-    train.main(["--output-dir", str(run), "--resume", "--num-iterations", "3"])
 
     def accuracy(*words: str) -> float:
         capfd.readouterr()
-        evaluate.main(["--json", *words])
+        evaluate.main(["--json", "--run", str(run), *words])
         value: float = json.loads(capfd.readouterr().out)["greedy"]["accuracy"]
         return value
 
-    last = records(run, "metrics.jsonl")[-1]["eval/greedy/accuracy"]
-    assert accuracy("--run", str(run)) == pytest.approx(last)
-    final = ["--model", str(run / "final"), "--max-new-tokens", "8"]
-    assert accuracy(*final, "--task", "tasks_of_tests:letters") == pytest.approx(last)
-    other = ["--task", "tasks_of_tests:harder"]
-    assert accuracy("--run", str(run), *other) == accuracy(*final, *other)
+    assert accuracy() == pytest.approx(lines[-1]["eval/greedy/accuracy"])
+    assert accuracy("--task", "tasks_of_tests:harder") in (0, 1), "that of its one question"
 
     (tmp_path / "tasks_of_tests.py").write_text(MODULE.replace("The songs", "Songs"))
     sys.modules.pop("tasks_of_tests")
