@@ -54,8 +54,8 @@ def assemble(
         UsageError: a setting, or a file that it names, is wrong.
         gymnasium.error.DependencyNotInstalled: an optional package is missing.
     """
-    is_given = prompts is not None and reward is not None
-    named = None if settings.task is None or is_given else load_named_task(settings.task)
+    both_given = prompts is not None and reward is not None
+    named = None if settings.task is None or both_given else load_named_task(settings.task)
     if prompts is None and named is None and settings.prompts is None:
         raise UsageError(
             "There are no prompts; name them, such as --prompts my_prompts.jsonl, or a task."
@@ -119,8 +119,8 @@ def assemble(
 
 
 def _positions(model: str) -> int:
-    """The positions that `model` has, which no prompt can exceed; a large number where its files
-    do not say, of which its loading will complain."""
+    """The positions that `model` has, which no prompt can exceed, so that no line is tokenised to
+    its end in vain; a large number where the files do not say."""
     if model.endswith(".gguf"):
         fields = open_gguf(model).fields
         field = next((fields[name] for name in fields if name.endswith(".context_length")), None)
