@@ -11,24 +11,31 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 from rich import box
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from ppo_jax import cli, flags
 from ppo_jax.assembly import assemble
 from ppo_jax.config import SamplingConfig, TaskConfig
-from ppo_jax.config.fields import Checked, Count, Seed, part_of
+from ppo_jax.config.fields import Checked, Count, Seed, Share, part_of
 from ppo_jax.generation.actor import Actor
-from ppo_jax.generation.episode_metrics import evaluation_means
-from ppo_jax.runs.progress import stderr_console
+from ppo_jax.generation.episode_metrics import (
+    evaluation_intervals,
+    evaluation_means,
+    is_right_or_wrong,
+    repeated_answers,
+)
+from ppo_jax.generation.intervals import Interval, share_interval
+from ppo_jax.runs.progress import counting
 from ppo_jax.runs.trained import TrainedRun, named_run
 from qwen_env import pocket
 from qwen_env.errors import UsageError
+from qwen_env.task import Outcome, TextTask
 
 PROG = "ppo-evaluate"
 
@@ -55,6 +62,7 @@ class EvaluatedTask(TaskConfig):
     eval_prompts: str | None = flags.hidden(None)
     max_prompt_length: Count | None = None
     """Longest prompt, in tokens; None takes prompts of any length."""
+    keep_solvable: tuple[Share, Share] | None = flags.hidden(None)
 
 
 @dataclass(frozen=True)
@@ -72,12 +80,52 @@ class Arguments(Checked):
     the run has finished."""
     task: EvaluatedTask = field(default_factory=EvaluatedTask)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    samples: Count = 1
+    """Sample this many responses to each prompt. Where the reward reports an accuracy, report the
+    mean accuracy (mean@k), how often one of k is right (pass@k), and how often the answer given
+    most often is (maj@k)."""
     batch_size: Count = 16
-    """Responses generated at a time."""
+    """Responses generated at a time; all samples of a prompt are generated together."""
     seed: Seed = 0
     """Seed of the sampled responses."""
     json: bool = False
     """Print one JSON object instead of a table."""
+
+
+class Evaluation(NamedTuple):
+    """What was measured, by decoding ("greedy", "sampled") and name; intervals are of 95 %."""
+
+    means: dict[str, dict[str, float]]
+    intervals: dict[str, dict[str, Interval | None]]
+    num_prompts: int
+    samples: int  # sampled responses to each prompt
+
+    def as_json(self) -> dict[str, Any]:
+        """Means under "greedy" and "sampled", and how sure they are beside them."""
+        return self.means | {
+            "intervals": self.intervals,
+            "num_prompts": self.num_prompts,
+            "samples": self.samples,
+        }
+
+    def as_table(self) -> Table:
+        """A row for each name, a column for each decoding: "0.412 [0.353, 0.474]"."""
+        prompts = f"{self.num_prompts} prompt{'s' if self.num_prompts > 1 else ''}"
+        samples = f", {self.samples} samples of each" if self.samples > 1 else ""
+        table = Table(
+            f"{prompts}{samples}", *self.means, box=box.SIMPLE_HEAD, caption_justify="left"
+        )
+        table.caption = "In brackets: 95 % confidence intervals, over prompts."
+        for name in dict.fromkeys(name for means in self.means.values() for name in means):
+            table.add_row(name, *(self._cell(decoding, name) for decoding in self.means))
+        return table
+
+    def _cell(self, decoding: str, name: str) -> str:
+        if name not in self.means[decoding]:
+            return ""
+        interval = self.intervals[decoding][name]
+        ends = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
+        return f"{self.means[decoding][name]:.3f}{ends}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,14 +133,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments, run = parse_arguments(sys.argv[1:] if argv is None else argv)
         cli.keep_compiled_programs()
         cli.find_devices()
-        means = evaluate(arguments, run)
+        evaluation = evaluate(arguments, run)
         if arguments.json:
-            print(json.dumps(means))
-            return
-        table = Table("", *means, box=box.SIMPLE_HEAD)
-        for name in means["greedy"]:
-            table.add_row(name, *(f"{column[name]:.4f}" for column in means.values()))
-        Console().print(table)
+            print(json.dumps(evaluation.as_json()))
+        else:
+            Console(markup=False).print(evaluation.as_table())
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainedRun | None]:
@@ -124,8 +169,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainedRun | None]:
     return replace(arguments, task=task), run
 
 
-def evaluate(arguments: Arguments, run: TrainedRun | None = None) -> dict[str, dict[str, float]]:
-    """Means of the greedy and the sampled responses; see `episode_metrics.evaluation_means`.
+def evaluate(arguments: Arguments, run: TrainedRun | None = None) -> Evaluation:
+    """Let a model answer prompts, greedily and by sampling, and say what that comes to.
 
     Args:
         run: whose held-out prompts are answered where the arguments name none.
@@ -143,22 +188,36 @@ def evaluate(arguments: Arguments, run: TrainedRun | None = None) -> dict[str, d
         network = run.trained(network, task)
     asked = task.prompts if held_out is None else held_out
     actor = Actor(network, task, arguments.sampling.sampling)
+    means: dict[str, dict[str, float]] = {}
+    intervals: dict[str, dict[str, Interval | None]] = {}
+    for decoding, samples in (("greedy", 1), ("sampled", arguments.samples)):
+        with counting(decoding, len(asked)) as count:
+            _, outcomes = actor.respond_to_all(
+                nnx.state(network),
+                asked,
+                jax.random.key(arguments.seed),
+                batch_size=max(arguments.batch_size // samples, 1),
+                completions_per_prompt=samples,
+                greedy=decoding == "greedy",
+                on_batch=count,
+            )
+        means[decoding] = evaluation_means(outcomes)
+        intervals[decoding] = evaluation_intervals(outcomes, samples)
+        if samples > 1:
+            shares = _repeated_answers(outcomes, samples, task)
+            means[decoding] |= {name: float(x.mean()) for name, x in shares.items()}
+            intervals[decoding] |= {name: share_interval(x, samples) for name, x in shares.items()}
+    return Evaluation(means, intervals, len(asked), arguments.samples)
 
-    def means(decoding: str) -> dict[str, float]:
-        bar = progress.add_task(decoding, total=len(asked))
-        _, outcomes = actor.respond_to_all(
-            nnx.state(network),
-            asked,
-            jax.random.key(arguments.seed),
-            batch_size=arguments.batch_size,
-            greedy=decoding == "greedy",
-            on_batch=lambda done: progress.update(bar, completed=done),
+
+def _repeated_answers(outcomes: Sequence[Outcome], samples: int, task: TextTask) -> dict[str, Any]:
+    """mean@k, pass@k and maj@k, or nothing for answers that are not simply right or wrong."""
+    if not is_right_or_wrong(outcomes):
+        cli.say(
+            "There is no pass@k and no maj@k: the reward does not report an accuracy of 0 or 1 for "
+            "each answer."
         )
-        return evaluation_means(outcomes)
-
-    console = stderr_console()
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_interactive
-    ) as progress:
-        return {decoding: means(decoding) for decoding in ("greedy", "sampled")}
+        return {}
+    if task.answer_of is None:
+        cli.say("There is no maj@k: the task does not say which answer a completion gives.")
+    return repeated_answers(outcomes, samples, task.answer_of)

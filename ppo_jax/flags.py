@@ -107,10 +107,17 @@ def _add_flags(group: Any, settings: Any) -> None:
             action = argparse.BooleanOptionalAction
             group.add_argument(flag, action=action, help=_with_default(text, value))
         elif get_origin(kind) is tuple:
-            (item, _) = get_args(kind)
-            shown = _with_default(text, " ".join(map(str, value)) or "none")
-            metavar = item.__name__.upper()
-            group.add_argument(flag, nargs="*", type=item, metavar=metavar, help=shown)
+            item = get_args(kind)[0]  # all are of one type
+            shown = _with_default(
+                text, None if value is None else " ".join(map(str, value)) or "none"
+            )
+            group.add_argument(
+                flag,
+                nargs="*",
+                type=_converter(item, is_optional),
+                metavar=item.__name__.upper(),
+                help=shown,
+            )
         else:
             choices = get_args(kind) if get_origin(kind) is Literal else None
             group.add_argument(
@@ -143,7 +150,9 @@ def _with_values(settings: Any, values: dict[str, Any]) -> Any:
             changes[field.name] = _with_values(value, values)
         elif field.name in values:
             given = values[field.name]
-            changes[field.name] = tuple(given) if isinstance(given, list) else given
+            if isinstance(given, list):
+                given = None if given == [None] else tuple(given)
+            changes[field.name] = given
     for name, others in getattr(settings, "replaces", {}).items():
         if name in changes and changes[name] != getattr(settings, name):
             changes |= {other: None for other in others if other not in values}

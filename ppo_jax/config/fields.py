@@ -105,10 +105,15 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     if kind in (int, float):
         return _checked_number(name, value, kind, range_of(hint), or_none)
     if get_origin(kind) is tuple:
-        (item, _) = get_args(kind)
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise UsageError(f"{name} is {value!r}; it must be a list.")
-        return tuple(_checked(f"{name}[{i}]", x, item) for i, x in enumerate(value))
+        items, is_list = get_args(kind), get_args(kind)[-1] is Ellipsis
+        words = "a list" if is_list else f"{len(items)} values"
+        is_right = isinstance(value, Sequence) and not isinstance(value, str)
+        if not is_right or not (is_list or len(value) == len(items)):
+            raise UsageError(f"{name} is {value!r}; it must be {words}{or_none}.")
+        if is_list:
+            items = items[:1] * len(value)
+        parts = zip(value, items, strict=True)
+        return tuple(_checked(f"{name}[{i}]", x, item) for i, (x, item) in enumerate(parts))
     if isinstance(kind, type) and not isinstance(value, kind):
         words = {str: "text", bool: "True or False"}.get(kind, f"a {kind.__name__}")
         raise UsageError(f"{name} is {value!r}; it must be {words}{or_none}.")

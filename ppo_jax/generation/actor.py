@@ -158,12 +158,14 @@ class Actor:
         key: jax.Array,
         *,
         batch_size: int,
+        completions_per_prompt: int = 1,
         greedy: bool = False,
         on_batch: Callable[[int], object] = lambda done: None,
     ) -> tuple[list[Episode], list[Outcome]]:
         """Any number of prompts, about `batch_size` at a time; the last batch is filled up.
 
-        After each batch, `on_batch` is told how many prompts are done.
+        The completions of one prompt follow each other. After each batch, `on_batch` is told how
+        many prompts are done.
 
         Raises:
             RewardError: as in `respond`.
@@ -175,8 +177,15 @@ class Actor:
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
             filled = batch + batch[-1:] * (batch_size - len(batch))
-            done = self.respond(params, filled, key, first_prompt=start, greedy=greedy)
-            episodes += done.episodes[: len(batch)]
-            outcomes += done.outcomes[: len(batch)]
-            on_batch(len(episodes))
+            done = self.respond(
+                params,
+                filled,
+                key,
+                first_prompt=start,
+                completions_per_prompt=completions_per_prompt,
+                greedy=greedy,
+            )
+            episodes += done.episodes[: len(batch) * completions_per_prompt]
+            outcomes += done.outcomes[: len(batch) * completions_per_prompt]
+            on_batch(start + len(batch))
         return episodes, outcomes

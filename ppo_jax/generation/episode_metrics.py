@@ -1,24 +1,91 @@
 """What scored episodes come to: means, spreads, lengths, and how much their texts repeat."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ppo_jax.generation.actor import Experience
+from ppo_jax.generation.intervals import Interval, mean_interval, share_interval
+from ppo_jax.generation.repeated_answers import majority, pass_at
 from qwen_env.prompts import Prompt
 from qwen_env.task import Episode, Outcome
+
+ACCURACY = "accuracy"
+"""The component of a reward that says whether an answer is right: 1, or else 0."""
 
 
 def evaluation_means(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Means over episodes: score, the reward's components, response length, and as `eos_rate` the
     share that ended by themselves: by an end-of-sequence id or a stop string, not by the limit."""
-    return {
-        "score": float(np.mean([outcome.reward for outcome in outcomes])),
-        **component_means(outcomes),
-        "length_mean": float(np.mean([o.info["completion_length"] for o in outcomes])),
-        "eos_rate": float(np.mean([o.info["finish_reason"] != "length" for o in outcomes])),
+    return {name: float(np.mean(values)) for name, values in _by_name(outcomes).items()}
+
+
+def evaluation_intervals(
+    outcomes: Sequence[Outcome], samples: int = 1
+) -> dict[str, Interval | None]:
+    """95 % intervals of `evaluation_means`, over prompts; see `ppo_jax.generation.intervals`.
+
+    Args:
+        samples: responses to each prompt, which follow each other.
+
+    Returns:
+        the two ends, or None for a mean of one prompt that has no interval.
+    """
+    means = {
+        name: np.reshape(values, (-1, samples)).mean(axis=1)
+        for name, values in _by_name(outcomes).items()
     }
+    return {
+        name: share_interval(values, samples) if _is_share(name, values) else mean_interval(values)
+        for name, values in means.items()
+    }
+
+
+def repeated_answers(
+    outcomes: Sequence[Outcome], samples: int, answer_of: Callable[[str], str | None] | None
+) -> dict[str, np.ndarray]:
+    """mean@k, pass@2, pass@4, ..., pass@k and maj@k of k = `samples` answers to each prompt.
+
+    Args:
+        outcomes: with an accuracy of 0 or 1 each; those of a prompt follow each other.
+        answer_of: the answer that a completion gives, or None; without it there is no maj@k.
+
+    Returns:
+        float64 [N], a number in [0, 1] for each prompt, under each name.
+    """
+    right = np.array([o.info["reward_components"][ACCURACY] for o in outcomes])
+    right = right.reshape(-1, samples).astype(int)
+    counts = right.sum(axis=1)
+    powers = [2**i for i in range(1, samples.bit_length()) if 2**i < samples]
+    shares = {
+        f"mean@{samples}": counts / samples,
+        **{f"pass@{k}": pass_at(k, counts, samples) for k in (*powers, samples)},
+    }
+    if answer_of is None:
+        return shares
+    answers = [answer_of(outcome.info["completion"]) for outcome in outcomes]
+    rows = [answers[start : start + samples] for start in range(0, len(answers), samples)]
+    return shares | {f"maj@{samples}": majority(rows, right)}
+
+
+def is_right_or_wrong(outcomes: Sequence[Outcome]) -> bool:
+    """Whether the reward says of every answer that it is right (accuracy 1), or not (0)."""
+    return all(outcome.info["reward_components"].get(ACCURACY) in (0, 1) for outcome in outcomes)
+
+
+def _by_name(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
+    """A number of each episode, or of each that has it; see `evaluation_means`."""
+    return {
+        "score": [outcome.reward for outcome in outcomes],
+        **_components(outcomes),
+        "length_mean": [outcome.info["completion_length"] for outcome in outcomes],
+        "eos_rate": [outcome.info["finish_reason"] != "length" for outcome in outcomes],
+    }
+
+
+def _is_share(name: str, values: np.ndarray) -> bool:
+    return name in (ACCURACY, "eos_rate") and bool(((values >= 0) & (values <= 1)).all())
 
 
 def component_means(outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -27,9 +94,13 @@ def component_means(outcomes: Sequence[Outcome]) -> dict[str, float]:
     One call of the reward function gives every episode the same components, another call may give
     others. The score itself is left out.
     """
+    return {name: float(np.mean(values)) for name, values in _components(outcomes).items()}
+
+
+def _components(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
     rows = [outcome.info["reward_components"] for outcome in outcomes]
     names = dict.fromkeys(name for row in rows for name in row if name != "score")
-    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+    return {name: [row[name] for row in rows if name in row] for name in names}
 
 
 def length_counts(experience: Experience, limit: int) -> np.ndarray:

@@ -27,11 +27,12 @@ def pass_at(k: int, right: np.ndarray, samples: int) -> np.ndarray:
     right = np.asarray(right)
     if not 1 <= k <= samples:
         raise ValueError(f"pass@{k} cannot be told from {samples} answers")
-    if right.size and not (0 <= right.min() and right.max() <= samples):
+    if right.size and not (right.min() >= 0 and right.max() <= samples):
         raise ValueError(f"right answers must be 0 to {samples} of {samples}")
     of_all = math.comb(samples, k)
     each = [1 - math.comb(samples - c, k) / of_all for c in range(samples + 1)]
-    return np.array(each)[right]
+    estimates: np.ndarray = np.array(each)[right]
+    return estimates
 
 
 def majority(answers: Sequence[Sequence[Hashable | None]], right: np.ndarray) -> np.ndarray:

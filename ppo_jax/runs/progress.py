@@ -7,13 +7,16 @@ import datetime
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TextIO, cast
 
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import MofNCompleteColumn
+from rich.progress import Progress as Bars
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -195,6 +198,42 @@ class Progress:
         if self._ends_at is None:
             return "ETA -:--:--"
         return f"ETA {_time(self._ends_at - self._clock())}"
+
+
+@contextmanager
+def counting(
+    what: str,
+    total: int,
+    *,
+    console: Console | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Callable[[int], None]]:
+    """Show how many of `total` are done, which the given function is told, and the time left.
+
+    On a terminal a bar, which vanishes; piped into a file, plain lines.
+    """
+    console = console or stderr_console()
+    if console.is_interactive:
+        columns = (*Bars.get_default_columns(), MofNCompleteColumn())
+        with Bars(*columns, console=console, transient=True) as bars:
+            bar = bars.add_task(what, total=total)
+            yield lambda done: bars.update(bar, completed=done)
+        return
+    last_line = clock()
+    first: tuple[int, float] | None = None  # its time is that of the compilation
+
+    def count(done: int) -> None:
+        nonlocal first, last_line
+        now = clock()
+        if first is None:
+            first = done, now
+        elif now - last_line >= _QUIET_SECONDS:
+            last_line = now
+            left = (now - first[1]) / (done - first[0]) * (total - done)
+            line = f"{what}: {done}/{total}  ETA {_time(left)}"
+            console.print(line, markup=False, soft_wrap=True)
+
+    yield count
 
 
 def _time(seconds: float) -> str:
