@@ -129,6 +129,12 @@ def count_e(batch):
     return scores / 4, {"gold": scores - np.array([len(text) / 20 for text in batch.completions])}
 
 
+def verified(batch):
+    """Right is whatever has an odd number of letters e; the score is something else."""
+    scores, _ = count_e(batch)
+    return scores, {"accuracy": np.array([text.count("e") % 2 for text in batch.completions])}
+
+
 def scripted(batch):
     global calls
     calls += 1

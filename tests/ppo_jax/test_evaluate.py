@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -9,7 +10,10 @@ import pytest
 from rich.console import Console
 
 from ppo_jax import evaluate
+from ppo_jax.assembly import Assembly, assemble
 from ppo_jax.evaluate import main
+from ppo_jax.generation.intervals import mean_interval, share_interval, wilson_interval
+from ppo_jax.runs import progress
 
 
 @pytest.fixture
@@ -20,21 +24,36 @@ def argv(inputs: Path, rewards: ModuleType) -> list[str]:
     return [str(word) for word in words]
 
 
-def as_json(argv: list[str], capfd: pytest.CaptureFixture[str]) -> dict[str, dict[str, float]]:
+def whole_json(
+    argv: list[str], capfd: pytest.CaptureFixture[str], expected_err: str = ""
+) -> dict[str, Any]:
     capfd.readouterr()
     main([*argv, "--json"])
     out, err = capfd.readouterr()
-    assert err == ""
+    assert err == expected_err
     [line] = out.splitlines()
-    return json.loads(line)
+    return cast(dict[str, Any], json.loads(line))
+
+
+def as_json(argv: list[str], capfd: pytest.CaptureFixture[str]) -> dict[str, dict[str, float]]:
+    """The means alone."""
+    content = whole_json(argv, capfd)
+    return {decoding: content[decoding] for decoding in ("greedy", "sampled")}
 
 
 def test_json(argv: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    content = whole_json(argv, capfd)
+    assert content.keys() == {"greedy", "sampled", "intervals", "num_prompts", "samples"}
+    assert (content["num_prompts"], content["samples"]) == (6, 1)
     passes = as_json(argv, capfd)
-    assert passes.keys() == {"greedy", "sampled"}
-    for means in passes.values():
+    for decoding, means in passes.items():
         assert means.keys() == {"score", "gold", "length_mean", "eos_rate"}
         assert 1 <= means["length_mean"] <= 8
+        intervals = content["intervals"][decoding]
+        assert intervals.keys() == means.keys()
+        for name, (low, high) in intervals.items():
+            assert low <= means[name] <= high
+        assert intervals["eos_rate"] == list(wilson_interval(means["eos_rate"], 6))
     assert as_json(argv, capfd) == passes
     other = as_json([*argv, "--seed", "1"], capfd)
     assert other["greedy"] == passes["greedy"]
@@ -123,12 +142,90 @@ def test_progress_is_shown_on_a_terminal_alone(
 ) -> None:
     """The other tests see none of it, piped."""
     shown = Console(file=io.StringIO(), force_terminal=True, force_interactive=True, width=100)
-    monkeypatch.setattr(evaluate, "stderr_console", lambda: shown)
+    monkeypatch.setattr(progress, "stderr_console", lambda: shown)
     passes = as_json(argv, capfd)
     assert passes.keys() == {"greedy", "sampled"}
     written = cast(io.StringIO, shown.file).getvalue()
     for words in ("greedy", "sampled", "6/6"):
         assert words in written
+
+
+class Recorded:
+    """What the reward was asked, a list for each call."""
+
+    def __init__(self, rewards: ModuleType, monkeypatch: pytest.MonkeyPatch):
+        self.calls: list[list[tuple[str, str, float]]] = []  # prompt, completion, accuracy
+        verified = rewards.verified
+
+        def record(batch: Any) -> Any:
+            scores, components = verified(batch)
+            accuracy = components["accuracy"].tolist()
+            self.calls.append(list(zip(batch.prompts, batch.completions, accuracy, strict=True)))
+            return scores, components
+
+        monkeypatch.setattr(rewards, "verified", record)
+
+
+def test_samples_of_a_verified_task(
+    argv: list[str],
+    rewards: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Four answers to each of six prompts, of which 16 responses fit at a time."""
+    recorded = Recorded(rewards, monkeypatch)
+
+    def with_answers(*args: Any, **kwargs: Any) -> Assembly:
+        made = assemble(*args, **kwargs)
+        return made._replace(task=replace(made.task, answer_of=lambda text: text[:2] or None))
+
+    monkeypatch.setattr(evaluate, "assemble", with_answers)
+    argv = [*argv, "--reward", "rewards_of_tests:verified", "--samples", "4", "--batch-size", "16"]
+    content = whole_json(argv, capfd)
+    greedy, sampled = recorded.calls[0], [row for call in recorded.calls[1:] for row in call][:24]
+    assert len(greedy) == 6
+    assert [prompt for prompt, _, _ in sampled] == [p for p, _, _ in greedy for _ in range(4)]
+    right = np.array([accuracy for _, _, accuracy in sampled]).reshape(6, 4)
+    assert 0 < right.mean() < 1
+    means, intervals = content["sampled"], content["intervals"]["sampled"]
+    assert means["mean@4"] == pytest.approx(means["accuracy"]) == pytest.approx(right.mean())
+    assert means["pass@4"] == pytest.approx((right.sum(axis=1) > 0).mean())
+    wrong = 4 - right.sum(axis=1)
+    at_2 = 1 - wrong * (wrong - 1) / 12  # both of two drawn from four are wrong
+    assert means["pass@2"] == pytest.approx(at_2.mean())
+    assert intervals["pass@2"] == pytest.approx(share_interval(at_2, 4))
+    assert intervals["accuracy"] == pytest.approx(share_interval(right.mean(axis=1), 4))
+    assert 0 <= means["maj@4"] <= means["pass@4"]
+    assert not {"mean@4", "pass@4", "maj@4"} & content["greedy"].keys()
+    share = np.mean([accuracy for *_, accuracy in greedy])
+    assert content["intervals"]["greedy"]["accuracy"] == pytest.approx(wilson_interval(share, 6))
+    scores = np.array([text.count("e") / 4 for _, text, _ in sampled]).reshape(6, 4)
+    assert intervals["score"] == pytest.approx(mean_interval(scores.mean(axis=1)))
+    # What a prompt is answered depends on its number and the seed, not on what it is batched with.
+    assert whole_json([*argv, "--batch-size", "8"], capfd)["sampled"] == pytest.approx(means)
+    capfd.readouterr()
+    main(argv)
+    out = capfd.readouterr().out
+    assert "6 prompts, 4 samples of each" in out
+    low, high = intervals["mean@4"]
+    assert f"{means['mean@4']:.3f} [{low:.3f}, {high:.3f}]" in out
+
+
+def test_samples_where_no_answer_is_right_or_wrong(
+    argv: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = (
+        "There is no pass@k and no maj@k: the reward does not report an accuracy of 0 or 1 for "
+        "each answer.\n"
+    )
+    content = whole_json([*argv, "--samples", "3"], capfd, expected_err=said)
+    assert content["sampled"].keys() == {"score", "gold", "length_mean", "eos_rate"}
+    assert content["samples"] == 3
+    main([*argv, "--samples", "2", "--reward", "rewards_of_tests:verified"])
+    out, err = capfd.readouterr()
+    assert "pass@2" in out
+    assert "maj@2" not in out
+    assert err == "There is no maj@k: the task does not say which answer a completion gives.\n"
 
 
 def test_a_table_for_people(argv: list[str], capfd: pytest.CaptureFixture[str]) -> None:
@@ -147,6 +244,7 @@ def test_a_table_for_people(argv: list[str], capfd: pytest.CaptureFixture[str]) 
         (["--reward", "nowhere:f"], ["nowhere:f"]),
         (["--seed", "-1"], ["seed is -1"]),
         (["--batch-size", "0"], ["batch_size is 0"]),
+        (["--samples", "0"], ["samples is 0", "at least 1"]),
         (["--seed", str(2**32)], ["seed is 4294967296", "below 2**32"]),
         (["--temperature", "0"], ["temperature is 0.0"]),
         (["--min-new-tokens", "9"], ["min_new_tokens (9)", "max_new_tokens (8)"]),
