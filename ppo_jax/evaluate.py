@@ -113,9 +113,13 @@ class Evaluation(NamedTuple):
         prompts = f"{self.num_prompts} prompt{'s' if self.num_prompts > 1 else ''}"
         samples = f", {self.samples} samples of each" if self.samples > 1 else ""
         table = Table(
-            f"{prompts}{samples}", *self.means, box=box.SIMPLE_HEAD, caption_justify="left"
+            "",
+            *self.means,
+            title=f"{prompts}{samples}; in brackets 95 % confidence intervals, over prompts",
+            title_justify="left",
+            title_style="",
+            box=box.SIMPLE_HEAD,
         )
-        table.caption = "In brackets: 95 % confidence intervals, over prompts."
         for name in dict.fromkeys(name for means in self.means.values() for name in means):
             table.add_row(name, *(self._cell(decoding, name) for decoding in self.means))
         return table

@@ -32,12 +32,17 @@ def evaluation_intervals(
     Returns:
         the two ends, or None for a mean of one prompt that has no interval.
     """
+    columns = _by_name(outcomes)
     means = {
-        name: np.reshape(values, (-1, samples)).mean(axis=1)
-        for name, values in _by_name(outcomes).items()
+        name: np.reshape(values, (-1, samples)).mean(axis=1) for name, values in columns.items()
     }
+    shares = {ACCURACY, "eos_rate"}
+    if columns["score"] == columns.get(ACCURACY):
+        shares.add("score")
     return {
-        name: share_interval(values, samples) if _is_share(name, values) else mean_interval(values)
+        name: share_interval(values, samples)
+        if name in shares and _is_share(values)
+        else mean_interval(values)
         for name, values in means.items()
     }
 
@@ -84,8 +89,8 @@ def _by_name(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
     }
 
 
-def _is_share(name: str, values: np.ndarray) -> bool:
-    return name in (ACCURACY, "eos_rate") and bool(((values >= 0) & (values <= 1)).all())
+def _is_share(values: np.ndarray) -> bool:
+    return bool(((values >= 0) & (values <= 1)).all())
 
 
 def component_means(outcomes: Sequence[Outcome]) -> dict[str, float]:

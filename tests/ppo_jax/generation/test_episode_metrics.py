@@ -11,13 +11,17 @@ from hypothesis import strategies as st
 from ppo_jax.generation.actor import Experience
 from ppo_jax.generation.episode_metrics import (
     component_means,
+    evaluation_intervals,
     evaluation_means,
     gold_spread,
+    is_right_or_wrong,
     length_counts,
+    repeated_answers,
     repetition,
     sample_record,
     user_message,
 )
+from ppo_jax.generation.intervals import mean_interval, share_interval, wilson_interval
 from qwen_env.prompts import Prompt
 from qwen_env.task import Episode, Outcome
 
@@ -64,6 +68,46 @@ def test_evaluation_means() -> None:
         "eos_rate": 0.25,
     }
     assert component_means(OUTCOMES) == {"gold": 2.0, "style": 0.75}
+
+
+def test_intervals_are_over_prompts() -> None:
+    """Two responses to each of two prompts; of shares, none leaves [0, 1]."""
+    intervals = evaluation_intervals(OUTCOMES, samples=2)
+    assert intervals.keys() == evaluation_means(OUTCOMES).keys()
+    assert intervals["score"] == mean_interval([1.5, 1.0])
+    assert intervals["style"] == mean_interval([0.5, 1.0])
+    assert intervals["length_mean"] == mean_interval([2.5, 3.0])
+    assert intervals["eos_rate"] == share_interval([0.5, 0.0], 2)
+    assert evaluation_intervals(OUTCOMES[:2], samples=2)["score"] is None, "of one prompt"
+
+
+def test_a_score_that_is_the_accuracy_has_its_interval() -> None:
+    wrong = [outcome(0.0, 1, "eos", accuracy=0.0)] * 20
+    for name in ("score", "accuracy"):
+        assert evaluation_intervals(wrong)[name] == wilson_interval(0, 20)
+    other = [outcome(0.1, 1, "eos", accuracy=0.0)] * 20
+    assert evaluation_intervals(other)["score"] == pytest.approx((0.1, 0.1))
+
+
+def test_what_several_answers_say() -> None:
+    """By hand: one right answer of four, and three."""
+    marks = [0, 0, 1, 0, 1, 1, 0, 1]
+    outcomes = [outcome(0.5, i, "eos", accuracy=float(mark)) for i, mark in enumerate(marks)]
+    assert is_right_or_wrong(outcomes)
+    assert not is_right_or_wrong([*outcomes, outcome(1.0, 1, "eos", accuracy=0.5)])
+    assert not is_right_or_wrong(OUTCOMES)
+    shares = repeated_answers(outcomes, 4, None)
+    assert list(shares) == ["mean@4", "pass@2", "pass@4"]
+    np.testing.assert_allclose(shares["mean@4"], [1 / 4, 3 / 4])
+    np.testing.assert_allclose(shares["pass@2"], [3 / 6, 1])
+    np.testing.assert_allclose(shares["pass@4"], [1, 1])
+    # The length of an answer stands for it: "", "e", "ee", "eee" are four answers with a vote each.
+    voted = repeated_answers(outcomes, 4, len)  # type: ignore[arg-type]
+    np.testing.assert_allclose(voted["maj@4"], [1 / 4, 3 / 4])
+    alike = repeated_answers(outcomes, 4, lambda text: "e" if len(text) in (2, 6, 7) else None)
+    np.testing.assert_allclose(alike["maj@4"], [1, 1 / 2])
+    assert list(repeated_answers(outcomes, 8, None)) == ["mean@8", "pass@2", "pass@4", "pass@8"]
+    assert list(repeated_answers(outcomes[:6], 3, None)) == ["mean@3", "pass@2", "pass@3"]
 
 
 def test_the_spread_of_the_gold_score() -> None:
