@@ -24,11 +24,12 @@ from ppo_jax.runs.panels import (
 )
 
 
-def _scores(training: str, held_out: str) -> Sequence[Line]:
+def _scores(training: str, held_out: str, trials: str | None = None) -> Sequence[Line]:
+    """Of training, and of the held-out prompts, of which there are `trials`."""
     return (
         Line(training, "training", BLUE),
-        Line(f"eval/sampled/{held_out}", "held out, sampled", ORANGE, "o-"),
-        Line(f"eval/greedy/{held_out}", "held out, greedy", GREEN, "s--"),
+        Line(f"eval/sampled/{held_out}", "held out, sampled", ORANGE, "o-", trials=trials),
+        Line(f"eval/greedy/{held_out}", "held out, greedy", GREEN, "s--", trials=trials),
     )
 
 
@@ -42,6 +43,12 @@ _TOKEN = "token of the response"
 
 PANELS: Sequence[Panel] = (
     # What is earned. A score that still rises while the gold score falls is over-optimised.
+    LinePanel(
+        "Accuracy",
+        "share of answers (band: 95 %)",
+        _scores("reward/accuracy", "accuracy", "eval/num_prompts"),
+        (0, None),
+    ),
     LinePanel("Score", _SCORE, _scores("objective/score", "score")),
     LinePanel(
         "Gold score, never trained on", "gold reward's units", _scores("reward/gold", "gold")
@@ -141,14 +148,14 @@ _GAPS = 1.2, 1.0  # inches, between two axes
 
 def plot_curves(run: Records, path: Path) -> None:
     """Draw all that a run recorded to a PNG file."""
-    score, *others = PANELS
-    panels = (score, *component_panels(run), *others)
+    accuracy, score, *others = PANELS
+    panels = (accuracy, score, *component_panels(run), *others)
     cells = [(panel, run) for panel in panels if panel.is_known(run)]
     save_png(draw_grid(cells, columns=_COLUMNS), path)
 
 
 def component_panels(run: Records) -> Sequence[Panel]:
-    """A panel for each component of the reward, but for the gold score, which has its own."""
+    """A panel for each component of the reward, but for those in `PANELS`."""
     metrics = dict.fromkeys(
         name for record in run.metrics for name in record if name.startswith("reward/")
     )
@@ -156,7 +163,7 @@ def component_panels(run: Records) -> Sequence[Panel]:
     return [
         LinePanel(f"Reward: {name}", "mean", _scores(f"reward/{name}", name))
         for name in names
-        if name not in ("gold", "gold_std")
+        if name not in ("accuracy", "gold", "gold_std")
     ][:_MAX_COMPONENTS]
 
 

@@ -14,6 +14,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
+from ppo_jax.generation.intervals import wilson_interval
+
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#6b7280"
 
 _WINDOW = 9  # iterations, of the running mean that is drawn over noisy curves
@@ -49,6 +51,8 @@ class Line(NamedTuple):
     style: str = "-"
     unit: str | None = None
     """A metric whose first value is the curve's unit; the curve then begins at 0."""
+    trials: str | None = None
+    """A metric that says of how many trials the curve is the share: it gets a 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class LinePanel:
         for line in self.lines:
             points = _points(line, run.metrics)
             x, y = list(points), list(points.values())
+            if line.trials is not None:
+                _draw_intervals(axis, line, run.metrics)
             if line.style != "-":
                 style: dict[str, Any] = {"ms": 3.5, "lw": 1.2, "clip_on": False}
                 axis.plot(x, y, line.style, color=line.color, label=line.label, **style)
@@ -88,6 +94,20 @@ class LinePanel:
         if bottom == 0 and top is None:
             top = 1.08 * axis.dataLim.ymax or None
         axis.set_ylim(bottom, top)
+
+
+def _draw_intervals(axis: Axes, line: Line, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """A band of 95 % intervals behind the curve of a share."""
+    assert line.trials is not None
+    counts = _points(Line(line.trials), metrics)
+    intervals = {
+        i: wilson_interval(share, counts[i])
+        for i, share in _points(line, metrics).items()
+        if i in counts and 0 <= share <= 1
+    }
+    if intervals:
+        low, high = zip(*intervals.values(), strict=True)
+        axis.fill_between(list(intervals), low, high, color=line.color, alpha=0.15, lw=0)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import datetime
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TextIO, cast
@@ -31,6 +31,7 @@ _WATCHED = (  # behind the score and its components
 _QUIET_SECONDS = 10.0  # between two plain lines
 _SAMPLE_CHARACTERS = 400  # of a prompt with its completion, in a table of samples
 _COMPONENTS = 3  # of a reward, in a line of an iteration and in a table of samples
+_ACCURACY = "accuracy"  # the component that stands first
 
 
 class _Lasting:
@@ -123,10 +124,11 @@ class Progress:
             first, start = self._timed_from
             mean = (now - start) / (self.done - first)  # evaluations included
             self._ends_at = now + mean * (self._total - self.done)
+        names = [name.removeprefix("reward/") for name in metrics if name.startswith("reward/")]
         components = [
-            (name.removeprefix("reward/"), name, "+.3f")
-            for name in metrics
-            if name.startswith("reward/") and name != "reward/gold_std"
+            (name, f"reward/{name}", _form(name, 3))
+            for name in _accuracy_first(names)
+            if name != "gold_std"
         ]
         watched = (("score", "objective/score", "+.3f"), *components[:_COMPONENTS], *_WATCHED)
         self._numbers = "  ".join(f"{name} {metrics[key]:{form}}" for name, key, form in watched)
@@ -141,10 +143,11 @@ class Progress:
         """One line of an evaluation's scores, which are named as in `metrics.jsonl`."""
         sampled = (name for name in means if name.startswith("sampled/"))
         names = [name.removeprefix("sampled/") for name in sampled]
+        components = (x for x in names if x not in ("score", "length_mean", "eos_rate"))
         numbers = "  ".join(
-            f"{name} {means[f'sampled/{name}']:+.3f} (greedy {means[f'greedy/{name}']:+.3f})"
-            for name in names
-            if name not in ("length_mean", "eos_rate")
+            f"{name} {means[f'sampled/{name}']:{_form(name, 3)}}"
+            f" (greedy {means[f'greedy/{name}']:{_form(name, 3)}})"
+            for name in ("score", *_accuracy_first(components))
         )
         width = len(str(self._total))
         self.say(f"held out after {iteration:>{width}}: {numbers}")
@@ -152,7 +155,7 @@ class Progress:
     def samples(self, title: str, samples: Sequence[Mapping[str, Any]]) -> None:
         """A table of prompts, completions and scores."""
         names = dict.fromkeys(name for sample in samples for name in sample["components"])
-        components = [name for name in names if name != "score"][:_COMPONENTS]
+        components = _accuracy_first(name for name in names if name != "score")[:_COMPONENTS]
         table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
         table.add_column("prompt and completion", overflow="fold")
         table.add_column("score", justify="right", no_wrap=True)
@@ -166,8 +169,8 @@ class Progress:
             room = max(_SAMPLE_CHARACTERS - len(prompt), _SAMPLE_CHARACTERS // 2)
             is_whole = sample["finish_reason"] != "length" and len(completion) <= room
             text = Text.assemble((prompt, "dim"), completion[:room], "" if is_whole else " ...")
-            parts = (sample["components"].get(name) for name in components)
-            numbers = ("" if number is None else f"{number:+.2f}" for number in parts)
+            parts = ((name, sample["components"].get(name)) for name in components)
+            numbers = ("" if x is None else f"{x:{_form(name, 2)}}" for name, x in parts)
             table.add_row(text, f"{sample['score']:+.2f}", *numbers)
         self._console.print(table)
 
@@ -234,6 +237,15 @@ def counting(
             console.print(line, markup=False, soft_wrap=True)
 
     yield count
+
+
+def _accuracy_first(components: Iterable[str]) -> list[str]:
+    return sorted(components, key=lambda name: name != _ACCURACY)
+
+
+def _form(component: str, digits: int) -> str:
+    """How its numbers are written: shares have no sign."""
+    return f".{digits}f" if component == _ACCURACY else f"+.{digits}f"
 
 
 def _time(seconds: float) -> str:

@@ -161,7 +161,7 @@ class Run:
     def _evaluate(self) -> tuple[dict[str, float], list[Record]]:
         """Held-out means and samples of a greedy and a sampled pass; keeps the best model."""
         iteration = self.agent.iteration
-        means: dict[str, float] = {}
+        means: dict[str, float] = {"num_prompts": len(self.eval_prompts)}
         samples: dict[str, list[Record]] = {}
         for decoding in ("greedy", "sampled"):
             episodes, outcomes = self.agent.evaluate(

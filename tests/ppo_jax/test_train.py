@@ -94,7 +94,8 @@ def test_metrics(finished_run: Path) -> None:
         f"{decoding}/{name}"
         for decoding in ("greedy", "sampled")
         for name in ("score", "gold", "length_mean", "eos_rate")
-    }
+    } | {"num_prompts"}
+    assert lines[1]["eval/num_prompts"] == 4
     assert lines[0]["objective/kl"] == pytest.approx(0, abs=1e-5), "it is its own reference"
 
 

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from ppo_jax.generation.intervals import wilson_interval
 from ppo_jax.runs import curves, panels
 from ppo_jax.runs.curves import PANELS
 from ppo_jax.runs.panels import HeatPanel, Line, PathPanel, Records
@@ -29,13 +30,15 @@ def run(iterations: int, *, gold: bool = True) -> Records:
     names = {name for name in names if gold or "gold" not in name}
     training = sorted(name for name in names if not name.startswith("eval/"))
     held_out = sorted(name for name in names if name.startswith("eval/"))
+    counts = {line.trials for line in lines if line.trials}
     records = []
     for i in range(1, iterations + 1):
         record: dict[str, Any] = {"iteration": i} | {n: float(rng.random()) for n in training}
         if i % 10 == 0:
-            record |= dict.fromkeys(held_out, 0.1 * i)
+            record |= dict.fromkeys(held_out, 0.1 * i) | dict.fromkeys(counts, 64)
         records.append(record)
     records[0] |= dict.fromkeys((n.replace("eval/", "baseline/") for n in held_out), -0.5)
+    records[0] |= dict.fromkeys((n.replace("eval/", "baseline/") for n in counts), 16)
     return Records(records, [distributions(i) for i in range(1, iterations + 1)])
 
 
@@ -132,6 +135,35 @@ def test_the_untrained_model_stands_at_iteration_0() -> None:
     [held_out] = [line for line in axis.get_lines() if line.get_label() == "held out, sampled"]
     assert list(held_out.get_xdata()) == [0, 10, 20, 30]
     np.testing.assert_allclose(held_out.get_ydata(), [-0.5, 1, 2, 3])
+
+
+def test_accuracy_comes_first_and_with_intervals() -> None:
+    """Wilson's, of 16 prompts before training and of 64 later."""
+    assert PANELS[0].title == "Accuracy"
+    records = run(20)
+    for record, share in ((records.metrics[9], 0.25), (records.metrics[19], 0.5)):
+        record["eval/greedy/accuracy"] = share  # type: ignore[index]
+    records.metrics[0]["baseline/greedy/accuracy"] = 0.0  # type: ignore[index]
+    axis = draw_one("Accuracy", records)
+    [_, greedy] = axis.collections  # behind the curves of the sampled and of the greedy answers
+    [path] = greedy.get_paths()
+    ends = np.unique(np.round(path.vertices, 9), axis=0).tolist()
+    shares = ((0, 0.0, 16), (10, 0.25, 64), (20, 0.5, 64))
+    expected = [[i, round(end, 9)] for i, p, n in shares for end in wilson_interval(p, n)]
+    assert ends == expected
+    assert axis.get_ylim()[0] == 0
+
+
+def test_no_interval_without_a_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In runs that another version recorded; and a run without accuracy has no such panel."""
+    records = run(20)
+    for record in records.metrics:
+        record.pop("eval/num_prompts", None)  # type: ignore[attr-defined]
+        record.pop("baseline/num_prompts", None)  # type: ignore[attr-defined]
+    assert not draw_one("Accuracy", records).collections
+    for record in records.metrics:
+        record.pop("reward/accuracy")  # type: ignore[attr-defined]
+    assert next(iter(draw(records, tmp_path / "curves.png", monkeypatch))) == "Score"
 
 
 def test_what_was_not_finite_is_left_out() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ppo_jax.runs.progress import Progress
+from ppo_jax.runs.progress import Progress, counting
 
 
 def metrics(iteration: int, **changes: float) -> dict[str, Any]:
@@ -136,6 +136,47 @@ def test_evaluations() -> None:
     assert file.getvalue().splitlines() == [
         "held out after  10: score +0.250 (greedy -0.500)",
         "held out after  20: score +0.250 (greedy -0.500)  gold +1.000 (greedy +2.000)",
+    ]
+
+
+def test_accuracy_stands_beside_the_score() -> None:
+    progress, file, _ = plain(width=120)
+    others = {"reward/a": 1.0, "reward/b": 2.0, "reward/c": 3.0}
+    progress.iterated(metrics(100, **others, **{"reward/accuracy": 0.25}))
+    means = {"sampled/score": 0.25, "sampled/a": 1.0, "sampled/accuracy": 0.5, "num_prompts": 64}
+    means |= {"greedy/score": -0.5, "greedy/a": 2.0, "greedy/accuracy": 0.625}
+    progress.evaluated(100, means)
+    marked = sample("4", gold=False)
+    marked["components"] |= {"a": 1.0, "b": 2.0, "c": 3.0, "accuracy": 1.0}
+    progress.samples("After", [marked])
+    iteration, held_out, *table = file.getvalue().splitlines()
+    numbers = "score +0.123  accuracy 0.250  a +1.000  b +2.000  KL 1.50"
+    assert iteration.startswith(f"iteration 100/100  {numbers}")
+    assert held_out == (
+        "held out after 100: score +0.250 (greedy -0.500)  accuracy 0.500 (greedy 0.625)  "
+        "a +1.000 (greedy +2.000)"
+    )
+    assert any(
+        line.split() == ["The", "plot4", "+1.50", "1.00", "+1.00", "+2.00"] for line in table
+    )
+
+
+def test_counting_says_how_far_it_is_and_how_long_it_will_take() -> None:
+    """The first batch compiles, so its time says nothing."""
+    file, clock = io.StringIO(), Clock()
+    console = Console(file=file, width=80, highlight=False)
+    with counting("greedy", 100, console=console, clock=clock) as count:
+        clock.seconds = 300.0
+        count(10)
+        for done in range(20, 101, 10):
+            clock.seconds += 6.0
+            count(done)
+    assert file.getvalue().splitlines() == [
+        "greedy: 20/100  ETA 0:00:48",
+        "greedy: 40/100  ETA 0:00:36",
+        "greedy: 60/100  ETA 0:00:24",
+        "greedy: 80/100  ETA 0:00:12",
+        "greedy: 100/100  ETA 0:00:00",
     ]
 
 
