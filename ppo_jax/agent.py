@@ -137,6 +137,11 @@ class PPOAgent:
             UsageError: a setting, or a file that it names, is wrong.
             gymnasium.error.DependencyNotInstalled: an optional package is missing.
         """
+        if config.task.keep_solvable is not None:
+            raise UsageError(
+                "keep_solvable is measured in a run's folder, by ppo-train; leave it out, and give "
+                "the prompts to train on."
+            )
         run = config.run
         network, task, _ = assemble(
             config.task,

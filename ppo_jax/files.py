@@ -94,7 +94,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         )
     new, old = scratch / "new", scratch / "old"
     try:
-        with disk_errors(folder), _locked(scratch):
+        with disk_errors(folder), locked(scratch):
             new.mkdir()
             yield new
             sync(new)
@@ -118,7 +118,7 @@ def sweep(folder: Path) -> None:
     scratch_name = re.compile(rf"\.{re.escape(folder.name)}-[a-z0-9_]{{8}}{re.escape(PARTIAL)}")
     for scratch in folder.parent.iterdir():
         if scratch_name.fullmatch(scratch.name) and scratch.is_dir():
-            with _locked(scratch) as is_abandoned:
+            with locked(scratch) as is_abandoned:
                 if is_abandoned:
                     if (scratch / "old").exists() and not folder.exists():
                         (scratch / "old").rename(folder)
@@ -126,22 +126,28 @@ def sweep(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Whether the folder is this process's own within the block, as far as the system can tell."""
+def locked(folder: Path) -> Iterator[bool | None]:
+    """Keep other processes out of `folder` within the block, if they ask too.
+
+    Yields whether the folder is this process's own: False if another one has it, None if the system
+    or the file system has no locks.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
-        yield False
+        yield None
         return
+    is_ours: bool | None = True
     with ExitStack() as stack:
         try:
             handle = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, handle)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_locked = True
-        except OSError:  # another process has it, or the file system has no locks
-            is_locked = False
-        yield is_locked
+        except BlockingIOError:
+            is_ours = False
+        except OSError:
+            is_ours = None
+        yield is_ours
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -26,6 +26,7 @@ from ppo_jax.config import (
 from ppo_jax.runs.config_file import read_config
 from ppo_jax.runs.folder import RunFolder
 from ppo_jax.runs.run import PROG, Run
+from ppo_jax.runs.solvable import kept, measure, read_rates
 from ppo_jax.runs.trained import model_in
 
 
@@ -99,6 +100,13 @@ def train(
         config.task, dtype=config.run.dtype, param_dtype=config.run.param_dtype, say=cli.say
     )
     assert held_out is not None  # the prompts are those of the settings
-    agent = PPOAgent(network, task, config)
     with folder.locked():
-        Run(agent, folder, held_out[: config.run.eval_size]).go(resume=resume)
+        if config.task.keep_solvable is not None:
+            if not resume:
+                measure(network, task, config, folder.solvable)
+            rates = read_rates(folder.solvable, task.prompts)
+            prompts, said = kept(task.prompts, rates, config)
+            cli.say(said)
+            task = replace(task, prompts=prompts)
+        agent = PPOAgent(network, task, config)
+        Run(agent, folder, held_out).go(resume=resume)

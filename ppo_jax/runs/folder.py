@@ -1,7 +1,7 @@
 """The files of a run, apart from what its checkpoints and models hold.
 
-config.json  metrics.jsonl  distributions.jsonl  samples.jsonl  curves.png  tensorboard/
-checkpoints/  best/  final/
+config.json  solvable.json  metrics.jsonl  distributions.jsonl  samples.jsonl  curves.png
+tensorboard/  checkpoints/  best/  final/
 
 A run ends where its checkpoints or models cannot be written. Where its records, its curves or its
 TensorBoard files cannot be, it says so once and goes on.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ppo_jax.algorithm import clip_limits
 from ppo_jax.config import TrainConfig
-from ppo_jax.files import PARTIAL, disk_errors, sweep
+from ppo_jax.files import PARTIAL, disk_errors, locked, sweep
 from ppo_jax.runs.config_file import (
     Settings,
     check_same,
@@ -34,7 +34,17 @@ from qwen_env.errors import UsageError, UserFacingError
 
 _METRICS, _DISTRIBUTIONS, _SAMPLES = "metrics.jsonl", "distributions.jsonl", "samples.jsonl"
 _RECORDS = (_METRICS, _DISTRIBUTIONS, _SAMPLES)
-_NAMES = ("config.json", *_RECORDS, "curves.png", "tensorboard", "checkpoints", "best", "final")
+_SOLVABLE = "solvable.json"
+_NAMES = (
+    "config.json",
+    _SOLVABLE,
+    *_RECORDS,
+    "curves.png",
+    "tensorboard",
+    "checkpoints",
+    "best",
+    "final",
+)
 _SUFFIXES = ("", PARTIAL, BACKUP, BACKUP + PARTIAL)
 
 
@@ -59,6 +69,7 @@ class RunFolder:
         self.checkpoints = folder / "checkpoints"
         self.best = folder / "best"
         self.final = folder / "final"
+        self.solvable = folder / _SOLVABLE
         self._config, self._resume, self._argv = config, resume, argv
         self._records = {name: RecordFile(folder / name) for name in _RECORDS}
         self._tensorboard: TensorBoard | None = None
@@ -82,7 +93,12 @@ class RunFolder:
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        with _lock(self.path):
+        with locked(self.path) as is_ours:
+            if is_ours is False:
+                raise UsageError(
+                    f"{self.path} is in use by another process; wait until it ends, or choose "
+                    "another --output-dir."
+                )
             _check_usable(self.path, resume=self._resume)
             for file in self._records.values():
                 file.read()
@@ -259,43 +275,16 @@ def read_records(folder: Path) -> Records:
     )
 
 
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Keep other processes out of `folder` within the block, where the file system can.
-
-    Raises:
-        UsageError: another process is in it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"{folder} is in use by another process; wait until it ends, or choose another "
-                "--output-dir."
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(handle)
-
-
 def _check_usable(folder: Path, *, resume: bool) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UsageError(f"{there} is a file, not a folder; choose another --output-dir.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UsageError(f"{there} is not writable; choose another --output-dir.")
-    # A start that was killed as it wrote its first file left that one, and no run.
-    first_write = f"config.json{PARTIAL}"
-    if not resume and there == folder and any(x.name != first_write for x in folder.iterdir()):
+    # A start that was killed before config.json was whole left these, and no run.
+    first_writes = {_SOLVABLE, f"{_SOLVABLE}{PARTIAL}", f"config.json{PARTIAL}"}
+    names = {path.name for path in folder.iterdir()} if there == folder else set()
+    if not resume and names - first_writes:
         what = (
             "holds another run; add --resume to continue it, or choose"
             if (folder / "config.json").exists()

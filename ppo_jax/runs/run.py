@@ -46,6 +46,7 @@ class RunState:
     settings: Settings
     model_digest: str  # of the model that it began with
     prompts_digest: str  # of the training prompts
+    eval_prompts_digest: str | None = None  # of the held-out ones, None in older checkpoints
     best_score: float | None = None
     best_iteration: int | None = None
     best_digest: str | None = None  # of best/, where it was not written since the last checkpoint
@@ -59,12 +60,12 @@ class Run:
     Args:
         agent: trained to its `num_iterations`, from its present state if nothing was saved.
         folder: locked.
-        eval_prompts: held out, all of them answered at every evaluation.
+        eval_prompts: held out; `eval_size` of them are answered at every evaluation.
     """
 
     def __init__(self, agent: PPOAgent, folder: RunFolder, eval_prompts: PromptDataset):
-        self.agent, self.folder, self.eval_prompts = agent, folder, eval_prompts
-        self.config = agent.config.run
+        self.agent, self.folder, self.config = agent, folder, agent.config.run
+        self.eval_prompts = eval_prompts[: self.config.eval_size]
         self.checkpoints = Checkpoints(folder.checkpoints, self.config.keep_checkpoints)
         self.checkpoints.sweep()
         self.progress = Progress(agent.num_iterations)
@@ -72,6 +73,7 @@ class Run:
             settings=settings(agent.config),
             model_digest=model_digest(agent.initial_backbone),
             prompts_digest=prompts_digest(agent.task.prompts),
+            eval_prompts_digest=prompts_digest(eval_prompts),
         )
         self.plotted_at = -SECONDS_BETWEEN_PLOTS
         self.num_alike, self.told_alike = 0, False  # iterations in a row whose scores are alike
@@ -230,12 +232,22 @@ class Run:
                 f"{self.agent.config.task.model} is not the model that the run in "
                 f"{self.folder.path} was started with: its weights have changed."
             )
-        if self.state.prompts_digest != now.prompts_digest:
-            asked = self.agent.config.task
-            raise UsageError(
-                f"{asked.task or asked.prompts} does not hold the prompts that the run in "
-                f"{self.folder.path} was started with; put those back, or start another run."
-            )
+        source = self.agent.config.task
+        for what, name, before, after in (
+            ("prompts", source.task or source.prompts, self.state.prompts_digest, now.prompts_digest),
+            (
+                "held-out prompts",
+                source.eval_prompts or source.task or source.prompts,
+                self.state.eval_prompts_digest or now.eval_prompts_digest,
+                now.eval_prompts_digest,
+            ),
+        ):
+            if before != after:
+                raise UsageError(
+                    f"{name} does not hold the {what} that the run in {self.folder.path} was "
+                    "started with; put those back, or start another run."
+                )
+        self.state.eval_prompts_digest = now.eval_prompts_digest
         if iteration > total:
             raise UsageError(
                 f"num_iterations is {total}, but the run in {self.folder.path} has done "
