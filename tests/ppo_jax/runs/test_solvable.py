@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -70,41 +70,67 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_trains_on_what_is_solved_now_and_then(
+class NoRun:
+    """Stands for a run that is not even begun."""
+
+    agents: ClassVar[list[PPOAgent]] = []
+
+    def __init__(self, agent: PPOAgent, *_: Any):
+        self.agents.append(agent)
+
+    def go(self, *, resume: bool) -> None:
+        assert not resume
+
+
+def test_what_is_measured(
     argv: list[str],
     inputs: Path,
     asked: list[dict[str, Any]],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-    untouched: Callable[[Path], AbstractContextManager[None]],
 ) -> None:
-    """Six prompts, one at a time, eight answers each; then the run as any other, and resumed."""
-    main([*argv, "--save-every", "1", "--keep-checkpoints", "9"])
-    run = tmp_path / "run"
-    prompts = [json.loads(line)["prompt"] for line in (inputs / "prompts.jsonl").open()]
-    [nothing, *tries] = asked[:7]
+    """Six prompts, one at a time, eight answers each."""
+    monkeypatch.setattr("ppo_jax.train.Run", NoRun)
+    monkeypatch.setattr(NoRun, "agents", [])
+    main(argv)
+    lines = (inputs / "prompts.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    [nothing, *tries] = asked
     assert len(nothing["prompts"]) == 1, "an empty answer"
     assert [call["prompts"] for call in tries] == [[prompt] * 8 for prompt in prompts]
     rates = [float(np.mean(call["accuracy"])) for call in tries]
-    written = json.loads((run / "solvable.json").read_text())
-    assert written == {
+    assert json.loads((tmp_path / "run" / "solvable.json").read_text()) == {
         "samples": 8,
         "seed": 0,
         "rates": {str(i): rate for i, rate in enumerate(rates)},
     }
     low, high = map(float, LIMITS)
-    solved = {prompt for prompt, rate in zip(prompts, rates, strict=True) if low <= rate <= high}
+    solved = [prompt for prompt, rate in zip(prompts, rates, strict=True) if low <= rate <= high]
     assert 1 < len(solved) < 6
-    # An evaluation before training and one at the end, of two calls each.
-    iterations = asked[9:11]
-    trained_on = {prompt for call in iterations for prompt in call["prompts"]}
-    assert trained_on == solved
-    said = capfd.readouterr().err
+    [agent] = NoRun.agents
+    assert [prompt.text for prompt in agent.task.prompts] == solved
     below = sum(rate < low for rate in rates)
     assert (
         f"Kept {len(solved)} of 6 prompts: those that the untrained model answers right in 30 to "
         f"70 % of its tries ({below} are below, {6 - below - len(solved)} above)."
-    ) in said
+    ) in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_is_measured_once(
+    argv: list[str],
+    asked: list[dict[str, Any]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    untouched: Callable[[Path], AbstractContextManager[None]],
+) -> None:
+    main([*argv, "--save-every", "1", "--keep-checkpoints", "9"])
+    run = tmp_path / "run"
+    # Measuring, an evaluation before training and one at the end, and between them two iterations.
+    assert len(asked) == 7 + 4 + 2 + 4
+    trained_on = {prompt for call in asked[11:13] for prompt in call["prompts"]}
+    assert len(trained_on) == 3
     # Back to the first iteration: nothing is measured again.
     whole, before = metrics(run), (run / "solvable.json").read_bytes()
     shutil.rmtree(run / "checkpoints" / "2")
@@ -112,22 +138,24 @@ def test_trains_on_what_is_solved_now_and_then(
     main(["--output-dir", str(run), "--resume"])
     assert metrics(run) == whole
     assert (run / "solvable.json").read_bytes() == before
-    assert len(asked) == 3, "an iteration and an evaluation"
-    assert f"Kept {len(solved)} of 6 prompts" in capfd.readouterr().err
+    assert len(asked) == 1 + 4
+    assert "Kept 3 of 6 prompts" in capfd.readouterr().err
     # What the run is trained on must not change.
     again = ["--output-dir", str(run), "--resume", "--num-iterations", "3"]
-    rates_of_others = written | {"rates": dict.fromkeys(written["rates"], 0.5)}
-    (run / "solvable.json").write_text(json.dumps(rates_of_others))
-    with untouched(run):
-        assert "does not hold the prompts that the run in" in fails(again, capfd)
-    (run / "solvable.json").write_text(json.dumps({"rates": {"0": 0.5}}))
-    with untouched(run):
-        assert "solvable.json has no rate of prompt 1; put" in fails(again, capfd)
-    (run / "solvable.json").unlink()
-    with untouched(run):
-        assert "solvable.json is gone" in fails(again, capfd)
-    changed = fails([*again, "--keep-solvable", "0", "1"], capfd)
-    assert "holds a run with keep_solvable = [0.3, 0.7], not [0.0, 1.0]" in changed
+    written = json.loads(before)
+    for changed, words in (
+        (written | {"rates": dict.fromkeys(written["rates"], 0.5)}, "does not hold the prompts"),
+        ({"rates": {"0": 0.5}}, "solvable.json has no rate of prompt 1; put"),
+        (None, "solvable.json is gone"),
+    ):
+        (run / "solvable.json").unlink()
+        if changed is not None:
+            (run / "solvable.json").write_text(json.dumps(changed))
+        with untouched(run):
+            assert words in fails(again, capfd)
+        (run / "solvable.json").write_bytes(before)
+    error = fails([*again, "--keep-solvable", "0", "1"], capfd)
+    assert "holds a run with keep_solvable = [0.3, 0.7], not [0.0, 1.0]" in error
 
 
 def test_what_is_refused(
@@ -180,15 +208,15 @@ def test_an_interrupted_start_measures_again(
             main(argv)
         assert exit.value.code == 130
     assert not run.exists()
+    monkeypatch.setattr("ppo_jax.train.Run", NoRun)
+    run.mkdir()
     for left in ("solvable.json", "solvable.json.partial"):
-        shutil.rmtree(run, ignore_errors=True)
-        run.mkdir()
         (run / left).write_text("{")
-        asked.clear()
-        main([*argv, "--num-iterations", "1"])
-        assert len(asked) == 12
-        assert len(json.loads((run / "solvable.json").read_text())["rates"]) == 6
-        assert not (run / "solvable.json.partial").exists()
+    asked.clear()
+    main(argv)
+    assert len(asked) == 7
+    assert len(json.loads((run / "solvable.json").read_text())["rates"]) == 6
+    assert [path.name for path in run.iterdir()] == ["solvable.json"]
 
 
 RATES = {0: 0.0, 2: 0.25, 3: 0.5, 7: 0.75, 8: 1.0}
