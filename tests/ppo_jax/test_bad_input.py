@@ -334,6 +334,25 @@ def test_resuming_with_other_prompts_at_the_same_place(
     assert f"{prompts} does not hold the prompts that the run" in error
 
 
+def test_resuming_with_other_held_out_prompts_at_the_same_place(
+    finished_run: Path,
+    inputs: Path,
+    rewards: ModuleType,
+    untouched: Callable[[Path], AbstractContextManager[None]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Of those too that no evaluation has used so far: a resumed run may use more."""
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text((inputs / "held_out.jsonl").read_text() + '{"prompt": "More"}\n')
+    run = with_task(finished_run, tmp_path, eval_prompts=held_out)
+    flags = ["--resume", "--num-iterations", "9", "--eval-size", "4"]
+    flags += ["--eval-prompts", str(held_out)]
+    with untouched(run):
+        error = fails(["--output-dir", str(run), *flags], capfd)
+    assert f"{held_out} does not hold the held-out prompts that the run" in error
+
+
 def test_a_damaged_checkpoint_is_passed_over(
     finished_run: Path,
     inputs: Path,

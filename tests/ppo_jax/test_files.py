@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ppo_jax.files import atomic, disk_errors, folder_digest
+from ppo_jax.files import atomic, disk_errors, folder_digest, locked
 from qwen_env.errors import RunError
 
 NO_ROOM = "runs/x cannot be written: No space left on device; "
@@ -53,3 +53,18 @@ def test_a_folder_has_a_digest_of_its_files(tmp_path: Path) -> None:
     (other / "a").write_text("1")
     (other / "inner" / "b").rename(other / "b")
     assert folder_digest(other) != folder_digest(one)
+
+
+def test_a_folder_is_locked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        with locked(tmp_path) as is_ours:
+            assert is_ours is True
+            with locked(tmp_path) as is_theirs:
+                assert is_theirs is False
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with locked(tmp_path) as is_known:
+        assert is_known is None

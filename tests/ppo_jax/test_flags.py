@@ -46,6 +46,8 @@ class Flags:
     """How often."""
     sizes: tuple[int, ...] = ()
     """How many of each."""
+    ends: tuple[float, float] | None = (0.0, 1.0)
+    """Where it begins and ends."""
     loud: bool = False
     """Say it aloud."""
     secret: str = flags.hidden("x")
@@ -68,6 +70,8 @@ def test_values_have_the_types_of_their_fields() -> None:
     given = parse("one", "two", "--folder", "there", "--loud", "--height=2", "--max_loops", "-3")
     size = LargerSize(height=2.0)
     assert given == Flags(("one", "two"), Path("there"), "a", -3, loud=True, size=size)
+    assert parse("--ends", "0.5", "2").ends == (0.5, 2.0)
+    assert parse("--ends", "None").ends is None
     assert parse("--sizes", "3", "4").sizes == (3, 4)
     assert parse("--height", "None", "--no-loud") == Flags()
     assert parse("--folder", "a_b", "--", "--c_d").texts == ("--c_d",)
@@ -109,6 +113,7 @@ def test_help_has_every_flag_under_its_group(capsys: pytest.CaptureFixture[str])
         "How deep. (default: 1)",
     ):
         assert text in group
+    assert "Where it begins and ends. (default: 0.0 1.0)" in words
     assert "secret" not in words
 
 

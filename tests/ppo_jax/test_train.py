@@ -288,8 +288,9 @@ def test_flags_reach_the_task_the_network_and_the_evaluation(
     assert task.rules == mdp.Rules(6, 9, tokenizer.vocab_size, (0, 300), (), 2)
     assert task.missing_eos_penalty == 0.5
     assert [prompt.text for prompt in held_out] == [
-        f"The {text} I" for text in ("The acting", "I liked", "All in all")
+        f"The {text} I" for text in ("The acting", "I liked", "All in all", "So")
     ]
+    assert agent.config.run.eval_size == 3
     [prompt] = task.prompts
     whole = tokenizer.encode("The The plot was not bad at all I")
     assert prompt.ids.tolist() == whole[-6:] != whole

@@ -63,6 +63,7 @@ class Settings:
     flag: bool = False
     folder: Path = Path()
     texts: tuple[str, ...] = ()
+    limits: tuple[Share, Share] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -86,6 +87,9 @@ class Settings:
         ({"folder": "x"}, "folder is 'x'; it must be a Path."),
         ({"texts": "x"}, "texts is 'x'; it must be a list."),
         ({"texts": ["x", 1]}, "texts[1] is 1; it must be text."),
+        ({"limits": 0.5}, "limits is 0.5; it must be 2 values, or None."),
+        ({"limits": [0.5]}, "limits is [0.5]; it must be 2 values, or None."),
+        ({"limits": [0.5, 2]}, "limits[1] is 2.0; it must be between 0 and 1."),
     ],
 )
 def test_values_of_another_type(fields: dict[str, Any], words: str) -> None:
@@ -100,3 +104,4 @@ def test_numbers_of_numpy_become_those_of_python() -> None:
     assert (type(settings.size), type(settings.rate)) == (int, float)
     assert type(Settings(rate=2).rate) is float
     assert Settings(texts=["a", "b"]).texts == ("a", "b")  # type: ignore[arg-type]
+    assert Settings(limits=[0, np.float32(0.5)]).limits == (0.0, 0.5)  # type: ignore[arg-type]

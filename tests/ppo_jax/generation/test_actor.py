@@ -28,6 +28,31 @@ def test_no_two_batches_draw_alike(make_network, make_test_task):
     assert np.mean([len(ids) for ids in first + second]) > 3
 
 
+def test_several_completions_follow_each_other_whatever_the_batch(make_network, make_test_task):
+    """Those of one prompt differ, and depend on its number and not on its neighbours."""
+    network, task = make_network(sharpness=3.0), make_test_task(eos_token_ids=(0,))
+    actor = Actor(network, task, Sampling())
+    done: list[int] = []
+
+    def written(batch_size: int) -> list[list[int]]:
+        episodes, outcomes = actor.respond_to_all(
+            nnx.state(network),
+            task.prompts,
+            jax.random.key(0),
+            batch_size=batch_size,
+            completions_per_prompt=3,
+            on_batch=done.append,
+        )
+        assert [episode.prompt for episode in episodes] == [p for p in task.prompts for _ in "123"]
+        assert len(outcomes) == len(episodes)
+        return [episode.completion_ids.tolist() for episode in episodes]
+
+    whole = written(5)
+    assert written(2) == whole
+    assert done == [5, 2, 4, 5], "prompts, without what fills up the last batch"
+    assert len({tuple(ids) for ids in whole}) == 15
+
+
 def test_to_no_prompts_there_is_no_response(make_network, make_test_task):
     network = make_network()
     actor = Actor(network, make_test_task(), Sampling())
