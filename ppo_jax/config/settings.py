@@ -90,14 +90,6 @@ class TaskConfig(ResponseConfig):
     """Train only on prompts of which the untrained model answers a share within these two limits
     right, such as 0.1 0.9. It is measured once, before training, by the reward's accuracy."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.keep_solvable is not None and self.keep_solvable[0] > self.keep_solvable[1]:
-            low, high = self.keep_solvable
-            raise UsageError(
-                f"keep_solvable is {low} {high}; the first limit must not be above the second."
-            )
-
     replaces: ClassVar[Mapping[str, Sequence[str]]] = {
         "task": ("prompts", "eval_prompts", "reward", "gold_reward", "max_prompt_length"),
         "prompts": ("task",),
@@ -107,6 +99,11 @@ class TaskConfig(ResponseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.keep_solvable is not None and self.keep_solvable[0] > self.keep_solvable[1]:
+            low, high = self.keep_solvable
+            raise UsageError(
+                f"keep_solvable is {low} {high}; the first limit must not be above the second."
+            )
         if self.task is None:
             return
         for name in self.replaces["task"]:  # the defaults are the pocket task's

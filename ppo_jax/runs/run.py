@@ -234,7 +234,12 @@ class Run:
             )
         source = self.agent.config.task
         for what, name, before, after in (
-            ("prompts", source.task or source.prompts, self.state.prompts_digest, now.prompts_digest),
+            (
+                "prompts",
+                source.task or source.prompts,
+                self.state.prompts_digest,
+                now.prompts_digest,
+            ),
             (
                 "held-out prompts",
                 source.eval_prompts or source.task or source.prompts,
