@@ -21,6 +21,7 @@ from ppo_jax.config import TrainConfig
 from ppo_jax.generation.actor import Actor, Experience
 from ppo_jax.generation.episode_metrics import component_means, repetition
 from ppo_jax.generation.rollout import choose_token
+from ppo_jax.learning.frozen import join, partition
 from ppo_jax.learning.learner import Learner, TrainState
 from ppo_jax.learning.metrics import fetch
 from ppo_jax.learning.optimizer import Params
@@ -87,12 +88,12 @@ class PPOAgent:
                 "(critic/model.safetensors); set critic to 'separate', or remove that file."
             )
         mesh = make_mesh(config.run.num_devices)
-        graphdef, params = nnx.split(network)
+        graphdef, params, frozen = partition(network, config.optimizer)
         self.task = task
         self.config = config
         self.num_iterations = num_iterations
         self.actor = Actor(
-            network,
+            nnx.merge(graphdef, params, frozen),
             task,
             config.ppo.sampling,
             compacts_rows=config.ppo.num_packed_sizes > 1,
@@ -108,7 +109,8 @@ class PPOAgent:
             mesh=mesh,
         )
         params = replicate(params, mesh)
-        self.initial_backbone = params["backbone"]
+        self.frozen: Params = replicate(frozen, mesh)
+        self._initial_backbone = params["backbone"]
         # Updates donate the state's buffers, so the policy must not share the reference's.
         start = self.learner.init(jax.tree.map(jnp.copy, params), config.run.seed)
         self.state: TrainState = replicate(start, mesh)
@@ -158,15 +160,30 @@ class PPOAgent:
         return int(self.state.iteration)
 
     @property
+    def params(self) -> Params:
+        """All parameters of the policy as it is now: those of the state, and what is frozen."""
+        return join(self.state.params, self.frozen)
+
+    @property
+    def initial_backbone(self) -> Params:
+        """The backbone that training began with."""
+        return self._whole_backbone(self._initial_backbone)
+
+    @property
     def reference(self) -> Params:
         """The backbone of the reference model: the policy's first, unless it moves."""
         moving = self.state.reference
-        return self.initial_backbone if moving is None else moving
+        return self.initial_backbone if moving is None else self._whole_backbone(moving)
 
     @property
     def network(self) -> PolicyValueNetwork:
-        """The policy as it is now, on the state's own arrays: the next update consumes them."""
-        network: PolicyValueNetwork = nnx.merge(self.learner.graphdef, self.state.params)
+        """The policy as it is now, on the state's own arrays: the next update consumes them.
+
+        Where some of the layers are frozen, the layers are a copy.
+        """
+        network: PolicyValueNetwork = nnx.merge(self.learner.graphdef, self.params)
+        if network.backbone.lower_layers is not None:
+            network.backbone.join_layers()
         return network
 
     def choose_action(self, observation: dict[str, np.ndarray], *, greedy: bool = False) -> Choice:
@@ -176,7 +193,7 @@ class PPOAgent:
         is_single = np.ndim(observation["input_ids"]) == 1
         tokens = jnp.atleast_2d(observation["input_ids"])
         prompt_length, length = (jnp.ravel(observation[n]) for n in ("prompt_length", "length"))
-        chosen = self._act(self.state.params, tokens, prompt_length, length, key, greedy=greedy)
+        chosen = self._act(self.params, tokens, prompt_length, length, key, greedy=greedy)
         return Choice(*(np.asarray(x[0] if is_single else x) for x in chosen))
 
     def evaluate(
@@ -191,7 +208,7 @@ class PPOAgent:
         `on_batch` is told how many prompts are done, again and again.
         """
         return self.actor.respond_to_all(
-            self.state.params,
+            self.params,
             prompts,
             self._key(_EVALUATE),
             batch_size=self.config.ppo.batch_size,
@@ -207,7 +224,7 @@ class PPOAgent:
         )
         prompts = [self.task.prompts[i] for i in indices]
         return self.actor.respond(
-            self.state.params,
+            self.params,
             prompts,
             self._key(_ROLLOUT),
             completions_per_prompt=self.config.ppo.completions_per_prompt,
@@ -221,14 +238,14 @@ class PPOAgent:
         start = time.perf_counter()
         state = self.state
         batch, controls, prepared, distributions = self._prepare(
-            state.params,
+            self.params,
             self.reference,
             state.controls,
             experience.rollout,
             jnp.asarray(experience.scores),
         )
         self.state, updated, more = self._update(
-            state._replace(controls=controls), batch, self._key(_SHUFFLE)
+            state._replace(controls=controls), batch, self._key(_SHUFFLE), self.frozen
         )
         metrics, self.distributions = fetch(prepared | updated, distributions | more)
         return metrics | {"time/update_s": time.perf_counter() - start}
@@ -264,6 +281,10 @@ class PPOAgent:
                     f"to iteration {self.iteration}; look at the rewards, or start another run "
                     "with a lower learning_rate."
                 )
+
+    def _whole_backbone(self, learning: Params) -> Params:
+        whole: Params = join(nnx.State({"backbone": learning}), self.frozen)["backbone"]
+        return whole
 
     def _key(self, use: int) -> jax.Array:
         root = jax.random.wrap_key_data(self.state.root_key)

@@ -23,6 +23,7 @@ from ppo_jax import algorithm
 from ppo_jax.config import OptimizerConfig, PPOConfig
 from ppo_jax.generation.rollout import Rollout
 from ppo_jax.learning.batch import Batch, Controls, Prepared, make_batch
+from ppo_jax.learning.frozen import NOTHING, join
 from ppo_jax.learning.loss import AVERAGED, MinibatchSums, ppo_loss
 from ppo_jax.learning.metrics import Distributions, Metrics
 from ppo_jax.learning.optimizer import (
@@ -42,10 +43,10 @@ from qwen_env import mdp
 class TrainState(NamedTuple):
     """All that changes from one iteration to the next, and all that a resumed run needs."""
 
-    params: Params
+    params: Params  # those that learn, see `ppo_jax.learning.frozen`
     opt_state: optax.ScaleByAdamState
     controls: Controls
-    reference: Params | None  # a moving reference model's backbone, in float32
+    reference: Params | None  # of a moving reference model's backbone what learns, in float32
     root_key: Array  # uint32, jax.random.key_data of the root key; never changes
     iteration: Int[Array, ""]
     nonfinite_in_a_row: Int[Array, ""]
@@ -64,7 +65,7 @@ class Learner:
     mesh: Mesh | None = None  # that the rows of a batch are cut over
 
     def init(self, params: Params, seed: int) -> TrainState:
-        """The state before the first iteration; `params` become its own, to be donated."""
+        """The state before the first iteration; `params`, which learn, become its own."""
         reference = None
         if self.config.ref_ema_decay is not None:
             reference = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params["backbone"])
@@ -89,8 +90,8 @@ class Learner:
         """Score every token: rewards, advantages and returns, and what to watch of them.
 
         Args:
-            params: of the policy that wrote the responses.
-            reference: the backbone of the reference model.
+            params: all of the policy that wrote the responses.
+            reference: all of the backbone of the reference model.
         """
         state = rollout.state
         of_all_rows = partial(
@@ -119,13 +120,16 @@ class Learner:
         )
 
     def update(
-        self, state: TrainState, batch: Batch, key: PRNGKeyArray
+        self, state: TrainState, batch: Batch, key: PRNGKeyArray, frozen: Params = NOTHING
     ) -> tuple[TrainState, Metrics, Distributions]:
         """Epochs x minibatches, each epoch in an order of its own, until done or KL early stop.
 
         At the grain of minibatches, one whose KL(old ‖ new) exceeds the target ends the iteration
         without a step; at the grain of epochs, an epoch whose mean does is the last. A minibatch
         whose loss or gradient is not finite is skipped.
+
+        Args:
+            frozen: the policy's parameters that are not in the state, since they never learn.
         """
         config = self.config
         num_minibatches = config.num_minibatches
@@ -146,7 +150,7 @@ class Learner:
             if config.advantage_whitening == "minibatch":
                 advantages = algorithm.masked_whiten(minibatch.advantages, minibatch.mask)
                 minibatch = minibatch._replace(advantages=advantages)
-            gradients, sums, ratio_max_error = self.gradients(carry.params, minibatch)
+            gradients, sums, ratio_max_error = self.gradients(carry.params, minibatch, frozen)
             gradients = jax.tree.map(jnp.multiply, gradients, trainable)
             norm = global_norm(gradients)
             metrics = sums.metrics | {"policy/grad_norm": norm}
@@ -236,17 +240,20 @@ class Learner:
         return next_state, metrics, {"ratio": end.ratios}
 
     def gradients(
-        self, params: Params, minibatch: Batch
+        self, params: Params, minibatch: Batch, frozen: Params = NOTHING
     ) -> tuple[Params, MinibatchSums, Float[Array, ""]]:
-        """Of the loss of a minibatch; what to watch of it; its largest |ratio - 1|."""
+        """Of the loss of a minibatch by `params`; what to watch of it; its largest |ratio - 1|."""
         weights = algorithm.token_weights(minibatch.mask, self.config.loss_aggregation)
 
-        def of_part(params: Params, rows: tuple[Batch, Array], layout: Layout | None) -> Totals:
+        def of_part(
+            parts: tuple[Params, Params], rows: tuple[Batch, Array], layout: Layout | None
+        ) -> Totals:
+            params, frozen = parts
             batch, weights = rows
 
             def loss(params: Params) -> tuple[Array, tuple[MinibatchSums, Array]]:
                 written = batch.tokens, batch.prompt_length, batch.length, batch.sampling_mask
-                new = self.response_outputs(params, *written, layout=layout)
+                new = self.response_outputs(join(params, frozen), *written, layout=layout)
                 return ppo_loss(new, batch, weights, self.config)
 
             # Inside of the part: a gradient through its `switch` keeps residuals of all branches.
@@ -255,7 +262,7 @@ class Learner:
 
         (gradients, sums), ratio_max_error = self._in_parts(
             of_part,
-            params,
+            (params, frozen),
             (minibatch, weights),
             length=minibatch.length,
             reduction=ADD,

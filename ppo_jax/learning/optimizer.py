@@ -1,4 +1,4 @@
-"""AdamW, the learning rate's schedule, and which parameters learn."""
+"""AdamW, the learning rate's schedule, and what learns when."""
 
 from collections.abc import Callable
 from functools import reduce
@@ -141,24 +141,17 @@ def learning_rate_schedule(config: OptimizerConfig, num_iterations: int) -> opta
 
 
 def trainable_mask(params: Params, config: OptimizerConfig, iteration: Int[Array, ""]) -> Any:
-    """1 for what learns in an iteration, 0 for what does not, broadcastable to each parameter.
+    """1 for what learns in an iteration, 0 for what does not, for each parameter.
 
-    Embeddings and the lowest layers may be frozen for good. During the critic's warm-up only the
-    value function learns: its head, and its backbone where it has one of its own.
+    During the critic's warm-up only the value function learns: its head, and its backbone where it
+    has one of its own. (What never learns is not here, see `ppo_jax.learning.frozen`.)
     """
-    policy_learns = jnp.where(iteration < config.critic_warmup_iterations, 0.0, 1.0)
+    policy_learns: Array | float = 1.0
+    if config.critic_warmup_iterations:
+        policy_learns = jnp.where(iteration < config.critic_warmup_iterations, 0.0, 1.0)
 
-    def learns(path: tuple[Any, ...], x: Array) -> Array | float:
-        name = _name(path)
-        if _is_critic(name):
-            return 1.0
-        of_policy = policy_learns if config.critic_warmup_iterations else 1.0
-        if "embed_tokens" in name and config.freeze_embeddings:
-            return 0.0
-        if ".layers." in name and config.num_frozen_layers:
-            is_free = jnp.arange(x.shape[0]) >= config.num_frozen_layers
-            return of_policy * is_free.astype(jnp.float32).reshape(-1, *[1] * (x.ndim - 1))
-        return of_policy
+    def learns(path: tuple[Any, ...], _: Array) -> Array | float:
+        return 1.0 if _is_critic(_name(path)) else policy_learns
 
     return jax.tree_util.tree_map_with_path(learns, params)
 

@@ -182,6 +182,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.embed_tokens = table()
+        self.lower_layers: DecoderLayer | None = nnx.data(None)  # see `split_layers`
         self.layers = stacked_layers(rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
         self.lm_head = None if config.tie_word_embeddings else table()
@@ -209,22 +210,45 @@ class Decoder(nnx.Module):
         mask = causal & (number[:, :, None] == number[:, None, :]) & (number > 0)[:, None, :]
         positions = jnp.maximum(mask.sum(-1) - 1, 0)
         rotary = rotary_angles(positions, self.config)
-        graphdef, layers = nnx.split(self.layers)
+        graphdef = nnx.graphdef(self.layers)
 
         def apply_layer(x: Array, layer: nnx.State[str, Any]) -> tuple[Array, KeyValue]:
             return nnx.merge(graphdef, layer)(x, rotary, mask)
 
         policy = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         apply_layer = jax.checkpoint(apply_layer, prevent_cse=False, policy=policy)
-        x, key_value = jax.lax.scan(apply_layer, self.embed(input_ids), layers)
-        return self.norm(x), key_value
+        x, key_values = self.embed(input_ids), []
+        for stack in self._stacks():
+            x, key_value = jax.lax.scan(apply_layer, x, stack)
+            key_values.append(key_value)
+        return self.norm(x), jax.tree.map(lambda *parts: jnp.concatenate(parts), *key_values)
+
+    def split_layers(self, count: int) -> None:
+        """Keep the lowest `count` layers in a stack of their own, `lower_layers`.
+
+        Then they can be left out where gradients are taken: nothing is kept for a backward pass
+        through them, and none is made.
+        """
+        graphdef, layers = nnx.split(self.layers)
+        self.lower_layers = nnx.merge(graphdef, jax.tree.map(lambda x: x[:count], layers))
+        self.layers = nnx.merge(graphdef, jax.tree.map(lambda x: x[count:], layers))
+
+    def join_layers(self) -> None:
+        """Undo `split_layers`."""
+        graphdef = nnx.graphdef(self.layers)
+        joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *self._stacks())
+        self.lower_layers, self.layers = None, nnx.merge(graphdef, joined)
+
+    def _stacks(self) -> list[nnx.State[str, Any]]:
+        return [nnx.state(x) for x in (self.lower_layers, self.layers) if x is not None]
 
     def unstacked_layers(self) -> list[DecoderLayer]:
         """The L layers apart, for a decode loop: sliced and laid out once, not at every token."""
-        graphdef, layers = nnx.split(self.layers)
+        graphdef = nnx.graphdef(self.layers)
         unstacked = [
-            nnx.merge(graphdef, jax.tree.map(lambda array, index=i: array[index], layers))
-            for i in range(self.config.num_hidden_layers)
+            nnx.merge(graphdef, jax.tree.map(lambda array, index=i: array[index], stack))
+            for stack in self._stacks()
+            for i in range(len(jax.tree.leaves(stack)[0]))
         ]
         for _, module in nnx.iter_graph(unstacked):
             if isinstance(module, Linear):

@@ -14,6 +14,7 @@ from flax import nnx
 from ppo_jax.config import OptimizerConfig, PPOConfig
 from ppo_jax.generation.rollout import Rollout
 from ppo_jax.learning.batch import Batch, Prepared
+from ppo_jax.learning.frozen import partition
 from ppo_jax.learning.learner import Learner, TrainState
 from ppo_jax.mesh import make_mesh, replicate
 from ppo_jax.models import PolicyValueNetwork, with_separate_critic
@@ -64,10 +65,11 @@ class CompiledLearner:
             network = with_separate_critic(network)
         self.network = network
         mesh = make_mesh(num_devices)
+        graphdef, params, self.frozen = partition(network, self.optimizer)
         self.learner = Learner(
-            nnx.graphdef(network), rules, self.ppo, self.optimizer, num_iterations=10, mesh=mesh
+            graphdef, rules, self.ppo, self.optimizer, num_iterations=10, mesh=mesh
         )
-        self.start: TrainState = replicate(self.learner.init(nnx.state(network), seed=0), mesh)
+        self.start: TrainState = replicate(self.learner.init(params, seed=0), mesh)
         self.reference = replicate(other_backbone(network), mesh)
         options = None if optimized else {"xla_backend_optimization_level": 0}
         self.compile = functools.partial(jax.jit, compiler_options=options)
@@ -81,7 +83,8 @@ class CompiledLearner:
 
     def update(self, batch: Batch, *, state: TrainState | None = None, seed: int = 0) -> Any:
         """(state, metrics, distributions) after an iteration from `state`, or from the start."""
-        return self._update(self.start if state is None else state, batch, jax.random.key(seed))
+        state = self.start if state is None else state
+        return self._update(state, batch, jax.random.key(seed), self.frozen)
 
 
 def other_backbone(network: PolicyValueNetwork) -> nnx.State:

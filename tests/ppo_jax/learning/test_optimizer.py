@@ -223,37 +223,15 @@ def test_by_default_everything_learns(params):
     assert all((mask == 1).all() for mask in masks(params).values())
 
 
-def test_frozen_embeddings_take_the_tied_projection_with_them(params, make_network):
-    for name, mask in masks(params, freeze_embeddings=True).items():
-        assert (mask == (name != "backbone.embed_tokens")).all(), name
-    untied = masks(nnx.state(make_network(tie_word_embeddings=False)), freeze_embeddings=True)
-    assert not untied["backbone.embed_tokens"].any()
-    assert untied["backbone.lm_head"].all()
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_the_lowest_layers_freeze_first(params, count):
-    for name, mask in masks(params, num_frozen_layers=count).items():
-        if name.startswith("backbone.layers."):
-            assert not mask[:count].any() and (mask[count:] == 1).all(), name
-        else:
-            assert (mask == 1).all(), name
-
-
 def test_the_critics_warm_up_ends(params):
     for iteration, learns in ((0, 0), (2, 0), (3, 1), (9, 1)):
         for name, mask in masks(params, iteration, critic_warmup_iterations=3).items():
             assert (mask == (1 if name.startswith("value_head") else learns)).all(), name
 
 
-def test_a_separate_critic_is_neither_frozen_nor_held_back(make_network):
+def test_a_separate_critic_is_not_held_back(make_network):
     params = nnx.state(with_separate_critic(make_network()))
-    settings = {
-        "critic_warmup_iterations": 3,
-        "freeze_embeddings": True,
-        "num_frozen_layers": 2,
-    }
-    for name, mask in masks(params, **settings).items():
+    for name, mask in masks(params, critic_warmup_iterations=3).items():
         assert (mask == name.startswith(("critic.", "value_head."))).all(), name
 
 
