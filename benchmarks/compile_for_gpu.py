@@ -8,6 +8,7 @@ and choose the fastest, so programs differ a little from those that a GPU would 
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from suite import Arguments, cases
 
-from ppo_jax import flags
+from ppo_jax import compilation, flags
 from ppo_jax.generation.rollout import rollout
+from ppo_jax.learning.frozen import join, partition
 from ppo_jax.learning.learner import Learner
 from ppo_jax.models import PolicyValueNetwork
 
@@ -56,12 +58,10 @@ class Flags:
 
 def main() -> None:
     dump = flags.parse(Flags(), sys.argv[1:], prog="python benchmarks/compile_for_gpu.py").dump
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-    mesh = topologies.make_mesh(topology, (1,), ("device",))
-    on_gpu = NamedSharding(mesh, PartitionSpec())
+    on_gpu = h100()
     table = Table("work", "program", "arguments", "at work", title="GiB")
     for case in cases(Arguments(machine="gpu")):
-        for name, compiled in programs(Work(**case.flags), on_gpu):
+        for name, compiled in Iteration(Work(**case.flags), on_gpu).programs():
             memory = compiled.memory_analysis()
             sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes
             table.add_row(case.name, name, *(f"{size / 2**30:.1f}" for size in sizes))
@@ -71,44 +71,80 @@ def main() -> None:
     Console().print(table)
 
 
-def programs(work: Work, on_gpu: NamedSharding) -> Any:
-    """(name, compiled) of the three programs of an iteration, from shapes alone."""
+def h100() -> NamedSharding:
+    """Places arrays on it."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    mesh = topologies.make_mesh(topology, (1,), ("device",))
+    return NamedSharding(mesh, PartitionSpec())
 
-    def placed(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_gpu), tree)
 
-    shape = SHAPES[work.model]
-    network = nnx.eval_shape(
-        lambda: PolicyValueNetwork(
-            shape, rngs=nnx.Rngs(0), dtype=work.dtype, param_dtype=work.param_dtype
+class Iteration:
+    """The arrays and the programs of an iteration, from shapes alone: nothing is allocated.
+
+    Args:
+        sharding: of a device that need not be there; None compiles for this machine.
+    """
+
+    def __init__(self, work: Work, sharding: NamedSharding | None = None):
+        self._placed = lambda tree: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
         )
-    )
-    graphdef, params = nnx.split(network)
-    config, rules = config_of(work), task_of(work, shape.vocab_size).rules
-    learner = Learner(graphdef, rules, config.ppo, config.optimizer, num_iterations=1000)
+        self._jit = compilation.jit if sharding is None else jax.jit
+        self.work, self.config = work, config_of(work)
+        shape, optimizer = SHAPES[work.model], self.config.optimizer
 
-    def respond(params: nnx.State, ids: Any, length: Any, key: Any) -> Any:
-        compacts_rows = config.ppo.num_packed_sizes > 1
-        network = nnx.merge(graphdef, params)
-        return rollout(network, ids, length, key, rules=rules, compacts_rows=compacts_rows)
+        def network() -> PolicyValueNetwork:
+            return PolicyValueNetwork(
+                shape,
+                rngs=nnx.Rngs(0),
+                dtype=work.dtype,
+                param_dtype=work.param_dtype,
+                separate_critic=work.critic == "separate",
+            )
 
-    params = placed(params)
-    state = placed(jax.eval_shape(lambda params: learner.init(params, 0), params))
-    key = placed(jax.eval_shape(lambda: jax.random.key(0)))
-    ids, length, score = placed(
-        (
-            jax.ShapeDtypeStruct((work.batch_size, work.prompt_length), jnp.int32),
-            jax.ShapeDtypeStruct((work.batch_size,), jnp.int32),
-            jax.ShapeDtypeStruct((work.batch_size,), jnp.float32),
+        self.graphdef, params, frozen = jax.eval_shape(lambda: partition(network(), optimizer))
+        self.params, self.frozen = self._placed((params, frozen))
+        self.learner = Learner(
+            self.graphdef,
+            task_of(work, shape.vocab_size).rules,
+            self.config.ppo,
+            optimizer,
+            num_iterations=1000,
+            remat=work.remat,
         )
-    )
-    yield "rollout", jax.jit(respond).lower(params, ids, length, key).compile()
-    responses = placed(jax.eval_shape(respond, params, ids, length, key))
-    scored = (params, params["backbone"], state.controls, responses, score)
-    yield "prepare", jax.jit(learner.prepare).lower(*scored).compile()
-    batch = placed(jax.eval_shape(learner.prepare, *scored)).batch
-    update = jax.jit(learner.update, donate_argnums=0)
-    yield "update", update.lower(state, batch, key).compile()
+        start = jax.eval_shape(lambda params: self.learner.init(params, 0), self.params)
+        self.state = self._placed(start)
+
+    def programs(self) -> Iterator[tuple[str, Any]]:
+        """(name, compiled) of the three programs."""
+        work, learner, state = self.work, self.learner, self.state
+
+        def respond(params: nnx.State, ids: Any, length: Any, key: Any) -> Any:
+            return rollout(
+                nnx.merge(self.graphdef, params),
+                ids,
+                length,
+                key,
+                rules=learner.rules,
+                compacts_rows=self.config.ppo.num_packed_sizes > 1,
+            )
+
+        whole = join(self.params, self.frozen)
+        ids, length, score, key = self._placed(
+            (
+                jax.ShapeDtypeStruct((work.batch_size, work.prompt_length), jnp.int32),
+                jax.ShapeDtypeStruct((work.batch_size,), jnp.int32),
+                jax.ShapeDtypeStruct((work.batch_size,), jnp.float32),
+                jax.eval_shape(lambda: jax.random.key(0)),
+            )
+        )
+        yield "rollout", self._jit(respond).lower(whole, ids, length, key).compile()
+        responses = self._placed(jax.eval_shape(respond, whole, ids, length, key))
+        scored = (whole, whole["backbone"], state.controls, responses, score)
+        yield "prepare", self._jit(learner.prepare).lower(*scored).compile()
+        batch = self._placed(jax.eval_shape(learner.prepare, *scored)).batch
+        update = self._jit(learner.update, donate_argnums=0)
+        yield "update", update.lower(state, batch, key, self.frozen).compile()
 
 
 if __name__ == "__main__":

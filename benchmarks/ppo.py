@@ -79,7 +79,9 @@ class Work:
     """Let responses of a model of random weights end by chance, so that their mean is about this;
     None runs all to the limit."""
     epochs: int = 4
-    """Passes over the batch, one optimizer step each."""
+    """Passes over the batch."""
+    minibatches: int = 1
+    """Optimizer steps a pass."""
     microbatches: int = 1
     """Parts a minibatch is computed in."""
     packed_sizes: int = 1
@@ -90,6 +92,12 @@ class Work:
     """Type the parameters are kept in."""
     remat: bool = False
     """Recompute activations in the backward pass."""
+    freeze_embeddings: bool = False
+    """Do not train the embeddings, nor an output projection that is tied to them."""
+    num_frozen_layers: int = 0
+    """Do not train so many of the lowest layers."""
+    critic: Literal["shared", "separate"] = "shared"
+    """The value function's backbone: the policy's, or one of its own."""
     iterations: int = 5
     """Timed iterations, after the one that compiles."""
     decode_batches: tuple[int, ...] = ()
@@ -176,10 +184,16 @@ def config_of(work: Work) -> TrainConfig:
         ppo=PPOConfig(
             batch_size=work.batch_size,
             num_epochs=work.epochs,
+            num_minibatches=work.minibatches,
             num_microbatches=work.microbatches,
             num_packed_sizes=work.packed_sizes,
+            critic=work.critic,
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-6),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-6,
+            freeze_embeddings=work.freeze_embeddings,
+            num_frozen_layers=work.num_frozen_layers,
+        ),
         run=RunConfig(remat=work.remat),
     )
 
@@ -219,7 +233,7 @@ def one_iteration(
 ) -> dict[str, Any]:
     start = time.perf_counter()
     prompts = random_prompts(agent, work, rng, work.batch_size)
-    episodes = agent.actor.respond(agent.state.params, prompts, jax.random.key(number))
+    episodes = agent.actor.respond(agent.params, prompts, jax.random.key(number))
     metrics = agent.update(episodes)
     assert metrics["update/epochs"] == work.epochs
     if work.mean_response_length is None:
@@ -243,7 +257,7 @@ def time_decoding(
     seconds, generated = [], []
     for i in range(4):
         prompts = random_prompts(agent, work, rng, size)
-        episodes = agent.actor.respond(agent.state.params, prompts, jax.random.key(i))
+        episodes = agent.actor.respond(agent.params, prompts, jax.random.key(i))
         seconds.append(episodes.rollout_s)
         generated.append(sum(response for _, response in lengths_of(episodes)))
     rate = median(n / s for n, s in zip(generated[1:], seconds[1:], strict=True))

@@ -69,8 +69,6 @@ def rollout(
         compacts_rows: go on in fewer and fewer rows as responses end. Saves time where they are
             ragged, and takes longer to compile.
     """
-    network = _in_compute_type(network)
-    layers = network.backbone.unstacked_layers()
 
     def choose(hidden: Array, carry: _Carry) -> _Carry:
         """Draw token number `carry.step` of the response from its predecessor's hidden state."""
@@ -119,6 +117,8 @@ def rollout(
 
     prompts = mdp.initial_state(prompt_ids, prompt_length, rules, jnp)
     hidden, cache, state = jax.tree.map(several, (*_prefill(network, prompts, rules), prompts))
+    network = _in_compute_type(network)
+    layers = network.backbone.unstacked_layers()
     shape = state.length.shape[0], rules.max_new_tokens
     if prompt_number is None:
         prompt_number = jnp.arange(prompts.length.shape[0])

@@ -27,7 +27,8 @@ def partition(
     """
     count, all_layers = config.num_frozen_layers, network.config.num_hidden_layers
     if 0 < count < all_layers:
-        network = nnx.merge(*nnx.split(network))  # a module of its own, on the same arrays
+        whole, arrays = nnx.split(network)
+        network = nnx.merge(whole, arrays)  # a module of its own, on the same arrays
         network.backbone.split_layers(count)
     names = {"lower_layers"}
     if config.freeze_embeddings:
@@ -38,8 +39,9 @@ def partition(
     def is_frozen(path: tuple[Any, ...], _: Any) -> bool:
         return path[0] == "backbone" and path[1] in names
 
-    graphdef, frozen, params = nnx.split(network, is_frozen, ...)
-    return graphdef, params, frozen
+    graphdef, params = nnx.split(network)
+    frozen, learning = nnx.split_state(params, is_frozen, ...)
+    return graphdef, learning, frozen
 
 
 def join(params: Params, frozen: Params) -> Params:

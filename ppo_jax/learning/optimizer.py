@@ -115,10 +115,14 @@ def _sum_of_squares(x: Float[Array, "..."]) -> Float[Array, ""]:
     XLA:CPU writes the squares of an array to memory before it sums them; their sum over sixteen
     parts it computes as it reads, twelve times as fast.
     """
-    flat = x.astype(jnp.float32).reshape(-1)
+    flat = x.reshape(-1)
     parts = flat[: flat.size // 16 * 16].reshape(16, -1)
     rest = flat[parts.size :]
-    return reduce(jnp.add, map(jnp.square, parts)).sum() + jnp.square(rest).sum()
+
+    def squares(x: Array) -> Array:
+        return jnp.square(x.astype(jnp.float32))
+
+    return reduce(jnp.add, map(squares, parts)).sum() + squares(rest).sum()
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_iterations: int) -> optax.Schedule:

@@ -210,7 +210,7 @@ class Decoder(nnx.Module):
         mask = causal & (number[:, :, None] == number[:, None, :]) & (number > 0)[:, None, :]
         positions = jnp.maximum(mask.sum(-1) - 1, 0)
         rotary = rotary_angles(positions, self.config)
-        graphdef = nnx.graphdef(self.layers)
+        graphdef: nnx.GraphDef[DecoderLayer] = nnx.graphdef(self.layers)
 
         def apply_layer(x: Array, layer: nnx.State[str, Any]) -> tuple[Array, KeyValue]:
             return nnx.merge(graphdef, layer)(x, rotary, mask)
@@ -221,7 +221,8 @@ class Decoder(nnx.Module):
         for stack in self._stacks():
             x, key_value = jax.lax.scan(apply_layer, x, stack)
             key_values.append(key_value)
-        return self.norm(x), jax.tree.map(lambda *parts: jnp.concatenate(parts), *key_values)
+        together: KeyValue = jax.tree.map(lambda *parts: jnp.concatenate(parts), *key_values)
+        return self.norm(x), together
 
     def split_layers(self, count: int) -> None:
         """Keep the lowest `count` layers in a stack of their own, `lower_layers`.

@@ -1,0 +1,111 @@
+"""How much memory training takes with each way to make it smaller, from shapes alone.
+
+    python benchmarks/memory.py
+    JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python benchmarks/memory.py --gpu
+
+The programs of an iteration are compiled, not run, and no array is allocated, so this needs a
+minute or two and hardly any memory. What is on the device all the time (the state, and what the
+reference model has of its own) is known exactly; what a program needs beside it is what XLA says.
+Python, JAX and the compiled programs take 0.5 to 1 GiB more of a computer's memory.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from compile_for_gpu import Iteration, h100
+from ppo import Work
+from rich.console import Console
+from rich.table import Table
+
+from ppo_jax import flags
+
+GIB = 2**30
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "": {},
+    "--remat": {"remat": True},
+    "--num-microbatches 4": {"microbatches": 4},
+    "--critic separate": {"critic": "separate"},
+    "--freeze-embeddings": {"freeze_embeddings": True},
+    "--num-frozen-layers 12": {"num_frozen_layers": 12},
+    "--freeze-embeddings --num-frozen-layers 12": {
+        "freeze_embeddings": True,
+        "num_frozen_layers": 12,
+    },
+}
+"""Flags of ppo-train, and what they are here; each also with parameters in bfloat16."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Memory that training the 0.5B shape takes, by the flags of ppo-train."""
+
+    batch_size: int = 4
+    """B."""
+    prompt_length: int = 80
+    """P."""
+    response_length: int = 24
+    """T."""
+    model: str = "random:qwen2.5-0.5b"
+    """A shape of benchmarks/ppo.py."""
+    gpu: bool = False
+    """Compile for an H100 that need not be there, and one iteration of PPO's usual work on one: 256
+    x (512 + 512) in 4 minibatches, a critic of its own, computed in bfloat16."""
+
+
+def main() -> None:
+    arguments = flags.parse(Arguments(), sys.argv[1:], prog="python benchmarks/memory.py")
+    columns = "reference", "state", "rollout", "prepare", "update", "peak", "checkpoint"
+    table = Table("flags", *columns, title="GiB")
+    sharding = h100() if arguments.gpu else None
+    for name, work in works(arguments):
+        sizes = memory(Iteration(work, sharding))
+        table.add_row(name or "none", *(f"{sizes[column] / GIB:.2f}" for column in columns))
+    Console(width=110).print(table)
+
+
+def works(arguments: Arguments) -> Iterator[tuple[str, Work]]:
+    if arguments.gpu:
+        shape = {"batch_size": 256, "prompt_length": 512, "response_length": 512, "epochs": 1}
+        ways = {"critic": "separate", "dtype": "bfloat16", "minibatches": 4, "packed_sizes": 8}
+        for microbatches in (4, 8, 16):
+            for name, remat in (("", False), (" --remat", True)):
+                work = Work(
+                    arguments.model, **shape, **ways, microbatches=microbatches, remat=remat
+                )
+                yield f"--num-microbatches {microbatches}{name}", work
+        return
+    shape = {
+        "batch_size": arguments.batch_size,
+        "prompt_length": arguments.prompt_length,
+        "response_length": arguments.response_length,
+    }
+    for param_dtype, beginning in (("float32", ""), ("bfloat16", "--param-dtype bfloat16 ")):
+        for name, changes in FLAGS.items():
+            work = Work(arguments.model, **shape, param_dtype=param_dtype, **changes)
+            yield (beginning + name).strip(), work
+
+
+def memory(iteration: Iteration) -> dict[str, int]:
+    """Bytes of what is there all the time, at work in each program beside it, and at most."""
+    # The policy's first parameters are the reference's, and what is frozen is both's.
+    reference = size_of(iteration.params["backbone"]) + size_of(iteration.frozen)
+    state = size_of(iteration.state)
+    at_work = {}
+    for name, compiled in iteration.programs():
+        needs = compiled.memory_analysis()
+        made = needs.output_size_in_bytes - needs.alias_size_in_bytes
+        at_work[name] = needs.temp_size_in_bytes + made
+    peak = reference + state + max(at_work.values())
+    return {"reference": reference, "state": state, **at_work, "peak": peak, "checkpoint": state}
+
+
+def size_of(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+if __name__ == "__main__":
+    main()
