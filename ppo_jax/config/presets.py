@@ -34,6 +34,36 @@ PRESETS: dict[str, TrainConfig] = {
         optimizer=OptimizerConfig(learning_rate=5e-5, warmup_iterations=3),
         run=RunConfig(num_iterations=40, eval_every=10, eval_size=32, save_every=20),
     ),
+    # The real Qwen on two CPU cores and questions that can be verified: docs/verifiable_task.md says
+    # why each value is what it is.
+    "arithmetic": TrainConfig(
+        task=TaskConfig(
+            model="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+            task="reasoning_gym:chain_sum?min_terms=3&max_terms=3&max_digits=1&size=1024"
+            "&answer=last_number&instruction=",
+            system_prompt="Solve it in steps, one short line each.",
+            chat=True,
+            max_new_tokens=20,
+        ),
+        ppo=PPOConfig(
+            batch_size=64,
+            num_epochs=1,
+            num_minibatches=2,
+            num_packed_sizes=4,
+            kl_coef=0.01,
+            gae_lambda=1.0,
+            critic="stopped",
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=6e-6,
+            critic_learning_rate=1e-4,
+            adam_eps=1e-4,
+            warmup_iterations=2,
+            freeze_embeddings=True,
+            num_frozen_layers=12,
+        ),
+        run=RunConfig(num_iterations=16, eval_every=8, eval_size=256, save_every=8),
+    ),
     # The hyperparameters of the reference algorithm. Its discount, 0.99 a token, makes a score of 1
     # at the end of 256 tokens worth 0.08 at their beginning; for long answers use --gamma 1.
     "qwen2.5-0.5b": TrainConfig(

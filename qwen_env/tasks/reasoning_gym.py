@@ -1,9 +1,10 @@
 """Tasks of the package `reasoning-gym`: generated questions whose answers it verifies.
 
-The answer of a completion is what its last `<answer>...</answer>` holds, or else all of it. The
-reward is the package's own score of that, in [0, 1]: many of its tasks give a share of 1 for an
-answer that is partly right, or that comes with other words. `accuracy` is 1 where the score is
-exactly 1: of a bare number, "42" and "42.0" are right, and "The answer is 42" is not.
+The answer of a completion is what its last `<answer>...</answer>` holds, or else all of it; with the
+option `answer=last_number`, it is the last number. The reward is the package's own score of that, in
+[0, 1]: many of its tasks give a share of 1 for an answer that is partly right, or that comes with
+other words. `accuracy` is 1 where the score is exactly 1: of a bare number, "42" and
+"42.0" are right, and "The answer is 42" only as a last number.
 """
 
 import dataclasses
@@ -11,15 +12,16 @@ import re
 import types
 import typing
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from fractions import Fraction
+from functools import partial
 from itertools import count, islice
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from qwen_env.arguments import integer
+from qwen_env.arguments import integer, one_of
 from qwen_env.errors import RewardError, UsageError, reason
 from qwen_env.extras import import_extra
 from qwen_env.rewards.base import RewardBatch, row_name
@@ -31,10 +33,12 @@ INSTRUCTION = "Give your final answer between <answer> and </answer>."
 string "</answer>" then ends a response. Where only a few tokens are allowed, an instruction such
 as "Reply with the final number only." fits better."""
 
+AnswerForm = Literal["tagged", "last_number"]
+
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _SEEDS = 2**32
 _HELD_OUT = 2**31  # between the seed of the questions to train on and that of the held-out ones
-_OWN_OPTIONS = ("size", "held_out_size", "seed", "instruction")
+_OWN_OPTIONS = ("size", "held_out_size", "seed", "instruction", "answer")
 
 
 class Verify:
@@ -43,9 +47,10 @@ class Verify:
     An answer that the package fails on, as some of its tasks do on text that is none, scores 0.
     """
 
-    def __init__(self, name: str, dataset: Any):
+    def __init__(self, name: str, dataset: Any, extract: Callable[[str], str]):
         self.__qualname__ = f"reasoning_gym:{name}"  # the name in messages
         self._dataset = dataset
+        self._extract = extract
 
     def __call__(self, batch: RewardBatch) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
         """The scores, float32 [N], and their `accuracy`.
@@ -60,7 +65,7 @@ class Verify:
                     f"{row_name(batch, index)} is no question of {self.__qualname__}, so its "
                     "answer cannot be verified."
                 )
-            scores[index] = self._score(extract_answer(completion), dict(row))
+            scores[index] = self._score(self._extract(completion), dict(row))
         return scores.astype(np.float32), {"accuracy": (scores == 1).astype(np.float32)}
 
     def _score(self, answer: str, entry: dict[str, Any]) -> float:
@@ -78,6 +83,7 @@ def reasoning_gym(
     held_out_size: int = 256,
     seed: int = 0,
     instruction: str = INSTRUCTION,
+    answer: AnswerForm = "tagged",
     **config: Any,
 ) -> NamedTask:
     """A task of `reasoning-gym` with questions to train on and others that are held out.
@@ -91,6 +97,8 @@ def reasoning_gym(
         held_out_size: the number of questions that are held out.
         seed: decides which questions.
         instruction: follows each question, on a line of its own; none where it is empty.
+        answer: which part of a completion is its answer: what is `"tagged"` as one, or the
+            `"last_number"`, for questions whose answers are numbers.
         config: the task's own options.
 
     Raises:
@@ -113,18 +121,25 @@ def reasoning_gym(
             f"{size} and held_out_size {held_out_size}, but {len(train) + len(held_out)} were "
             "found; lower them, or widen its options."
         )
+    are_numbers = all(_number(entry["answer"] or "") is not None for entry in train)
+    one_of("answer", answer, get_args(AnswerForm))
+    if answer == "last_number" and not are_numbers:
+        raise UsageError(
+            f"answer is 'last_number', but answers to questions of reasoning_gym:{name} are no "
+            f"numbers, such as {train[0]['answer']!r}; leave it out."
+        )
+    extract = last_number if answer == "last_number" else extract_answer
     ending = f"\n{instruction}" if instruction else ""
     rows, held_out_rows = (
         [{**entry, "prompt": entry["question"] + ending} for entry in entries]
         for entries in (train, held_out)
     )
-    are_numbers = all(_number(entry["answer"] or "") is not None for entry in train)
     return NamedTask(
         f"reasoning_gym:{name}",
         rows,
         held_out_rows,
-        Verify(name, _create(name, {**config, "size": size, "seed": seed})),
-        _number_of if are_numbers else _text_of,
+        Verify(name, _create(name, {**config, "size": size, "seed": seed}), extract),
+        partial(_number_of if are_numbers else _text_of, extract),
     )
 
 
@@ -134,7 +149,8 @@ def reasoning_gym_from_text(name: str, options: Mapping[str, str]) -> NamedTask:
     Raises:
         UsageError: one cannot be of that type; else as `reasoning_gym`.
     """
-    hints = {**_hints(name), "size": int, "held_out_size": int, "seed": int, "instruction": str}
+    hints = {**_hints(name), "size": int, "held_out_size": int, "seed": int}
+    hints |= {"instruction": str, "answer": AnswerForm}
     _check_options(name, options)
     values = {
         option: parsed(f"{option} of reasoning_gym:{name}", text, hints[option])
@@ -147,6 +163,12 @@ def extract_answer(completion: str) -> str:
     """What the last `<answer>...</answer>` holds, or else the whole completion, stripped."""
     found = _ANSWER.findall(completion)
     return (found[-1] if found else completion).strip()
+
+
+def last_number(completion: str) -> str:
+    """The last number in the completion, as it is written there; empty where there is none."""
+    found = numbers_in(completion)
+    return completion[found[-1].start : found[-1].end] if found else ""
 
 
 def parsed(name: str, text: str, hint: Any) -> Any:
@@ -244,10 +266,10 @@ def _number(text: str) -> Fraction | None:
     return found[0].value if is_all else None
 
 
-def _number_of(completion: str) -> str | None:
-    number = _number(extract_answer(completion).removesuffix("."))
+def _number_of(extract: Callable[[str], str], completion: str) -> str | None:
+    number = _number(extract(completion).removesuffix("."))
     return None if number is None else str(number)
 
 
-def _text_of(completion: str) -> str | None:
-    return " ".join(extract_answer(completion).split()) or None
+def _text_of(extract: Callable[[str], str], completion: str) -> str | None:
+    return " ".join(extract(completion).split()) or None
