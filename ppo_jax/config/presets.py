@@ -39,7 +39,7 @@ PRESETS: dict[str, TrainConfig] = {
     "arithmetic": TrainConfig(
         task=TaskConfig(
             model="Qwen/Qwen2.5-Coder-0.5B-Instruct",
-            task="reasoning_gym:chain_sum?min_terms=3&max_terms=3&max_digits=1&size=1024"
+            task="reasoning_gym:chain_sum?min_terms=3&max_terms=4&max_digits=1&size=1024"
             "&answer=last_number&instruction=",
             system_prompt="Solve it in steps, one short line each.",
             chat=True,
@@ -55,14 +55,14 @@ PRESETS: dict[str, TrainConfig] = {
             critic="stopped",
         ),
         optimizer=OptimizerConfig(
-            learning_rate=6e-6,
+            learning_rate=8e-6,
             critic_learning_rate=1e-4,
             adam_eps=1e-4,
             warmup_iterations=2,
             freeze_embeddings=True,
             num_frozen_layers=12,
         ),
-        run=RunConfig(num_iterations=16, eval_every=8, eval_size=256, save_every=8),
+        run=RunConfig(num_iterations=12, eval_every=6, eval_size=256, save_every=6),
     ),
     # The hyperparameters of the reference algorithm. Its discount, 0.99 a token, makes a score of 1
     # at the end of 256 tokens worth 0.08 at their beginning; for long answers use --gamma 1.
