@@ -125,12 +125,13 @@ def test_distributions_agree_with_the_metrics(finished_run: Path) -> None:
 
 
 def test_the_page_of_metrics_has_them_all(finished_run: Path) -> None:
-    """And no others, but for the name that stands for any component."""
+    """And no others, but for the name that stands for any component, and the accuracy."""
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     documented = set(re.findall(r"^\| `([\w/]+)` \|", text, re.MULTILINE))
     lines = records(finished_run, "metrics.jsonl") + records(finished_run, "distributions.jsonl")
     recorded = {name.replace("baseline/", "eval/") for line in lines for name in line}
-    assert documented == recorded | {"reward/NAME"}
+    of_verified = {"reward/accuracy", "eval/sampled/accuracy", "eval/greedy/accuracy"}
+    assert documented == recorded | of_verified | {"reward/NAME"}
 
 
 def test_samples_are_the_evaluations(finished_run: Path) -> None:
