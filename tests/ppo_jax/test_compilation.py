@@ -46,3 +46,13 @@ def test_options_are_those_of_jax() -> None:
     double = jit(lambda x, times: x * times, static_argnames="times", donate_argnums=0)
     np.testing.assert_array_equal(double(x, times=2), [2, 2, 2])
     assert x.is_deleted()
+
+
+def test_a_loop_over_layers_in_bfloat16_makes_no_float32_copy_of_them() -> None:
+    def layer(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, None]:
+        return jnp.tanh(x @ weight.astype(jnp.float32)), None
+
+    layers = jnp.ones((16, 64, 64), jnp.bfloat16)
+    program = jit(lambda x, layers: jax.lax.scan(layer, x, layers)[0])
+    memory = program.lower(jnp.ones((4, 64)), layers).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < layers.nbytes
