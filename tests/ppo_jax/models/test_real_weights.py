@@ -4,7 +4,8 @@
 
 Any GGUF file of a Qwen2.5 with a chat template will do. The file is read a second time by the gguf
 package, the reference implementation; model and tokenizer are transformers' own classes. It takes
-some two minutes of two cores and 6 GiB of memory for 0.5 B parameters; `-rP` prints what was measured.
+some two minutes of two cores and 6 GiB of memory for 0.5 B parameters; `-rP` prints what was
+measured.
 """
 
 import json

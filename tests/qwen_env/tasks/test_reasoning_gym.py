@@ -222,3 +222,23 @@ def test_in_the_environment(backend):
         for token in (*backend.encode(f"<answer>{prompt.row['answer']}</answer>").ids, 2):
             _, reward, *_, info = env.step(token)
         assert reward == info["reward_components"]["accuracy"] == 1
+
+
+def test_the_last_number_is_the_answer():
+    """What stands before it does not count, nor does how the package would read all of it."""
+    task = load_named_task(f"{SPEC}&answer=last_number")
+    row = {**task.prompts[0], "answer": "-12"}
+    right = ["0 - 4 - 8 = -12", "-12", "-4 - 8\n= -12.", "It is \\(-12\\)", "12 or 3, no: -12"]
+    wrong = ["0 - 4 - 8 = 12", "-12 = 0 - 4 - 8", "-1", "", "minus twelve", "-12 of 100"]
+    scores = score(task.reward, batch([*right, *wrong], [row] * (len(right) + len(wrong))))
+    expected = [1.0] * len(right) + [0.0] * len(wrong)
+    assert scores.components["accuracy"].tolist() == expected
+    assert [task.answer_of(text) for text in right] == ["-12"] * len(right)
+    assert task.answer_of("minus twelve") is None
+
+
+def test_a_last_number_is_for_answers_that_are_numbers():
+    with pytest.raises(UsageError, match="are no numbers, such as"):
+        load_named_task("reasoning_gym:spell_backward?answer=last_number&size=5&held_out_size=5")
+    with pytest.raises(UsageError, match="must be one of 'tagged', 'last_number'"):
+        load_named_task(f"{SPEC}&answer=first")
