@@ -82,8 +82,8 @@ def test_intervals_are_over_prompts() -> None:
 
 
 def test_a_score_that_is_the_accuracy_has_its_interval() -> None:
-    wrong = [outcome(0.0, 1, "eos", accuracy=0.0)] * 20
-    for name in ("score", "accuracy"):
+    wrong = [outcome(0.0, 1, "eos", accuracy=0.0, flexible_accuracy=0.0)] * 20
+    for name in ("score", "accuracy", "flexible_accuracy"):
         assert evaluation_intervals(wrong)[name] == wilson_interval(0, 20)
     other = [outcome(0.1, 1, "eos", accuracy=0.0)] * 20
     assert evaluation_intervals(other)["score"] == pytest.approx((0.1, 0.1))
