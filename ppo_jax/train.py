@@ -109,4 +109,5 @@ def train(
             cli.say(said)
             task = replace(task, prompts=prompts)
         agent = PPOAgent(network, task, config)
+        del network  # where some of its layers are frozen, the agent has copies of all of them
         Run(agent, folder, held_out).go(resume=resume)

@@ -77,6 +77,29 @@ def test_same_seed_same_run_other_seed_other_run(make_agent):
     assert not np.array_equal(one[0], make_agent(other).collect().rollout.state.tokens)
 
 
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_what_is_frozen_is_there_once(make_agent, decay):
+    """And after updates that donate the state, the policy is whole, with what was frozen in it."""
+    optimizer = dataclasses.replace(CONFIG.optimizer, num_frozen_layers=1, freeze_embeddings=True)
+    ppo = PPOConfig(batch_size=8, num_epochs=1, ref_ema_decay=decay)
+    agent = make_agent(TrainConfig(ppo=ppo, optimizer=optimizer), num_iterations=2)
+    before = jax.device_get(nnx.state(agent.network))["backbone"]
+    assert len(list(agent.learn())) == 2
+    after = nnx.state(agent.network)["backbone"]
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    np.testing.assert_array_equal(after["embed_tokens"][...], before["embed_tokens"][...])
+    for old, new in zip(*map(jax.tree.leaves, (before["layers"], after["layers"])), strict=True):
+        np.testing.assert_array_equal(new[0], old[0])
+        assert (new[1] != old[1]).any()
+    for part in "embed_tokens", "lower_layers":
+        arrays = (tree["backbone"][part] for tree in (agent.params, agent.frozen))
+        for own, shared, of_reference in zip(
+            *map(jax.tree.leaves, (*arrays, agent.reference[part])), strict=True
+        ):
+            assert own is shared is of_reference
+    assert not {"embed_tokens", "lower_layers"} & set(agent.state.opt_state.mu["backbone"])
+
+
 def test_no_two_uses_nor_iterations_share_a_key(make_agent):
     agent = make_agent()
     uses = agent_module._ROLLOUT, agent_module._SHUFFLE, agent_module._EVALUATE, agent_module._ACT
