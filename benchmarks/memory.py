@@ -3,10 +3,10 @@
     python benchmarks/memory.py
     JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python benchmarks/memory.py --gpu
 
-The programs of an iteration are compiled, not run, and no array is allocated, so this needs a
-minute or two and hardly any memory. What is on the device all the time (the state, and what the
-reference model has of its own) is known exactly; what a program needs beside it is what XLA says.
-Python, JAX and the compiled programs take 0.5 to 1 GiB more of a computer's memory.
+The programs of an iteration are compiled, not run, and no array is allocated. What is on the device
+all the time (the state, the reference model and what is frozen) is known exactly; what a program
+needs beside it is what XLA says. "peak" is their sum. On a CPU, a process takes more: Python, JAX,
+the libraries, the compiled programs and what malloc keeps are not in it.
 """
 
 import sys
