@@ -5,9 +5,9 @@
 Each run is a run of the pocket task by `python -m ppo_jax.train`, about a minute on two idle cores;
 those that are there already are not made again. `--commands` prints the commands and stops.
 
-    python benchmarks/guide_pictures.py --pocket runs/pocket
+    python benchmarks/guide_pictures.py --pocket runs/pocket --qwen runs/qwen
 
-draws the README's pictures of the pocket run, from what `make train` left.
+draws the README's pictures of those runs, from what `make train` and `make train-qwen` left.
 """
 
 import argparse
@@ -88,7 +88,10 @@ PICTURES: dict[str, Picture] = {
     ),
 }
 
-OVERVIEW = ["Score", "Gold score, never trained on", "KL from the reference model"]
+OVERVIEWS = {
+    "pocket": ["Score", "Gold score, never trained on", "KL from the reference model"],
+    "qwen": ["Accuracy", "KL from the reference model", "Entropy"],
+}
 """Titles of the panels at the top of the README."""
 
 _SIZE = 3.9, 2.9  # inches, of a panel: small, so that its words are large where it is shown
@@ -101,10 +104,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "guide")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     parser.add_argument("--commands", action="store_true")
-    parser.add_argument("--pocket", type=Path, metavar="RUN")
+    for name in OVERVIEWS:
+        parser.add_argument(f"--{name}", type=Path, metavar="RUN")
     arguments = parser.parse_args()
-    if arguments.pocket:
-        draw_pocket(read_records(arguments.pocket), arguments.docs)
+    if named := {name: run for name in OVERVIEWS if (run := getattr(arguments, name))}:
+        for name, run in named.items():
+            draw_run(name, read_records(run), arguments.docs)
         return
     for name, flags in RUNS.items():
         folder = arguments.runs / name
@@ -122,12 +127,12 @@ def main() -> None:
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
-def draw_pocket(run: Records, docs: Path) -> None:
-    """The pocket run in three panels, and in all that there are."""
-    cells = [(_BY_TITLE[title], run) for title in OVERVIEW]
+def draw_run(name: str, run: Records, docs: Path) -> None:
+    """A run in three panels, and in all that there are."""
+    cells = [(_BY_TITLE[title], run) for title in OVERVIEWS[name]]
     overview = draw_grid(cells, columns=len(cells), size=_SIZE)
-    save_png(overview, docs / "pocket_overview.png")
-    plot_curves(run, docs / "pocket_curves.png")
+    save_png(overview, docs / f"{name}_overview.png")
+    plot_curves(run, docs / f"{name}_curves.png")
 
 
 def draw(picture: Picture, runs: dict[str, Records]) -> Figure:

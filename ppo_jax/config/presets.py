@@ -39,8 +39,8 @@ PRESETS: dict[str, TrainConfig] = {
     "arithmetic": TrainConfig(
         task=TaskConfig(
             model="Qwen/Qwen2.5-Coder-0.5B-Instruct",
-            task="reasoning_gym:chain_sum?min_terms=3&max_terms=4&max_digits=1&size=1024"
-            "&answer=last_number&instruction=",
+            task="reasoning_gym:chain_sum?min_terms=3&max_terms=3&max_digits=1&size=1024"
+            "&question={expression} =&instruction=&answer=last_number",
             system_prompt="Solve it in steps, one short line each.",
             chat=True,
             max_new_tokens=20,
@@ -51,18 +51,17 @@ PRESETS: dict[str, TrainConfig] = {
             num_minibatches=2,
             num_packed_sizes=4,
             kl_coef=0.01,
-            gae_lambda=1.0,
             critic="stopped",
         ),
         optimizer=OptimizerConfig(
-            learning_rate=1.2e-5,
+            learning_rate=6e-6,
             critic_learning_rate=1e-4,
             adam_eps=1e-4,
             warmup_iterations=2,
             freeze_embeddings=True,
             num_frozen_layers=12,
         ),
-        run=RunConfig(num_iterations=20, eval_every=10, eval_size=256, save_every=10),
+        run=RunConfig(num_iterations=12, eval_every=6, eval_size=256, save_every=6),
     ),
     # What verl publishes for PPO with this model on GSM8K (its quickstart; there 36 % of the test
     # questions right before and 57 % after). For a GPU: docs/verifiable_task.md says of what size.

@@ -76,8 +76,8 @@ class TaskConfig(ResponseConfig):
     """Held-out prompts (.jsonl); None sets the last tenth of the training prompts aside."""
     reward: str | None = f"flax:{pocket.REWARD_FOLDER}"
     """Reward function: "package.module:callable", "hf:MODEL" (run by transformers), "flax:FOLDER"
-    (a Qwen2 reward model, run on the device), "http://..." (a reward server), or a weighted sum,
-    "1.0 * a.b:c + 0.5 * d.e:f"."""
+    (a Qwen2, Qwen3 or Llama reward model, run on the device), "http://..." (a reward server), or a
+    weighted sum, "1.0 * a.b:c + 0.5 * d.e:f"."""
     gold_reward: str | None = None
     """A second reward, reported beside the first and never trained on."""
     max_prompt_length: Count | None = pocket.MAX_PROMPT_LENGTH

@@ -4,7 +4,8 @@ The answer of a completion is what its last `<answer>...</answer>` holds, or els
 the option `answer=last_number`, it is the last number. The reward is the package's own score of
 that, in [0, 1]: many of its tasks give a share of 1 for an answer that is partly right, or that
 comes with other words. `accuracy` is 1 where the score is exactly 1: of a bare number, "42" and
-"42.0" are right, and "The answer is 42" only as a last number.
+"42.0" are right, and "The answer is 42" only as a last number. A last number earns nothing for
+being partly right: the package would pay for the 7 in 17.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ AnswerForm = Literal["tagged", "last_number"]
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _SEEDS = 2**32
 _HELD_OUT = 2**31  # between the seed of the questions to train on and that of the held-out ones
-_OWN_OPTIONS = ("size", "held_out_size", "seed", "instruction", "answer")
+_OWN_OPTIONS = ("size", "held_out_size", "seed", "question", "instruction", "answer")
 
 
 class Verify:
@@ -47,10 +48,11 @@ class Verify:
     An answer that the package fails on, as some of its tasks do on text that is none, scores 0.
     """
 
-    def __init__(self, name: str, dataset: Any, extract: Callable[[str], str]):
+    def __init__(self, name: str, dataset: Any, answer: AnswerForm):
         self.__qualname__ = f"reasoning_gym:{name}"  # the name in messages
         self._dataset = dataset
-        self._extract = extract
+        self._extract = _EXTRACT[answer]
+        self._pays_parts = answer != "last_number"
 
     def __call__(self, batch: RewardBatch) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
         """The scores, float32 [N], and their `accuracy`.
@@ -66,7 +68,8 @@ class Verify:
                     "answer cannot be verified."
                 )
             scores[index] = self._score(self._extract(completion), dict(row))
-        return scores.astype(np.float32), {"accuracy": (scores == 1).astype(np.float32)}
+        right = (scores == 1).astype(np.float32)
+        return scores.astype(np.float32) if self._pays_parts else right, {"accuracy": right}
 
     def _score(self, answer: str, entry: dict[str, Any]) -> float:
         try:
@@ -82,6 +85,7 @@ def reasoning_gym(
     size: int = 500,
     held_out_size: int = 256,
     seed: int = 0,
+    question: str | None = None,
     instruction: str = INSTRUCTION,
     answer: AnswerForm = "tagged",
     **config: Any,
@@ -96,6 +100,8 @@ def reasoning_gym(
         size: the number of questions to train on.
         held_out_size: the number of questions that are held out.
         seed: decides which questions.
+        question: how a question is asked, such as `"{expression} ="`: a format of the entry's
+            question and metadata; None asks as the package does.
         instruction: follows each question, on a line of its own; none where it is empty.
         answer: which part of a completion is its answer: what is `"tagged"` as one, or the
             `"last_number"`, for questions whose answers are numbers.
@@ -128,18 +134,17 @@ def reasoning_gym(
             f"answer is 'last_number', but answers to questions of reasoning_gym:{name} are no "
             f"numbers, such as {train[0]['answer']!r}; leave it out."
         )
-    extract = last_number if answer == "last_number" else extract_answer
     ending = f"\n{instruction}" if instruction else ""
     rows, held_out_rows = (
-        [{**entry, "prompt": entry["question"] + ending} for entry in entries]
+        [{**entry, "prompt": _ask(entry, question) + ending} for entry in entries]
         for entries in (train, held_out)
     )
     return NamedTask(
         f"reasoning_gym:{name}",
         rows,
         held_out_rows,
-        Verify(name, _create(name, {**config, "size": size, "seed": seed}), extract),
-        partial(_number_of if are_numbers else _text_of, extract),
+        Verify(name, _create(name, {**config, "size": size, "seed": seed}), answer),
+        partial(_number_of if are_numbers else _text_of, _EXTRACT[answer]),
     )
 
 
@@ -150,7 +155,7 @@ def reasoning_gym_from_text(name: str, options: Mapping[str, str]) -> NamedTask:
         UsageError: one cannot be of that type; else as `reasoning_gym`.
     """
     hints = {**_hints(name), "size": int, "held_out_size": int, "seed": int}
-    hints |= {"instruction": str, "answer": AnswerForm}
+    hints |= {"question": str, "instruction": str, "answer": AnswerForm}
     _check_options(name, options)
     values = {
         option: parsed(f"{option} of reasoning_gym:{name}", text, hints[option])
@@ -169,6 +174,25 @@ def last_number(completion: str) -> str:
     """The last number in the completion, as it is written there; empty where there is none."""
     found = numbers_in(completion)
     return completion[found[-1].start : found[-1].end] if found else ""
+
+
+def _ask(entry: Mapping[str, Any], question: str | None) -> str:
+    if question is None:
+        return str(entry["question"])
+    fields = {**entry["metadata"], "question": entry["question"]}
+    try:
+        return question.format(**fields)
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
+        raise UsageError(
+            f"question is {question!r}, which cannot be filled in ({type(error).__name__}: "
+            f"{error}); in braces it may name {', '.join(fields)}."
+        ) from error
+
+
+_EXTRACT: Mapping[AnswerForm, Callable[[str], str]] = {
+    "tagged": extract_answer,
+    "last_number": last_number,
+}
 
 
 def parsed(name: str, text: str, hint: Any) -> Any:

@@ -232,9 +232,19 @@ def test_the_last_number_is_the_answer():
     wrong = ["0 - 4 - 8 = 12", "-12 = 0 - 4 - 8", "-1", "", "minus twelve", "-12 of 100"]
     scores = score(task.reward, batch([*right, *wrong], [row] * (len(right) + len(wrong))))
     expected = [1.0] * len(right) + [0.0] * len(wrong)
-    assert scores.components["accuracy"].tolist() == expected
+    assert scores.values.tolist() == scores.components["accuracy"].tolist() == expected
     assert [task.answer_of(text) for text in right] == ["-12"] * len(right)
     assert task.answer_of("minus twelve") is None
+
+
+def test_questions_asked_otherwise():
+    task = load_named_task(f"{SPEC}&question=Compute+{{expression}}.&instruction=")
+    for row in task.prompts:
+        assert row["prompt"] == f"Compute {row['metadata']['expression']}."
+    assert load_named_task(f"{SPEC}&question={{question}}").prompts == load_named_task(SPEC).prompts
+    for wrong in ("{colour}", "{", "{0}", "{expression.size}", "{expression:9d}"):
+        with pytest.raises(UsageError, match=r"in braces it may name .*expression.*, question"):
+            load_named_task(f"{SPEC}&question={wrong}")
 
 
 def test_a_last_number_is_for_answers_that_are_numbers():
