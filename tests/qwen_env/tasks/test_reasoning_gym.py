@@ -191,7 +191,7 @@ def test_values_that_cannot_be(text, hint, message):
         ("xyzzy", "no task 'xyzzy'; it has ab, acre, "),
         ("", "no task ''"),
         ("chain_sum?min_term=3", "no option 'min_term'; perhaps you meant 'min_terms' .* it has "
-         "allow_negation, held_out_size, instruction, max_digits, "),
+         "allow_negation, answer, held_out_size, instruction, max_digits, "),
         ("chain_sum?min_terms=x", "min_terms of reasoning_gym:chain_sum is 'x'; it must be an int"),
         ("chain_sum?min_terms=9", "reasoning_gym:chain_sum: max_terms must be >= min_terms"),
         ("chain_sum?size=0", "size is 0; it must be at least 1"),
