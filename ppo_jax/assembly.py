@@ -10,16 +10,12 @@ from typing import Any, NamedTuple
 from ppo_jax.config import TaskConfig
 from ppo_jax.generation.reward_models import load_training_reward
 from ppo_jax.models import PolicyValueNetwork, load_pretrained
+from ppo_jax.models.loading import read_max_length
 from qwen_env.errors import UsageError
-from qwen_env.files import read_json
-from qwen_env.gguf_file import open_gguf
-from qwen_env.hub import resolve
 from qwen_env.prompts import PromptDataset, PromptEncoder, load_prompts
 from qwen_env.task import TextTask, make_task
 from qwen_env.tasks import load_named_task
 from qwen_env.tokenizer import load_tokenizer
-
-_ANY_LENGTH = 2**31 - 1
 
 
 class Assembly(NamedTuple):
@@ -69,7 +65,8 @@ def assemble(
     tokenizer = load_tokenizer(settings.model)
     encoder = PromptEncoder(
         tokenizer,
-        settings.max_prompt_length or _positions(settings.model),
+        # No prompt can be longer, so that no line is tokenised to its end in vain.
+        settings.max_prompt_length or read_max_length(settings.model),
         overflow=settings.prompt_overflow,
         chat_template=True if settings.chat else None,
         system_prompt=settings.system_prompt,
@@ -116,19 +113,6 @@ def assemble(
     if named is not None:
         task = replace(task, answer_of=named.answer_of)
     return Assembly(network, task, held_out)
-
-
-def _positions(model: str) -> int:
-    """The positions that `model` has, which no prompt can exceed, so that no line is tokenised to
-    its end in vain; a large number where the files do not say."""
-    if model.endswith(".gguf"):
-        fields = open_gguf(model).fields
-        field = next((fields[name] for name in fields if name.endswith(".context_length")), None)
-        positions = field and field.contents()
-    else:
-        folder = resolve(model, allow_patterns=["config.json"])
-        positions = read_json(folder / "config.json").get("max_position_embeddings")
-    return positions if isinstance(positions, int) and positions > 0 else _ANY_LENGTH
 
 
 def _set_apart(prompts: PromptDataset, name: str) -> tuple[PromptDataset, PromptDataset]:

@@ -64,7 +64,7 @@ PRESETS: dict[str, TrainConfig] = {
         run=RunConfig(num_iterations=12, eval_every=6, eval_size=256, save_every=6),
     ),
     # What verl publishes for PPO with this model on GSM8K (its quickstart; there 36 % of the test
-    # questions right before and 57 % after). For a GPU: docs/verifiable_task.md says of what size.
+    # questions right before and 57 % after). It is meant for a GPU.
     "gsm8k": TrainConfig(
         task=TaskConfig(
             model="Qwen/Qwen2.5-0.5B-Instruct",

@@ -20,7 +20,7 @@ from jaxtyping import DTypeLike
 from ppo_jax.models.config import DecoderConfig
 from ppo_jax.models.gguf import GGUFTensors
 from ppo_jax.models.heads import PolicyValueNetwork, RewardModel
-from ppo_jax.models.safetensors_folder import SafetensorsFolder
+from ppo_jax.models.safetensors_folder import SafetensorsFolder, read_config
 from ppo_jax.models.tensor_names import HEAD, TABLE, tensor_names
 from qwen_env.errors import UsageError
 from qwen_env.hub import resolve
@@ -104,6 +104,17 @@ def load_reward_model(
         return _load(RewardModel, _Plan(source, source.config, spare=(HEAD,)), dtype, param_dtype)
 
     return _load_folder(folder_or_hub_id, load)
+
+
+def read_max_length(folder_or_hub_id_or_gguf: str | Path) -> int:
+    """The longest sequence that a model is made for, from its config, without its weights.
+
+    Errors as in `load_pretrained`.
+    """
+    if str(folder_or_hub_id_or_gguf).endswith(".gguf"):
+        return GGUFTensors(folder_or_hub_id_or_gguf).config.max_length
+    folder = resolve(folder_or_hub_id_or_gguf, allow_patterns=["config.json"])
+    return read_config(folder).max_length
 
 
 class _Plan(NamedTuple):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ppo_jax.models.config import DecoderConfig
 from ppo_jax.models.config_json import config_from_json
 from qwen_env.errors import UsageError, reason
 from qwen_env.files import is_file, json_error, read_text, unique_keys
@@ -58,12 +59,7 @@ class SafetensorsFolder:
     def __init__(self, folder: Path):
         self.where = str(folder)
         self.config_where = str(folder / "config.json")
-        if (folder / ADAPTER).exists():
-            raise UsageError(
-                f"{folder} holds an adapter ({ADAPTER}), which is not applied here; merge it into "
-                "its model first (merge_and_unload of the peft package) and save that."
-            )
-        self.config = config_from_json(_read_json(folder / "config.json"), self.config_where)
+        self.config = read_config(folder)
         self._stored: dict[str, _Stored] = {}
         for path in _weight_files(folder):
             self._add(path)
@@ -153,6 +149,21 @@ def _read_header(path: Path) -> list[_Stored]:
         shape = tuple(tensor["shape"])
         stored.append(_Stored(path, name, tensor["dtype"], shape, 8 + size + start, end - start))
     return stored
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """The architecture of the model in a folder.
+
+    Raises:
+        UsageError: there is no config, or an adapter; or as `config_from_json`.
+    """
+    if (folder / ADAPTER).exists():
+        raise UsageError(
+            f"{folder} holds an adapter ({ADAPTER}), which is not applied here; merge it into "
+            "its model first (merge_and_unload of the peft package) and save that."
+        )
+    path = folder / "config.json"
+    return config_from_json(_read_json(path), str(path))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ gymnasium.make("QwenText-v0", tokenizer=..., task="gsm8k", chat_template=True)
 ppo-train --task "reasoning_gym:chain_sum?min_terms=3&max_terms=4" --model ...
 """
 
-from qwen_env.tasks.base import FORMS, NamedTask, load_named_task
+from qwen_env.tasks.base import NamedTask
+from qwen_env.tasks.loading import load_named_task
 
-__all__ = ["FORMS", "NamedTask", "load_named_task"]
+__all__ = ["NamedTask", "load_named_task"]

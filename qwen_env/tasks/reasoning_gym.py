@@ -113,6 +113,7 @@ def reasoning_gym(
         gymnasium.error.DependencyNotInstalled: `reasoning-gym` is missing.
     """
     _check_options(name, config)
+    one_of("answer", answer, get_args(AnswerForm))
     size = integer("size", size, at_least=1)
     held_out_size = integer("held_out_size", held_out_size, at_least=1)
     if not 0 <= integer("seed", seed) < _SEEDS:
@@ -128,7 +129,6 @@ def reasoning_gym(
             "found; lower them, or widen its options."
         )
     are_numbers = all(_number(entry["answer"] or "") is not None for entry in train)
-    one_of("answer", answer, get_args(AnswerForm))
     if answer == "last_number" and not are_numbers:
         raise UsageError(
             f"answer is 'last_number', but answers to questions of reasoning_gym:{name} are no "

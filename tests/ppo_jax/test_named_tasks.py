@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,25 @@ def test_no_prompt_is_longer_than_the_model_s_positions(inputs: Path, tmp_path: 
         max_prompt_length=None,
     )  # fmt: skip
     with pytest.raises(UsageError, match=r"line 1 of .* at least .* tokens, over the limit of 64;"):
+        assemble(settings)
+
+
+def test_a_prompt_may_be_as_long_as_yarn_allows(inputs: Path, tmp_path: Path) -> None:
+    """The config keeps the `max_position_embeddings` of before, as Qwen's cards have it."""
+    model = tmp_path / "model"
+    shutil.copytree(inputs / "model", model)
+    config = json.loads((model / "config.json").read_text())
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    (model / "config.json").write_text(json.dumps({**config, "rope_scaling": yarn}))
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"prompt": "The plot was " * 40}))
+    settings = TaskConfig(
+        model=str(model), prompts=str(path), eval_prompts=str(path), max_prompt_length=None
+    )
+    _, task, _ = assemble(settings)
+    assert task.rules.max_prompt_length == len(task.prompts[0].ids) > 64
+    path.write_text(json.dumps({"prompt": "The plot was " * 400}))
+    with pytest.raises(UsageError, match="over the limit of 256;"):
         assemble(settings)
 
 

@@ -11,7 +11,7 @@ import pytest
 from qwen_env.errors import UsageError
 from qwen_env.task import make_task
 from qwen_env.tasks import NamedTask, load_named_task
-from qwen_env.tasks.base import FORMS
+from qwen_env.tasks.loading import FORMS
 
 MODULE = """
 import numpy as np
