@@ -1,28 +1,35 @@
-"""How much memory training takes with each way to make it smaller, from shapes alone.
+"""How much memory training takes with each way to make it smaller.
 
     python benchmarks/memory.py
+    python benchmarks/memory.py --model models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
     JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python benchmarks/memory.py --gpu
 
-The programs of an iteration are compiled, not run, and no array is allocated. What is on the device
-all the time (the state, the reference model and what is frozen) is known exactly; what a program
-needs beside it is what XLA says. "peak" is their sum. On a CPU, a process takes more: Python, JAX,
-the libraries, the compiled programs and what malloc keeps are not in it.
+Of a shape, the programs of an iteration are compiled, not run, and no array is allocated. What is
+on the device all the time (the state, the reference model and what is frozen) is known exactly;
+what a program needs beside it is what XLA says. "peak" is their sum. On a CPU, a process takes
+more: Python, JAX, the libraries, the compiled programs and what malloc keeps are not in it.
+
+A model in a file is trained, with each set of flags in a process of its own, and its peak is what
+the operating system counted, loading included.
 """
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
+import suite
 from compile_for_gpu import Iteration, h100
-from ppo import Work
+from ppo import SHAPES, Work
 from rich.console import Console
 from rich.table import Table
 
 from ppo_jax import flags
 
 GIB = 2**30
+PROGRAM = sys.executable, str(Path(__file__).with_name("ppo.py")), "--json", "--iterations", "2"
 
 FLAGS: dict[str, dict[str, Any]] = {
     "": {},
@@ -41,7 +48,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Arguments:
-    """Memory that training the 0.5B shape takes, by the flags of ppo-train."""
+    """Memory that training takes, by the flags of ppo-train."""
 
     batch_size: int = 4
     """B."""
@@ -50,7 +57,8 @@ class Arguments:
     response_length: int = 24
     """T."""
     model: str = "random:qwen2.5-0.5b"
-    """A shape of benchmarks/ppo.py."""
+    """A shape of benchmarks/ppo.py, for which memory is computed; or a folder or a .gguf file, with
+    which it is measured."""
     gpu: bool = False
     """Compile for an H100 that need not be there, and one iteration of PPO's usual work on one: 256
     x (512 + 512) in 4 minibatches, a critic of its own, computed in bfloat16."""
@@ -58,12 +66,35 @@ class Arguments:
 
 def main() -> None:
     arguments = flags.parse(Arguments(), sys.argv[1:], prog="python benchmarks/memory.py")
+    if arguments.model in SHAPES:
+        compute(arguments)
+    else:
+        measure(arguments)
+
+
+def compute(arguments: Arguments) -> None:
     columns = "reference", "state", "rollout", "prepare", "update", "peak", "checkpoint"
     table = Table("flags", *columns, title="GiB")
     sharding = h100() if arguments.gpu else None
     for name, work in works(arguments):
         sizes = memory(Iteration(work, sharding))
         table.add_row(name or "none", *(f"{sizes[column] / GIB:.2f}" for column in columns))
+    Console(width=110).print(table)
+
+
+def measure(arguments: Arguments) -> None:
+    table = Table("flags", "peak GiB", "checkpoint GiB", "seconds an iteration", "of its floor")
+    for name, work in works(arguments):
+        changed = {k: v for k, v in asdict(work).items() if v != getattr(Work(), k)}
+        report = suite.run([*PROGRAM, *suite.words(changed)], suite.common_environment())
+        numbers = (
+            report["peak_memory_gib"],
+            report["checkpoint_gib"],
+            report["seconds"]["iteration"],
+            report["times_its_floor"]["iteration"],
+        )
+        table.add_row(name or "none", *(f"{number:.1f}" for number in numbers))
+        print(name or "none", *(f"{number:.2f}" for number in numbers), sep="  ", file=sys.stderr)
     Console(width=110).print(table)
 
 

@@ -127,6 +127,7 @@ def measure(work: Work) -> dict[str, Any]:
         "start_to_end_of_first_iteration_s": loaded + first["seconds"]["iteration"],
         "first_iteration_s": first["seconds"]["iteration"],
         "peak_memory_gib": peak_memory / 2**30,
+        "checkpoint_gib": sum(x.nbytes for x in jax.tree.leaves(agent.state)) / 2**30,
     }
     if not timed:
         return report
@@ -274,25 +275,33 @@ def floor_seconds(
     """The least time each phase can take on the real tokens of these prompts and responses.
 
     Multiply-adds of the matrix products, those of causal attention included; while decoding, the
-    bytes of the weights once a step, and of each row's keys and values up to its place.
+    bytes of the weights once a step, and of each row's keys and values up to its place. What is
+    frozen needs no gradient of its own, and below the lowest layer that learns there is none.
     """
     d, head = config.hidden_size, config.head_dim
     attention = d * head * (config.num_attention_heads + config.num_key_value_heads) * 2
-    body = config.num_hidden_layers * (attention + 3 * d * config.intermediate_size)
+    num_layers = config.num_hidden_layers
+    body = attention + 3 * d * config.intermediate_size  # a layer
     projection = config.vocab_size * d
-    mixing = config.num_hidden_layers * config.num_attention_heads * head  # a pair of positions
+    mixing = config.num_attention_heads * head  # a pair of positions, a layer
     prompts = sum(prompt for prompt, _ in lengths)
     responses = sum(response for _, response in lengths)
     pairs = sum((prompt + response) ** 2 / 2 for prompt, response in lengths)
-    forward = 2 * (body * (prompts + responses) + projection * responses + 2 * mixing * pairs)
+    products, attended = 2 * body * (prompts + responses), 4 * mixing * pairs
+    logits = 2 * projection * responses
+    forward = num_layers * (products + attended) + logits
     itemsize = jnp.dtype(work.dtype).itemsize
     steps = max(response for _, response in lengths)
-    weights = itemsize * (body + projection) * steps
-    kept = 2 * itemsize * config.num_hidden_layers * config.num_key_value_heads * head
+    weights = itemsize * (num_layers * body + projection) * steps
+    kept = 2 * itemsize * num_layers * config.num_key_value_heads * head
     cache = kept * sum(response * (prompt + response / 2) for prompt, response in lengths)
     rollout = forward / flops + (weights + cache) / bandwidth
+    learning = num_layers - work.num_frozen_layers
+    passed = 0 if work.freeze_embeddings else work.num_frozen_layers
+    backward = learning * 2 * (products + attended) + passed * (products + 2 * attended)
+    backward += logits * (1 if work.freeze_embeddings else 2)
     # Old and reference log-probabilities, then forward and backward once an epoch.
-    update = (2 + 3 * work.epochs) * forward / flops
+    update = (2 * forward + work.epochs * (forward + backward)) / flops
     return {"rollout": rollout, "update": update, "iteration": rollout + update}
 
 

@@ -168,10 +168,10 @@ def run(command: list[str], environment: dict[str, str]) -> Report:
 
 
 def words(flags: dict[str, Any]) -> list[str]:
-    """`{"batch_size": 4}` as `--batch-size 4`."""
+    """`{"batch_size": 4, "remat": True}` as `--batch-size 4 --remat`."""
     result: list[str] = []
     for name, value in flags.items():
-        values = value if isinstance(value, list) else [value]
+        values = value if isinstance(value, list) else [] if value is True else [value]
         result += [f"--{name.replace('_', '-')}", *map(str, values)]
     return result
 
