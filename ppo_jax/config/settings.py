@@ -93,7 +93,6 @@ class TaskConfig(ResponseConfig):
     replaces: ClassVar[Mapping[str, Sequence[str]]] = {
         "task": ("prompts", "eval_prompts", "reward", "gold_reward", "max_prompt_length"),
         "prompts": ("task",),
-        "reward": ("task",),
     }
     """What a flag makes None unless it is given too: what the preset says of another task."""
 
@@ -113,7 +112,8 @@ class TaskConfig(ResponseConfig):
             if (value := getattr(self, name)) is not None:
                 raise UsageError(
                     f"task is {self.task!r}, which brings prompts and a reward of its own, but "
-                    f"{name} is {value!r}; leave one of the two out."
+                    f"{name} is {value!r}; leave one of the two out, or give both prompts and "
+                    "reward in the task's place."
                 )
 
 

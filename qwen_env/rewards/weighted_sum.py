@@ -15,7 +15,7 @@ class WeightedSum:
 
     Args:
         terms: `{name: (weight, reward function)}`. The components of a term that has its own are
-            reported as `name/component`.
+            reported as `name/component`; an "accuracy" that only one of them has is the sum's too.
 
     Raises:
         UsageError: there is no term, or one has a wrong name, weight or reward function.
@@ -39,12 +39,16 @@ class WeightedSum:
 
     def __call__(self, batch: RewardBatch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         total = np.zeros(len(batch), np.float32)
-        components = {}
+        components: dict[str, np.ndarray] = {}
+        accuracies = []
         for name, (weight, reward) in self.terms.items():
             scores = score(reward, batch)
             total += weight * scores.values
             components[name] = scores.values
             components |= {f"{name}/{key}": value for key, value in scores.components.items()}
+            accuracies += [value for key, value in scores.components.items() if key == "accuracy"]
+        if len(accuracies) == 1 and "accuracy" not in components:
+            components["accuracy"] = accuracies[0]
         return total, components
 
 

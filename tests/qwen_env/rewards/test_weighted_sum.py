@@ -30,3 +30,14 @@ def test_one_term_does_not_spoil_the_rows_of_the_next(make_batch):
 
     total, _ = WeightedSum({"once": (1, stars), "again": (2, stars)})(make_batch(["a"], stars=4))
     assert total.tolist() == [12]
+
+
+def test_the_one_accuracy_is_the_sum_s(make_batch):
+    def right(batch):
+        return [1.0], {"accuracy": [1.0]}
+
+    batch = make_batch(["a"])
+    _, components = WeightedSum({"right": (0.9, right), "short": (0.1, ones)})(batch)
+    assert components["accuracy"].tolist() == components["right/accuracy"].tolist() == [1]
+    _, components = WeightedSum({"one": (0.9, right), "two": (0.1, right)})(batch)
+    assert "accuracy" not in components, "which of the two?"
