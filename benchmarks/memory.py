@@ -31,6 +31,7 @@ from ppo_jax import flags
 GIB = 2**30
 PROGRAM = sys.executable, str(Path(__file__).with_name("ppo.py")), "--json", "--iterations", "2"
 
+SMALLEST = {"freeze_embeddings": True, "num_frozen_layers": 12}
 FLAGS: dict[str, dict[str, Any]] = {
     "": {},
     "--remat": {"remat": True},
@@ -38,12 +39,15 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--critic separate": {"critic": "separate"},
     "--freeze-embeddings": {"freeze_embeddings": True},
     "--num-frozen-layers 12": {"num_frozen_layers": 12},
-    "--freeze-embeddings --num-frozen-layers 12": {
-        "freeze_embeddings": True,
-        "num_frozen_layers": 12,
+    "--freeze-embeddings --num-frozen-layers 12": SMALLEST,
+    "--param-dtype bfloat16": {"param_dtype": "bfloat16"},
+    "--param-dtype bfloat16 --remat": {"param_dtype": "bfloat16", "remat": True},
+    "--param-dtype bfloat16 --freeze-embeddings --num-frozen-layers 12": {
+        "param_dtype": "bfloat16",
+        **SMALLEST,
     },
 }
-"""Flags of ppo-train, and what they are here; each also with parameters in bfloat16."""
+"""Flags of ppo-train, and what they are here."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +118,8 @@ def works(arguments: Arguments) -> Iterator[tuple[str, Work]]:
         "prompt_length": arguments.prompt_length,
         "response_length": arguments.response_length,
     }
-    for param_dtype, beginning in (("float32", ""), ("bfloat16", "--param-dtype bfloat16 ")):
-        for name, changes in FLAGS.items():
-            work = Work(arguments.model, **shape, param_dtype=param_dtype, **changes)
-            yield (beginning + name).strip(), work
+    for name, changes in FLAGS.items():
+        yield name, Work(arguments.model, **shape, **changes)
 
 
 def memory(iteration: Iteration) -> dict[str, int]:

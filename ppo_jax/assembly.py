@@ -70,6 +70,7 @@ def assemble(
         overflow=settings.prompt_overflow,
         chat_template=True if settings.chat else None,
         system_prompt=settings.system_prompt,
+        chat_template_kwargs=settings.template_arguments,
     )
 
     def read(source: Any, name: str) -> PromptDataset:
@@ -107,6 +108,7 @@ def assemble(
         stop=settings.stop,
         chat_template=encoder.chat_template,
         system_prompt=settings.system_prompt,
+        chat_template_kwargs=settings.template_arguments,
         prompt_overflow=settings.prompt_overflow,
         missing_eos_penalty=settings.missing_eos_penalty,
     )

@@ -93,11 +93,11 @@ def generate(arguments: Arguments, run: TrainedRun | None = None) -> list[dict[s
         UserFacingError: an argument or the model is wrong.
     """
     response = arguments.response
-    if response.system_prompt is not None and not response.chat:
-        raise UsageError(
-            "system_prompt is set, but only a chat has a system message; add --chat, or leave "
-            "system_prompt out."
-        )
+    for name in ("system_prompt", "chat_template_kwargs"):
+        if getattr(response, name) and not response.chat:
+            raise UsageError(
+                f"{name} is set, which only a chat has; add --chat, or leave {name} out."
+            )
     if not arguments.prompts:
         raise UsageError(f"There is no prompt; give one or more: {PROG} 'The plot'.")
     settings = TaskConfig(**dataclasses.asdict(response), max_prompt_length=None)

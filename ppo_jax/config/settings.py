@@ -6,6 +6,7 @@ the text below it is the flag's help.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,14 +52,35 @@ class ResponseConfig(Checked):
     """Wrap each prompt in the tokenizer's chat template, as a user's message."""
     system_prompt: str | None = None
     """System message for every chat that has none of its own."""
+    chat_template_kwargs: tuple[str, ...] = ()
+    """Arguments of the chat template, each a name and a JSON value, such as enable_thinking=false,
+    with which Qwen3 answers at once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _ = self.template_arguments  # refuses what is none
         if self.min_new_tokens > self.max_new_tokens:
             raise UsageError(
                 f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens "
                 f"({self.max_new_tokens}); lower it."
             )
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """`chat_template_kwargs` by name."""
+        arguments: dict[str, Any] = {}
+        for given in self.chat_template_kwargs:
+            name, is_given, value = given.partition("=")
+            try:
+                arguments[name] = json.loads(value)
+            except ValueError:
+                is_given = ""
+            if not is_given or not name.isidentifier():
+                raise UsageError(
+                    f"chat_template_kwargs has {given!r}; it must be a name and a JSON value, such "
+                    "as enable_thinking=false or language='\"English\"'."
+                )
+        return arguments
 
 
 @dataclass(frozen=True)

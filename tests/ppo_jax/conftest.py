@@ -189,13 +189,13 @@ def inputs(
 
 @pytest.fixture(scope="session")
 def chat_model(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model of `inputs`, with a chat template: the messages in a row, and " It was"."""
+    """The model of `inputs`, with a chat template: messages in a row, " It was", an adverb."""
     folder = tmp_path_factory.mktemp("chat") / "model"
     shutil.copytree(inputs / "model", folder)
     path = folder / "tokenizer_config.json"
     template = (
         "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %} It was{% endif %}"
+        "{% if add_generation_prompt %} It was{{ adverb }}{% endif %}"
     )
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
     return folder

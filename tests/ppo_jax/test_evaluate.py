@@ -30,7 +30,8 @@ def whole_json(
     capfd.readouterr()
     main([*argv, "--json"])
     out, err = capfd.readouterr()
-    assert err == expected_err
+    said = [line for line in err.splitlines() if " ETA " not in line]  # told on slow machines alone
+    assert said == expected_err.splitlines()
     [line] = out.splitlines()
     return cast(dict[str, Any], json.loads(line))
 
@@ -101,7 +102,7 @@ def test_length_limits_are_those_of_the_run(
         assert means["length_mean"] == 8
 
 
-def test_the_system_prompt_is_in_every_chat(
+def test_the_system_prompt_and_arguments_of_the_template_are_in_every_chat(
     argv: list[str], chat_model: Path, rewards: ModuleType, capfd: pytest.CaptureFixture[str]
 ) -> None:
     prompts: list[str] = []
@@ -112,8 +113,8 @@ def test_the_system_prompt_is_in_every_chat(
 
     rewards.on_call = dict.fromkeys(range(1, 5), score)
     flags = ["--model", str(chat_model), "--chat", "--system-prompt", "I liked it. "]
-    as_json([*argv, *flags], capfd)
-    assert prompts[0] == "I liked it. The plot was It was"
+    as_json([*argv, *flags, "--chat-template-kwargs", 'adverb=" really"'], capfd)
+    assert prompts[0] == "I liked it. The plot was It was really"
     assert all(prompt.startswith("I liked it. ") for prompt in prompts)
 
 
