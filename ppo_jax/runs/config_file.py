@@ -22,7 +22,14 @@ from qwen_env.rewards.addresses import HIDDEN, redacted
 
 Settings = dict[str, dict[str, Any]]
 
-_MAY_CHANGE = {"num_iterations", "eval_every", "eval_size", "save_every", "keep_checkpoints"}
+_MAY_CHANGE = {
+    "num_iterations",
+    "eval_every",
+    "eval_size",
+    "save_every",
+    "keep_checkpoints",
+    "num_devices",
+}
 _PACKAGES = {"ppo_jax": "qwen-ppo-jax", "jax": "jax", "jaxlib": "jaxlib", "flax": "flax"}
 
 
