@@ -6,6 +6,7 @@ It touches no files: entry points save what it yields.
 """
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
@@ -21,11 +22,12 @@ from ppo_jax.config import TrainConfig
 from ppo_jax.generation.actor import Actor, Experience
 from ppo_jax.generation.episode_metrics import component_means, repetition
 from ppo_jax.generation.rollout import choose_token
+from ppo_jax.learning.batch import Prepared
 from ppo_jax.learning.frozen import join, partition
 from ppo_jax.learning.learner import Learner, TrainState
 from ppo_jax.learning.metrics import fetch
 from ppo_jax.learning.optimizer import Params
-from ppo_jax.mesh import make_mesh, replicate
+from ppo_jax.mesh import make_mesh, place, replicate, replicated, shardings
 from ppo_jax.models import PolicyValueNetwork, with_separate_critic
 from ppo_jax.models.decoder import last_hidden
 from ppo_jax.sampling import Sampling
@@ -87,7 +89,7 @@ class PPOAgent:
                 f"critic is {config.ppo.critic!r}, but the model has a separate critic "
                 "(critic/model.safetensors); set critic to 'separate', or remove that file."
             )
-        mesh = make_mesh(config.run.num_devices)
+        mesh = make_mesh(config.run.num_devices, config.run.num_shards)
         graphdef, params, frozen = partition(network, config.optimizer)
         self.task = task
         self.config = config
@@ -108,17 +110,28 @@ class PPOAgent:
             remat=config.run.remat,
             mesh=mesh,
         )
-        params = replicate(params, mesh)
-        self.frozen: Params = replicate(frozen, mesh)
+        params = place(params, mesh)
+        self.frozen: Params = place(frozen, mesh)
         self._initial_backbone = params["backbone"]
-        # Updates donate the state's buffers, so the policy must not share the reference's.
-        start = self.learner.init(jax.tree.map(jnp.copy, params), config.run.seed)
-        self.state: TrainState = replicate(start, mesh)
-        self._prepare = jit(self.learner.prepare)
-        self._update = jit(self.learner.update, donate_argnums=0)
+
+        def init(params: Params) -> TrainState:
+            # Updates donate the state's buffers, so the policy must not share the reference's.
+            return self.learner.init(jax.tree.map(jnp.copy, params), config.run.seed)
+
+        if mesh is not None:  # each device makes its own shards
+            init = jit(init, out_shardings=shardings(jax.eval_shape(init, params), mesh))
+        self.state = init(params)
+        self._mesh, whole = mesh, replicated(mesh)
+        self._prepare = jit(self.learner.prepare, out_shardings=Prepared(None, whole, whole, whole))
+        self._update = jit(
+            self.learner.update,
+            donate_argnums=0,
+            out_shardings=(shardings(self.state, mesh), whole, whole),
+        )
         self._act = jit(
             functools.partial(_act, graphdef, rules=task.rules, sampling=config.ppo.sampling),
             static_argnames="greedy",
+            out_shardings=whole,
         )
         self._num_choices = 0
         self.distributions: dict[
@@ -151,6 +164,7 @@ class PPOAgent:
             reward=reward,
             dtype=run.dtype,
             param_dtype=run.param_dtype,
+            mesh=make_mesh(run.num_devices, run.num_shards),
         )
         return cls(network, task, config)
 
@@ -176,6 +190,13 @@ class PPOAgent:
         return self.initial_backbone if moving is None else self._whole_backbone(moving)
 
     @property
+    def state_bytes_per_device(self) -> int:
+        """Of parameters, moments and reference; all devices keep the same number."""
+        kept = self.state, self.frozen, self._initial_backbone
+        shapes = ((x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(kept))
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+
+    @property
     def network(self) -> PolicyValueNetwork:
         """The policy as it is now, on the state's own arrays: the next update consumes them.
 
@@ -191,8 +212,11 @@ class PPOAgent:
         key = jax.random.fold_in(self._key(_ACT), self._num_choices)
         self._num_choices += 1
         is_single = np.ndim(observation["input_ids"]) == 1
-        tokens = jnp.atleast_2d(observation["input_ids"])
-        prompt_length, length = (jnp.ravel(observation[n]) for n in ("prompt_length", "length"))
+        rows = (
+            np.atleast_2d(observation["input_ids"]),
+            *(np.ravel(observation[name]) for name in ("prompt_length", "length")),
+        )
+        tokens, prompt_length, length = (replicate(x, self._mesh) for x in rows)
         chosen = self._act(self.params, tokens, prompt_length, length, key, greedy=greedy)
         return Choice(*(np.asarray(x[0] if is_single else x) for x in chosen))
 
@@ -242,7 +266,7 @@ class PPOAgent:
             self.reference,
             state.controls,
             experience.rollout,
-            jnp.asarray(experience.scores),
+            replicate(experience.scores, self._mesh),
         )
         self.state, updated, more = self._update(
             state._replace(controls=controls), batch, self._key(_SHUFFLE), self.frozen
@@ -273,6 +297,7 @@ class PPOAgent:
                 "time/score_s": experience.score_s,
                 "time/iteration_s": seconds,
                 "throughput/tokens_per_s": experience.num_tokens / seconds,
+                "memory/state_bytes_per_device": self.state_bytes_per_device,
             }
             yield experience, metrics
             if (in_a_row := int(self.state.nonfinite_in_a_row)) >= limit:

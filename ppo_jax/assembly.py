@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
+
 from ppo_jax.config import TaskConfig
 from ppo_jax.generation.reward_models import load_training_reward
 from ppo_jax.models import PolicyValueNetwork, load_pretrained
@@ -33,6 +35,7 @@ def assemble(
     reward: Any = None,
     dtype: str = "float32",
     param_dtype: str = "float32",
+    mesh: Mesh | None = None,
     say: Callable[[str], object] = lambda message: None,
 ) -> Assembly:
     """Load what `settings` name, the network last, since it takes longest.
@@ -44,6 +47,7 @@ def assemble(
             `RewardBatch`, or the name of one.
         dtype: the type that the network computes in.
         param_dtype: the type that its parameters are kept in.
+        mesh: that they are cut over.
         say: is told how many prompts were dropped, if any were.
 
     Raises:
@@ -95,7 +99,7 @@ def assemble(
         else:
             prompts, held_out = _set_apart(prompts, name)
     reward = load_training_reward(reward, tokenizer, settings.gold_reward)
-    network = load_pretrained(settings.model, dtype=dtype, param_dtype=param_dtype)
+    network = load_pretrained(settings.model, dtype=dtype, param_dtype=param_dtype, mesh=mesh)
     longest = max(len(prompt.ids) for dataset in (prompts, held_out or ()) for prompt in dataset)
     task = make_task(
         tokenizer=tokenizer,

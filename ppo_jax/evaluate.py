@@ -21,7 +21,7 @@ from rich.table import Table
 
 from ppo_jax import cli, flags
 from ppo_jax.assembly import assemble
-from ppo_jax.config import SamplingConfig, TaskConfig
+from ppo_jax.config import DevicesConfig, SamplingConfig, TaskConfig
 from ppo_jax.config.fields import Checked, Count, Seed, Share, part_of
 from ppo_jax.generation.actor import Actor
 from ppo_jax.generation.episode_metrics import (
@@ -31,6 +31,7 @@ from ppo_jax.generation.episode_metrics import (
     repeated_answers,
 )
 from ppo_jax.generation.intervals import Interval, share_interval
+from ppo_jax.mesh import make_mesh
 from ppo_jax.runs.progress import counting
 from ppo_jax.runs.trained import TrainedRun, named_run
 from qwen_env import pocket
@@ -80,6 +81,7 @@ class Arguments(Checked):
     the run has finished."""
     task: EvaluatedTask = field(default_factory=EvaluatedTask)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    devices: DevicesConfig = field(default_factory=DevicesConfig)
     samples: Count = 1
     """Sample this many responses to each prompt. Where the reward reports an accuracy, report the
     mean accuracy (mean@k), how often one of k is right (pass@k), and how often the answer given
@@ -187,11 +189,15 @@ def evaluate(arguments: Arguments, run: TrainedRun | None = None) -> Evaluation:
         if settings.task is None:
             settings = replace(settings, prompts=run.config.task.prompts)
         dtype = run.config.run.dtype
-    network, task, held_out = assemble(settings, prompts=prompts, dtype=dtype, say=cli.say)
+    devices = arguments.devices
+    mesh = make_mesh(devices.num_devices, devices.num_shards)
+    network, task, held_out = assemble(
+        settings, prompts=prompts, dtype=dtype, mesh=mesh, say=cli.say
+    )
     if run is not None:
-        network = run.trained(network, task)
+        network = run.trained(network, task, devices)
     asked = task.prompts if held_out is None else held_out
-    actor = Actor(network, task, arguments.sampling.sampling)
+    actor = Actor(network, task, arguments.sampling.sampling, mesh=mesh)
     means: dict[str, dict[str, float]] = {}
     intervals: dict[str, dict[str, Interval | None]] = {}
     for decoding, samples in (("greedy", 1), ("sampled", arguments.samples)):

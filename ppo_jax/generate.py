@@ -18,9 +18,10 @@ from flax import nnx
 
 from ppo_jax import cli, flags
 from ppo_jax.assembly import assemble
-from ppo_jax.config import ResponseConfig, SamplingConfig, TaskConfig
+from ppo_jax.config import DevicesConfig, ResponseConfig, SamplingConfig, TaskConfig
 from ppo_jax.config.fields import Checked, Seed, part_of
 from ppo_jax.generation.actor import Actor
+from ppo_jax.mesh import make_mesh
 from ppo_jax.runs.trained import TrainedRun, named_run
 from qwen_env.errors import UsageError
 from qwen_env.rewards import RewardBatch
@@ -41,6 +42,7 @@ class Arguments(Checked):
     the run has finished."""
     response: ResponseConfig = field(default_factory=lambda: ResponseConfig(max_new_tokens=64))
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    devices: DevicesConfig = field(default_factory=DevicesConfig)
     greedy: bool = False
     """Take the most probable token each time instead of sampling."""
     seed: Seed = 0
@@ -101,13 +103,16 @@ def generate(arguments: Arguments, run: TrainedRun | None = None) -> list[dict[s
     if not arguments.prompts:
         raise UsageError(f"There is no prompt; give one or more: {PROG} 'The plot'.")
     settings = TaskConfig(**dataclasses.asdict(response), max_prompt_length=None)
-    network, task, _ = assemble(settings, prompts=arguments.prompts, reward=_nothing)
+    devices = arguments.devices
+    mesh = make_mesh(devices.num_devices, devices.num_shards)
+    network, task, _ = assemble(settings, prompts=arguments.prompts, reward=_nothing, mesh=mesh)
     if run is not None:
-        network = run.trained(network, task)
-    done = Actor(network, task, arguments.sampling.sampling).respond(
+        network = run.trained(network, task, devices)
+    _, outcomes = Actor(network, task, arguments.sampling.sampling, mesh=mesh).respond_to_all(
         nnx.state(network),
         task.prompts,
         jax.random.key(arguments.seed),
+        batch_size=len(task.prompts),
         greedy=arguments.greedy,
     )
     return [
@@ -116,7 +121,7 @@ def generate(arguments: Arguments, run: TrainedRun | None = None) -> list[dict[s
             "completion": outcome.info["completion"],
             "finish_reason": outcome.info["finish_reason"],
         }
-        for prompt, outcome in zip(arguments.prompts, done.outcomes, strict=True)
+        for prompt, outcome in zip(arguments.prompts, outcomes, strict=True)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from ppo_jax.config.presets import PRESETS, preset
 from ppo_jax.config.settings import (
+    DevicesConfig,
     OptimizerConfig,
     PPOConfig,
     ResponseConfig,
@@ -15,6 +16,7 @@ from ppo_jax.config.settings import (
 
 __all__ = [
     "PRESETS",
+    "DevicesConfig",
     "OptimizerConfig",
     "PPOConfig",
     "ResponseConfig",

@@ -342,7 +342,26 @@ class OptimizerConfig(Checked):
 
 
 @dataclass(frozen=True)
-class RunConfig(Checked):
+class DevicesConfig(Checked):
+    """What a computation is split over."""
+
+    num_devices: Count = 1
+    """Split each batch over this many devices, such as GPUs."""
+    num_shards: Count = 1
+    """Cut each copy of the parameters, and of moments and reference, over this many of the
+    devices."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_devices % self.num_shards:
+            raise UsageError(
+                f"num_shards ({self.num_shards}) does not divide num_devices ({self.num_devices}); "
+                "choose a number that does."
+            )
+
+
+@dataclass(frozen=True)
+class RunConfig(DevicesConfig):
     """How long, how often, with what precision, on what."""
 
     num_iterations: Count | None = None
@@ -356,8 +375,6 @@ class RunConfig(Checked):
     param_dtype: ComputeType = "float32"
     """Type that parameters and first moments are kept in; bfloat16 halves their memory and rounds
     small steps away."""
-    num_devices: Count = 1
-    """Split each batch over this many devices, such as GPUs; each has a copy of all parameters."""
     remat: bool = False
     """Recompute activations in the backward pass instead of keeping them: slower, with less
     memory."""

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from ppo_jax.compilation import jit
 from ppo_jax.generation.rollout import Rollout, rollout
-from ppo_jax.mesh import on_own_rows
+from ppo_jax.hosts import fetch, own_part, together
+from ppo_jax.mesh import gather, on_own_rows, replicate
 from ppo_jax.models.heads import PolicyValueNetwork
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
@@ -79,7 +80,7 @@ class Actor:
             )
         graphdef = nnx.graphdef(network)
         self.task = task
-        self._num_devices = 1 if mesh is None else mesh.size
+        self._mesh = mesh
 
         def compiled(
             params: nnx.State[Any, Any],
@@ -94,7 +95,7 @@ class Actor:
                 params, key = whole
                 ids, length, number = rows
                 return rollout(
-                    nnx.merge(graphdef, params),
+                    nnx.merge(graphdef, gather(params)),
                     ids,
                     length,
                     key,
@@ -136,18 +137,21 @@ class Actor:
         first = self.task.initial_state(prompts)
         result = self._rollout(
             params,
-            jnp.asarray(first.tokens[:, : self.task.rules.max_prompt_length]),
-            jnp.asarray(first.prompt_length),
-            jnp.int32(first_prompt),
+            replicate(first.tokens[:, : self.task.rules.max_prompt_length], self._mesh),
+            replicate(first.prompt_length, self._mesh),
+            replicate(np.int32(first_prompt), self._mesh),
             key,
             completions_per_prompt=completions_per_prompt,
             greedy=greedy,
         )
-        end: mdp.State = jax.device_get(result.state)
+        end: mdp.State = fetch(result.state)
         rolled_out = time.perf_counter()
         rows = [prompt for prompt in prompts for _ in range(completions_per_prompt)]
         episodes = episodes_of(rows, end)
-        outcomes = self.task.evaluate(episodes)
+        # Each process scores its part, and all know all scores.
+        own = own_part(episodes)
+        parts = together(lambda: [(x.reward, x.info) for x in self.task.evaluate(own)])
+        outcomes = [Outcome(*outcome) for part in parts for outcome in part]
         scored = time.perf_counter()
         return Experience(result, episodes, outcomes, rolled_out - start, scored - rolled_out)
 
@@ -171,7 +175,8 @@ class Actor:
             RewardError: as in `respond`.
         """
         at_once = min(batch_size, max(len(prompts), 1))
-        batch_size = -(-at_once // self._num_devices) * self._num_devices
+        num_devices = 1 if self._mesh is None else self._mesh.size
+        batch_size = -(-at_once // num_devices) * num_devices
         episodes: list[Episode] = []
         outcomes: list[Outcome] = []
         for start in range(0, len(prompts), batch_size):

@@ -37,6 +37,7 @@ from ppo_jax.learning.optimizer import (
 from ppo_jax.learning.packing import Layout
 from ppo_jax.learning.parts import ADD, CONCATENATE, Totals, in_parts
 from ppo_jax.learning.response_outputs import ResponseOutputs, response_outputs
+from ppo_jax.mesh import gather
 from qwen_env import mdp
 
 
@@ -62,7 +63,7 @@ class Learner:
     optimizer_config: OptimizerConfig
     num_iterations: int  # over which the learning rate is scheduled
     remat: bool = False
-    mesh: Mesh | None = None  # that the rows of a batch are cut over
+    mesh: Mesh | None = None  # that rows and parameters are cut over
 
     def init(self, params: Params, seed: int) -> TrainState:
         """The state before the first iteration; `params`, which learn, become its own."""
@@ -152,7 +153,7 @@ class Learner:
                 minibatch = minibatch._replace(advantages=advantages)
             gradients, sums, ratio_max_error = self.gradients(carry.params, minibatch, frozen)
             gradients = jax.tree.map(jnp.multiply, gradients, trainable)
-            norm = global_norm(gradients)
+            norm = global_norm(gradients, self.mesh)
             metrics = sums.metrics | {"policy/grad_norm": norm}
             finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
             epoch_kl = jnp.where(part == 0, 0.0, carry.epoch_kl)
@@ -217,7 +218,7 @@ class Learner:
             "policy/first_ratio_max_error": end.first_ratio_max_error,
             "policy/learning_rate": learning_rate,
             "policy/step_per_learning_rate": mean_step(
-                end.opt_state, trainable, self.optimizer_config
+                end.opt_state, trainable, self.optimizer_config, self.mesh
             ),
             "update/epochs": end.num_applied / num_minibatches,
             "update/early_stopped": stopped_early.astype(jnp.int32),
@@ -275,7 +276,7 @@ class Learner:
     ) -> ResponseOutputs:
         """What `learning.response_outputs` says of rows, with this learner's settings."""
         return response_outputs(
-            nnx.merge(self.graphdef, params),
+            nnx.merge(self.graphdef, gather(params)),
             *written,
             rules=self.rules,
             sampling=self.config.sampling,

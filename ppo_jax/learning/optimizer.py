@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from ppo_jax.config import OptimizerConfig
+from ppo_jax.mesh import sum_over_arrays
 
 Params = nnx.State[Any, Any]
 
@@ -83,7 +85,10 @@ def _adam_step(
 
 
 def mean_step(
-    state: optax.ScaleByAdamState, trainable: Any, config: OptimizerConfig
+    state: optax.ScaleByAdamState,
+    trainable: Any,
+    config: OptimizerConfig,
+    mesh: Mesh | None = None,
 ) -> Float[Array, ""]:
     """Mean |Adam's last step| / learning rate of the policy's parameters that learn.
 
@@ -96,17 +101,18 @@ def mean_step(
     def some(x: Array) -> Array:
         return x.reshape(-1, x.shape[-1])[::16]
 
-    policy = (jax.tree.leaves(tree["backbone"]) for tree in (state.mu, state.nu, trainable))
-    total = count = jnp.zeros(())
-    for mu, nu, learns in zip(*policy, strict=True):
-        total += jnp.abs(adam_step(some(mu), some(nu))).sum()  # of what does not learn, 0
-        count += some(jnp.broadcast_to(learns, mu.shape)).sum()
+    def total_and_count(mu: Array, nu: Array, learns: Array | float) -> Float[Array, "2"]:
+        total = jnp.abs(adam_step(some(mu), some(nu))).sum()  # of what does not learn, 0
+        return jnp.stack([total, some(jnp.broadcast_to(learns, mu.shape)).sum()])
+
+    policy = (tree["backbone"] for tree in (state.mu, state.nu, trainable))
+    total, count = sum_over_arrays(total_and_count, mesh, *policy)
     return total / jnp.maximum(count, 1)
 
 
-def global_norm(gradients: Params) -> Float[Array, ""]:
+def global_norm(gradients: Params, mesh: Mesh | None = None) -> Float[Array, ""]:
     """The Euclidean norm of all gradients together, in float32."""
-    return jnp.sqrt(sum(map(_sum_of_squares, jax.tree.leaves(gradients))))
+    return jnp.sqrt(sum_over_arrays(_sum_of_squares, mesh, gradients))
 
 
 def _sum_of_squares(x: Float[Array, "..."]) -> Float[Array, ""]:

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from ppo_jax.mesh import pmax_over_shards
+
 Result = TypeVar("Result")
 
 
@@ -61,7 +63,7 @@ def in_fewest_rows(
     places, needed = first_fit(length, width)
     available = sizes(count, num_sizes)
     layouts = [None if size == count else Layout(size, places) for size in available]
-    smallest = jnp.searchsorted(jnp.asarray(available), needed)
+    smallest = jnp.searchsorted(jnp.asarray(available), pmax_over_shards(needed))
     result: Result = jax.lax.switch(smallest, [partial(function, layout) for layout in layouts])
     return result
 

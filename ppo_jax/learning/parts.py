@@ -27,7 +27,7 @@ class Reduction:
     """How the results of parts come together."""
 
     over_microbatches: Callable[[Callable[[Any], Any], Any], Any]  # like `jax.lax.map`
-    over_devices: Callable[[Any, Mesh | None], Any]
+    over_devices: Callable[[Any], Any]
     gives_rows: bool  # or results that are the same on every device
 
 
@@ -47,7 +47,7 @@ def in_parts(
 
     Args:
         function: of some of the rows, packed as its layout says (`learning.packing`).
-        params: which every device has a copy of.
+        params: that lie as `ppo_jax.mesh` says.
         rows: arrays whose first axis is cut.
         length: of each row's tokens, 1 to `width`.
         reduction: `CONCATENATE` or `ADD`.
@@ -65,7 +65,7 @@ def in_parts(
         else:
             cut = jax.tree.map(lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), part)
             result = reduction.over_microbatches(partial(of_microbatch, params), cut)
-        return reduction.over_devices(result, mesh)
+        return result if mesh is None else reduction.over_devices(result)
 
     of_all = on_own_rows(of_device, mesh, gives_rows=reduction.gives_rows)
     return of_all(params, (rows, length))
@@ -79,7 +79,7 @@ def _concatenate(function: Callable[[Any], Any], cut: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
 
-CONCATENATE = Reduction(_concatenate, lambda result, mesh: result, gives_rows=True)
+CONCATENATE = Reduction(_concatenate, lambda result: result, gives_rows=True)
 """Results have a row for each row, and are put together in the same order."""
 
 
@@ -105,10 +105,8 @@ def _add(function: Callable[[Any], Totals], cut: Any) -> Totals:
     return total
 
 
-def _add_over_devices(result: Totals, mesh: Mesh | None) -> Totals:
-    if mesh is None:
-        return result
-    return Totals(psum(_widened(result.sums), mesh), pmax(result.maxima, mesh))
+def _add_over_devices(result: Totals) -> Totals:
+    return Totals(psum(_widened(result.sums)), pmax(result.maxima))
 
 
 def _widened(tree: Any) -> Any:

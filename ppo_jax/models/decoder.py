@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
+from ppo_jax.mesh import gather
 from ppo_jax.models.attention import KeyValue, attend
 from ppo_jax.models.config import DecoderConfig
 from ppo_jax.models.operations import broadcast, embed, swiglu
@@ -213,7 +214,7 @@ class Decoder(nnx.Module):
         graphdef: nnx.GraphDef[DecoderLayer] = nnx.graphdef(self.layers)
 
         def apply_layer(x: Array, layer: nnx.State[str, Any]) -> tuple[Array, KeyValue]:
-            return nnx.merge(graphdef, layer)(x, rotary, mask)
+            return nnx.merge(graphdef, gather(layer, self.dtype))(x, rotary, mask)
 
         policy = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         apply_layer = jax.checkpoint(apply_layer, prevent_cse=False, policy=policy)
@@ -247,7 +248,7 @@ class Decoder(nnx.Module):
         """The L layers apart, for a decode loop: sliced and laid out once, not at every token."""
         graphdef = nnx.graphdef(self.layers)
         unstacked = [
-            nnx.merge(graphdef, jax.tree.map(lambda array, index=i: array[index], stack))
+            nnx.merge(graphdef, gather(jax.tree.map(lambda array, index=i: array[index], stack)))
             for stack in self._stacks()
             for i in range(len(jax.tree.leaves(stack)[0]))
         ]

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
+from ppo_jax.mesh import from_host
 from ppo_jax.models.config import DecoderConfig
 from ppo_jax.models.gguf import GGUFTensors
 from ppo_jax.models.heads import PolicyValueNetwork, RewardModel
@@ -59,6 +61,7 @@ def load_pretrained(
     *,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
 ) -> PolicyValueNetwork:
     """Read a language model (Qwen2, Qwen3 or Llama) as a policy with a value head.
 
@@ -67,6 +70,7 @@ def load_pretrained(
             `Qwen/Qwen2.5-0.5B`, or a `.gguf` file.
         dtype: the compute type.
         param_dtype: the type the parameters are kept in.
+        mesh: that they are cut over as they are read, so that no device ever has all of them.
 
     Returns:
         The network. Its value head and its separate critic are those in the folder's `critic/`,
@@ -81,7 +85,7 @@ def load_pretrained(
     def load(source: TensorSource) -> PolicyValueNetwork:
         has_critic = any(name.startswith("critic.") for name in source.shapes)
         make = functools.partial(PolicyValueNetwork, separate_critic=has_critic)
-        return _load(make, _settle_tying(source), dtype, param_dtype)
+        return _load(make, _settle_tying(source), dtype, param_dtype, mesh)
 
     if str(folder_or_hub_id_or_gguf).endswith(".gguf"):
         return load(GGUFTensors(folder_or_hub_id_or_gguf))
@@ -169,7 +173,11 @@ def _version(folder: Path) -> tuple[int, ...]:
 
 
 def _load(
-    make: Callable[..., Network], plan: _Plan, dtype: DTypeLike, param_dtype: DTypeLike
+    make: Callable[..., Network],
+    plan: _Plan,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    mesh: Mesh | None = None,
 ) -> Network:
     source, config = plan.source, plan.config
     if config.num_hidden_layers > len(source.shapes):  # before as many names are made
@@ -196,7 +204,7 @@ def _load(
     # The largest first: each is for a while there twice, which costs least while there is little.
     parameters.sort(key=lambda parameter: -parameter[1].get_value().size)
     filled = [
-        (path, variable.replace(_read_parameter(plan, path, names, variable.get_value())))
+        (path, variable.replace(_read_parameter(plan, path, names, variable.get_value(), mesh)))
         for path, variable, names in parameters
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
@@ -232,7 +240,11 @@ def _stands_for_zeros(name: str, source: TensorSource) -> bool:
 
 
 def _read_parameter(
-    plan: _Plan, path: tuple[Any, ...], names: list[str], like: jax.ShapeDtypeStruct
+    plan: _Plan,
+    path: tuple[Any, ...],
+    names: list[str],
+    like: jax.ShapeDtypeStruct,
+    mesh: Mesh | None,
 ) -> jax.Array:
     # Memory that begins with a page: of other arrays, JAX makes a copy more on its way.
     memory = mmap.mmap(-1, like.size * like.dtype.itemsize)
@@ -249,4 +261,4 @@ def _read_parameter(
                 f"{plan.source.where}: tensor {name} holds numbers that are not finite; it is "
                 "damaged, or of a model that has diverged: take another."
             )
-    return jnp.asarray(out)
+    return from_host(path, out, mesh)

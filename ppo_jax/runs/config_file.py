@@ -29,6 +29,7 @@ _MAY_CHANGE = {
     "save_every",
     "keep_checkpoints",
     "num_devices",
+    "num_shards",
 }
 _PACKAGES = {"ppo_jax": "qwen-ppo-jax", "jax": "jax", "jaxlib": "jaxlib", "flax": "flax"}
 
@@ -80,6 +81,12 @@ def settings(config: TrainConfig) -> Settings:
         }
         for group, fields in written.items()
     }
+
+
+def facts(config: TrainConfig) -> dict[str, Any]:
+    """What the processes of a run must have alike: settings, and versions of packages."""
+    named = {name: value for fields in settings(config).values() for name, value in fields.items()}
+    return named | _versions()
 
 
 def check_same(folder: Path, config: TrainConfig) -> None:

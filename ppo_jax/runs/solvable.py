@@ -17,7 +17,8 @@ from ppo_jax.config import TrainConfig
 from ppo_jax.files import atomic, write_json
 from ppo_jax.generation.actor import Actor
 from ppo_jax.generation.episode_metrics import ACCURACY
-from ppo_jax.mesh import make_mesh, replicate
+from ppo_jax.hosts import on_first
+from ppo_jax.mesh import make_mesh, place, replicate
 from ppo_jax.models import PolicyValueNetwork
 from ppo_jax.runs.progress import counting
 from qwen_env.errors import UsageError
@@ -41,9 +42,9 @@ def measure(network: PolicyValueNetwork, task: TextTask, config: TrainConfig, pa
     Raises:
         UserFacingError: the reward reports no accuracy, or fails, or `path` cannot be written.
     """
-    _check_reports_accuracy(task)
+    on_first(lambda: _check_reports_accuracy(task))
     samples = max(config.ppo.completions_per_prompt, MIN_SAMPLES)
-    mesh = make_mesh(config.run.num_devices)
+    mesh = make_mesh(config.run.num_devices, config.run.num_shards)
     actor = Actor(
         network,
         task,
@@ -51,11 +52,12 @@ def measure(network: PolicyValueNetwork, task: TextTask, config: TrainConfig, pa
         compacts_rows=config.ppo.num_packed_sizes > 1,
         mesh=mesh,
     )
+    key = jax.random.fold_in(jax.random.key(config.run.seed), _NO_ITERATION)
     with counting("answering the training prompts", len(task.prompts)) as count:
         _, outcomes = actor.respond_to_all(
-            replicate(nnx.state(network), mesh),
+            place(nnx.state(network), mesh),
             task.prompts,
-            jax.random.fold_in(jax.random.key(config.run.seed), _NO_ITERATION),
+            jax.random.wrap_key_data(replicate(np.asarray(jax.random.key_data(key)), mesh)),
             batch_size=max(config.ppo.batch_size // samples, 1),
             completions_per_prompt=samples,
             on_batch=count,
@@ -63,8 +65,12 @@ def measure(network: PolicyValueNetwork, task: TextTask, config: TrainConfig, pa
     right = [outcome.info["reward_components"].get(ACCURACY, 0.0) for outcome in outcomes]
     shares = np.reshape(right, (-1, samples)).mean(axis=1).tolist()
     rates = {prompt.index: share for prompt, share in zip(task.prompts, shares, strict=True)}
-    with atomic(path) as partial:
-        write_json(partial, {"samples": samples, "seed": config.run.seed, "rates": rates})
+
+    def write() -> None:
+        with atomic(path) as partial:
+            write_json(partial, {"samples": samples, "seed": config.run.seed, "rates": rates})
+
+    on_first(write)
 
 
 def read_rates(path: Path, prompts: PromptDataset) -> Rates:

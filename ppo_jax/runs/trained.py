@@ -2,11 +2,12 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from ppo_jax.agent import PPOAgent
-from ppo_jax.config import TrainConfig
+from ppo_jax.config import DevicesConfig, TrainConfig
 from ppo_jax.models import PolicyValueNetwork
 from ppo_jax.runs.checkpoints import Checkpoints
 from ppo_jax.runs.config_file import read_config
@@ -28,7 +29,9 @@ class TrainedRun(NamedTuple):
         """The model to load: the run's, or for a checkpoint the one that training began with."""
         return str(self.folder / self.which) if self.which in _MODELS else self.config.task.model
 
-    def trained(self, network: PolicyValueNetwork, task: TextTask) -> PolicyValueNetwork:
+    def trained(
+        self, network: PolicyValueNetwork, task: TextTask, devices: DevicesConfig
+    ) -> PolicyValueNetwork:
         """`network`, loaded from `model`, with the parameters of the checkpoint if it is one's.
 
         Takes the memory of a training state on the way.
@@ -38,7 +41,8 @@ class TrainedRun(NamedTuple):
         """
         if self.which in _MODELS:
             return network
-        agent = PPOAgent(network, task, self.config, num_iterations=1)
+        run = replace(self.config.run, **asdict(devices))
+        agent = PPOAgent(network, task, replace(self.config, run=run), num_iterations=1)
         checkpoints = Checkpoints(self.folder / "checkpoints", self.config.run.keep_checkpoints)
         restored = checkpoints.restore(agent.state, only=int(self.which))
         assert restored is not None

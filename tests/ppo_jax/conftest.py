@@ -22,8 +22,8 @@ from qwen_env.rewards import RewardBatch
 from qwen_env.task import TextTask, make_task
 from qwen_env.tokenizer import Tokenizer, load_tokenizer
 
-# Four devices, for the tests of data parallelism; all others use the first.
-jax.config.update("jax_num_cpu_devices", 4)
+# Eight devices, for the tests of meshes; all others use the first.
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,7 @@ METRICS = {
     "time/update_s",
     "time/iteration_s",
     "throughput/tokens_per_s",
+    "memory/state_bytes_per_device",
     "reward/gold",
     "reward/gold_std",
     "text/distinct_1",

@@ -16,7 +16,7 @@ from ppo_jax.generation.rollout import Rollout
 from ppo_jax.learning.batch import Batch, Prepared
 from ppo_jax.learning.frozen import partition
 from ppo_jax.learning.learner import Learner, TrainState
-from ppo_jax.mesh import make_mesh, replicate
+from ppo_jax.mesh import make_mesh, place
 from ppo_jax.models import PolicyValueNetwork, with_separate_critic
 from qwen_env import mdp
 
@@ -43,6 +43,7 @@ class CompiledLearner:
     Args:
         changes: fields of `PPO` and `OPTIMIZER` that are others here.
         num_devices: that the rows are cut over.
+        num_shards: that the parameters are cut over.
         optimized: compile as training does. The tests that ask what a setting does go without
             LLVM's optimizer, which takes half of the time.
     """
@@ -54,6 +55,7 @@ class CompiledLearner:
         *,
         optimized: bool = False,
         num_devices: int = 1,
+        num_shards: int = 1,
         **changes: Any,
     ):
         own = {field.name for field in dataclasses.fields(PPOConfig)}
@@ -64,13 +66,13 @@ class CompiledLearner:
         if self.ppo.critic == "separate":
             network = with_separate_critic(network)
         self.network = network
-        mesh = make_mesh(num_devices)
+        mesh = make_mesh(num_devices, num_shards)
         graphdef, params, self.frozen = partition(network, self.optimizer)
         self.learner = Learner(
             graphdef, rules, self.ppo, self.optimizer, num_iterations=10, mesh=mesh
         )
-        self.start: TrainState = replicate(self.learner.init(params, seed=0), mesh)
-        self.reference = replicate(other_backbone(network), mesh)
+        self.start: TrainState = place(self.learner.init(params, seed=0), mesh)
+        self.reference = place(other_backbone(network), mesh)
         options = None if optimized else {"xla_backend_optimization_level": 0}
         self.compile = functools.partial(jax.jit, compiler_options=options)
         self._prepare = self.compile(self.learner.prepare)

@@ -100,7 +100,7 @@ def test_a_slow_reference_reaches_a_policy_that_stands_still(learner, batch):
 def test_gradients_of_devices_are_added_up_in_float32(learner_of, halved, rules, batch):
     learner = learner_of(halved, rules)
     on_a_mesh = dataclasses.replace(
-        learner.learner, mesh=jax.make_mesh((1,), (ROWS,), (jax.sharding.AxisType.Auto,))
+        learner.learner, mesh=jax.make_mesh((1, 1), ROWS, (jax.sharding.AxisType.Auto,) * 2)
     )
     program = str(jax.make_jaxpr(on_a_mesh.gradients)(learner.start.params, batch))
     [summed] = re.findall(r"([^\n]*) = psum\w*\[[^]]*\]", program, re.DOTALL)[:1]

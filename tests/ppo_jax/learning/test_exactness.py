@@ -101,6 +101,19 @@ def test_devices(plain_update, compiled, finished, batch):
     assert_same_update(compiled(**cut).update(batch), compiled(**cut, num_devices=2).update(batch))
 
 
+@pytest.mark.slow
+def test_shards(compiled, finished, batch):
+    """Two copies of two shards; a separate critic, a moving reference, packed rows, all cut."""
+    changes = {"critic": "separate", "ref_ema_decay": 0.9, "num_epochs": 2}
+    one = compiled(**changes)
+    four = compiled(**changes, num_devices=4, num_shards=2, num_packed_sizes=2)
+    prepared, other = one.prepare(finished).batch, four.prepare(finished).batch
+    chex.assert_trees_all_close(other, prepared, rtol=0, atol=2e-6)
+    result = four.update(prepared)
+    assert_same_update(one.update(prepared), result)
+    assert result[1]["policy/first_ratio_max_error"] < 1e-5
+
+
 def test_row_order(plain_update, plain, batch):
     shuffled = jax.tree.map(lambda x: x[np.array([2, 0, 3, 1])], batch)
     assert_same_update(plain_update, plain.update(shuffled))
