@@ -11,6 +11,7 @@ from typing import NoReturn
 import jax
 from gymnasium.error import DependencyNotInstalled
 
+from ppo_jax.hosts import is_first
 from ppo_jax.runs.interruption import EXIT_STATUS
 from qwen_env.errors import UsageError, UserFacingError
 
@@ -98,5 +99,6 @@ def find_devices() -> None:
 
 
 def say(message: str) -> None:
-    """Print a line on stderr."""
-    print(message, file=sys.stderr)
+    """Print a line on stderr, on the first process."""
+    if is_first():
+        print(message, file=sys.stderr)

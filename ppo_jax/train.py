@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ppo_jax import cli, flags
+from ppo_jax import cli, flags, hosts
 from ppo_jax.agent import PPOAgent
 from ppo_jax.assembly import assemble
 from ppo_jax.config import (
@@ -23,15 +23,17 @@ from ppo_jax.config import (
     TrainConfig,
     preset,
 )
-from ppo_jax.runs.config_file import read_config
-from ppo_jax.runs.folder import RunFolder
-from ppo_jax.runs.run import PROG, Run
+from ppo_jax.config.fields import Checked, Count, Natural
+from ppo_jax.mesh import make_mesh
+from ppo_jax.runs.config_file import facts, read_config
+from ppo_jax.runs.folder import open_folder
+from ppo_jax.runs.run import PROG, Run, prompts_digest
 from ppo_jax.runs.solvable import kept, measure, read_rates
 from ppo_jax.runs.trained import model_in
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """Train a language model with PPO. A preset gives every flag its default."""
 
     output_dir: Path
@@ -45,6 +47,13 @@ class Arguments:
     resume: bool = False
     """Continue the run in output-dir with the settings it was started with, whatever the preset;
     a larger num-iterations extends a finished run."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where the processes of a run meet that has several; None takes what
+    SLURM, Open MPI or a Cloud TPU says, if they start several."""
+    num_processes: Count | None = None
+    """Processes of the run, each with devices of its own."""
+    process_id: Natural | None = None
+    """Number of this process, from 0."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv = sys.argv[1:] if argv is None else argv
         arguments, config = parse_arguments(argv)
         cli.keep_compiled_programs()
-        cli.find_devices()
-        train(config, arguments.output_dir, resume=arguments.resume, argv=argv)
+        with hosts.joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
+            cli.find_devices()
+            train(config, arguments.output_dir, resume=arguments.resume, argv=argv)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainConfig]:
@@ -95,12 +105,24 @@ def train(
         SystemExit: a signal ended the run early; what was learnt is saved.
     """
     # Absolute, since a reward may change the working directory.
-    folder = RunFolder(output_dir.absolute(), config, resume=resume, argv=argv)
+    output_dir = output_dir.absolute()
+    hosts.check_alike(lambda: facts(config) | {"output_dir": str(output_dir)})
+    run = config.run
     network, task, held_out = assemble(
-        config.task, dtype=config.run.dtype, param_dtype=config.run.param_dtype, say=cli.say
+        config.task,
+        dtype=run.dtype,
+        param_dtype=run.param_dtype,
+        mesh=make_mesh(run.num_devices, run.num_shards),
+        say=cli.say,
     )
     assert held_out is not None  # the prompts are those of the settings
-    with folder.locked():
+    hosts.check_alike(
+        lambda: {
+            "prompts": prompts_digest(task.prompts),
+            "held-out prompts": prompts_digest(held_out),
+        }
+    )
+    with open_folder(output_dir, config, resume=resume, argv=argv) as folder:
         if config.task.keep_solvable is not None:
             if not resume:
                 measure(network, task, config, folder.solvable)

@@ -4,6 +4,9 @@ checkpoints/25/arrays/          the state's arrays, by Orbax, under the names of
                checkpoint.json  format; shape and checksum of each array; Orbax's files; the run's
                                 notes; a checksum of all that
 
+Every process writes the shards that its devices keep, and the first one the rest. A checkpoint says
+nothing of shards: it is restored on any number of devices.
+
 A checkpoint is written under another name and renamed once it is complete and on the disk. One that
 was damaged later is noticed when it is restored, and passed over for the one before it. The arrays'
 checksums are taken from memory, so that saving reads nothing back.
@@ -20,8 +23,9 @@ import shutil
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,13 +35,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ppo_jax.files import PARTIAL, disk_errors, sync, sync_folder, write_json
+from ppo_jax.hosts import is_first, on_first, together
 from ppo_jax.learning.learner import TrainState
+from ppo_jax.runs.checksums import checksums
 from qwen_env.errors import RunError, UsageError
 
 Notes = dict[str, Any]
 """What else a run keeps in a checkpoint; JSON."""
 
-_FORMAT = 3  # goes up when a checkpoint holds something else than before
+_FORMAT = 4  # goes up when a checkpoint holds something else than before
 _SMALL = 2**16  # bytes; files beyond that hold arrays, which have checksums of their own
 
 
@@ -55,8 +61,8 @@ class Checkpoints:
 
     def sweep(self) -> None:
         """Remove what a killed save has left. Only for the run itself: another may be saving."""
-        for partial in self.folder.glob(f"*{PARTIAL}"):
-            shutil.rmtree(partial, ignore_errors=True)
+        for unfinished in self.folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def iterations(self) -> list[int]:
         """Iterations that were saved, ascending."""
@@ -69,18 +75,16 @@ class Checkpoints:
             RunError: it cannot be written; what was saved before is still there.
         """
         complete = self.folder / str(int(state.iteration))
-        if not complete.exists():
-            partial = complete.with_name(complete.name + PARTIAL)
+        if not on_first(complete.exists):
             try:
-                with disk_errors(complete):
-                    _write(partial, _by_name(state), notes)
-                    partial.rename(complete)
-                    sync_folder(self.folder)
+                _write(complete, _by_name(state), notes)
             except RunError:
-                shutil.rmtree(partial, ignore_errors=True)
+                if is_first():
+                    self.sweep()
                 raise
-        for iteration in self.iterations()[: -self.keep]:
-            shutil.rmtree(self.folder / str(iteration), ignore_errors=True)
+        if is_first():
+            for iteration in self.iterations()[: -self.keep]:
+                shutil.rmtree(self.folder / str(iteration), ignore_errors=True)
 
     def restore(
         self, state: TrainState, say: Callable[[str], None] = print, *, only: int | None = None
@@ -100,18 +104,18 @@ class Checkpoints:
         arrays = _by_name(state)
         like = {name: _Place(array) for name, array in arrays.items()}
         damaged: list[Path] = []
-        for iteration in reversed(self.iterations() if only is None else [only]):
+        iterations = on_first(self.iterations) if only is None else [only]
+        for iteration in reversed(iterations):
             folder = self.folder / str(iteration)
             try:
-                content = _read_content(folder)
+                content = _read_content_together(folder)
                 _check_fits(folder, content["arrays"], like)
                 restored = _read_arrays(folder, content["arrays"], like, arrays)
             except _Damaged as damage:
                 say(f"The checkpoint {folder} is damaged: {damage}.")
                 damaged.append(folder)
                 continue
-            for other in damaged:
-                _set_aside(other)
+            on_first(partial(_set_aside, damaged))
             if damaged:
                 say(f"Continuing from iteration {iteration} instead.")
             leaves = [restored[name] for name in arrays]
@@ -124,12 +128,13 @@ class Checkpoints:
         return None
 
 
-def _set_aside(folder: Path) -> None:
-    """Keep a damaged checkpoint, under a name that is taken for no checkpoint."""
-    aside = folder.with_name(f"{folder.name}.damaged")
-    shutil.rmtree(aside, ignore_errors=True)
-    with disk_errors(folder):
-        folder.rename(aside)
+def _set_aside(damaged: Sequence[Path]) -> None:
+    """Keep damaged checkpoints, under names that are taken for no checkpoint."""
+    for folder in damaged:
+        aside = folder.with_name(f"{folder.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        with disk_errors(folder):
+            folder.rename(aside)
 
 
 class _Damaged(Exception):
@@ -175,26 +180,57 @@ def _checkpointer() -> Iterator[ocp.Checkpointer]:
         log.setLevel(level)
 
 
-def _write(folder: Path, arrays: Mapping[str, jax.Array], notes: Notes) -> None:
+def _write(complete: Path, arrays: Mapping[str, jax.Array], notes: Notes) -> None:
     """Write a checkpoint, and wait until it is on the disk."""
-    folder.mkdir(parents=True)
-    # Known before, for Orbax takes its time to find out.
-    size = sum(array.nbytes for array in arrays.values())
-    if shutil.disk_usage(folder).free < size:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with _checkpointer() as checkpointer:
-        checkpointer.save(folder / "arrays", ocp.args.PyTreeSave(arrays))
-    content = {
-        "format": _FORMAT,
-        "arrays": {
-            name: {"shape": list(array.shape), "checksum": _checksum(array)}
-            for name, array in arrays.items()
-        },
-        "files": _files(folder / "arrays"),
-        "notes": notes,
-    }
-    write_json(folder / "checkpoint.json", content | {"checksum": _seal(content)})
-    sync(folder)
+    folder = complete.with_name(complete.name + PARTIAL)
+
+    def begin() -> None:
+        with disk_errors(complete):
+            folder.mkdir(parents=True)
+            # Known before, for Orbax takes its time to find out.
+            size = sum(array.nbytes for array in arrays.values())
+            if shutil.disk_usage(folder).free < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def save() -> None:
+        with disk_errors(complete), _checkpointer() as checkpointer:
+            checkpointer.save(folder / "arrays", ocp.args.PyTreeSave(arrays))
+
+    def end() -> None:
+        content = {
+            "format": _FORMAT,
+            "arrays": {
+                name: {"shape": list(array.shape), "checksum": of_arrays[name]}
+                for name, array in arrays.items()
+            },
+            "files": _files(folder / "arrays"),
+            "notes": notes,
+        }
+        with disk_errors(complete):
+            write_json(folder / "checkpoint.json", content | {"checksum": _seal(content)})
+            sync(folder)
+            folder.rename(complete)
+            sync_folder(complete.parent)
+
+    on_first(begin)
+    together(save)
+    of_arrays = checksums(arrays)
+    on_first(end)
+
+
+def _read_content_together(folder: Path) -> dict[str, Any]:
+    """As `_read_content`, by the first process for all."""
+
+    def content_or_damage() -> tuple[dict[str, Any] | None, str]:
+        try:
+            return _read_content(folder), ""
+        except _Damaged as damage:
+            return None, str(damage)
+
+    content, damage = on_first(content_or_damage)
+    if content is None:
+        raise _Damaged(damage)
+    return cast(dict[str, Any], content)
 
 
 def _read_content(folder: Path) -> dict[str, Any]:
@@ -265,9 +301,10 @@ def _read_arrays(
                 raise
             except Exception as error:  # of many kinds
                 raise _Damaged(f"its arrays cannot be read ({type(error).__name__})") from error
+            of_arrays = checksums({name: read[name] for name in portion})
             for name in portion:
                 array = read.pop(name)
-                if _checksum(array) != found[name]["checksum"]:
+                if of_arrays[name] != found[name]["checksum"]:
                     raise _Damaged(f"the array {name} is not the one that was saved")
                 replaced[name].delete()
                 arrays[name] = jnp.array(array) if wanted[name].sharding is None else array
@@ -288,14 +325,6 @@ def _portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 def _by_name(state: TrainState) -> dict[str, jax.Array]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-
-
-def _checksum(array: jax.Array | np.ndarray) -> int:
-    """CRC-32 of an array's numbers in row-major order; no copy of them is kept."""
-    if isinstance(array, jax.Array) and array.is_fully_replicated:
-        array = array.addressable_data(0)
-    # bfloat16 has no buffer of its own.
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _files(folder: Path) -> dict[str, list[int]]:

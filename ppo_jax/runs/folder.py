@@ -10,13 +10,18 @@ TensorBoard files cannot be, it says so once and goes on.
 import math
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+import jax
 
 from ppo_jax.algorithm import clip_limits
 from ppo_jax.config import TrainConfig
 from ppo_jax.files import PARTIAL, disk_errors, locked, sweep
+from ppo_jax.hosts import is_first, on_first, together
 from ppo_jax.runs.config_file import (
     Settings,
     check_same,
@@ -35,6 +40,7 @@ from qwen_env.errors import UsageError, UserFacingError
 _METRICS, _DISTRIBUTIONS, _SAMPLES = "metrics.jsonl", "distributions.jsonl", "samples.jsonl"
 _RECORDS = (_METRICS, _DISTRIBUTIONS, _SAMPLES)
 _SOLVABLE = "solvable.json"
+_SEEN_WITHIN = 60.0  # seconds
 _NAMES = (
     "config.json",
     _SOLVABLE,
@@ -75,9 +81,7 @@ class RunFolder:
         self._tensorboard: TensorBoard | None = None
         self._say: Callable[[str], None] = print
         self._told: set[Path] = set()  # of what cannot be written
-        if resume:
-            check_same(folder, config)
-        _check_usable(folder, resume=resume)
+        self._check()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -214,6 +218,11 @@ class RunFolder:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
+    def _check(self) -> None:
+        if self._resume:
+            check_same(self.path, self._config)
+        _check_usable(self.path, resume=self._resume)
+
     def _append(self, name: str, records: Sequence[Record]) -> None:
         with self._going_on(self.path / name, "The run goes on, and tries again next time."):
             self._records[name].append(records)
@@ -258,6 +267,76 @@ class RunFolder:
         """What a run may have written to its folder, unfinished things included."""
         paths = (self.path / f"{name}{suffix}" for name in _NAMES for suffix in _SUFFIXES)
         return filter(Path.exists, paths)
+
+
+class GuestFolder(RunFolder):
+    """A run's folder to a process that is not the first: it reads, and leaves writing to that."""
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        yield
+
+    def _check(self) -> None: ...
+
+    def begin(self, last: int, say: Callable[[str], None]) -> None: ...
+
+    def write_metrics(self, metrics: Record) -> None: ...
+
+    def write_distributions(self, record: Record) -> None: ...
+
+    def write_samples(self, samples: Sequence[Record]) -> None: ...
+
+    def last_samples(self) -> list[Record]:
+        return []
+
+    def sync(self) -> None: ...
+
+    def plot(self) -> Path:
+        return self.path / "curves.png"
+
+
+@contextmanager
+def open_folder(
+    folder: Path, config: TrainConfig, *, resume: bool, argv: Sequence[str] = ()
+) -> Iterator[RunFolder]:
+    """The folder of a run, locked within the block; all processes open it, and the first writes.
+
+    Raises:
+        UsageError: as `RunFolder` and its lock do, or a process does not see the first one's files.
+    """
+    kind = RunFolder if is_first() else GuestFolder
+    with ExitStack() as stack:
+        opened: list[RunFolder] = []
+
+        def enter() -> None:
+            opened.append(kind(folder, config, resume=resume, argv=argv))
+            stack.enter_context(opened[0].locked())
+
+        together(enter)
+        _check_seen_by_all(folder)
+        yield opened[0]
+
+
+def _check_seen_by_all(folder: Path) -> None:
+    marker = folder / f"{on_first(lambda: uuid.uuid4().hex)}{PARTIAL}"
+
+    def look() -> None:
+        since = time.monotonic()
+        while not marker.exists():  # network file systems take their time
+            if time.monotonic() - since > _SEEN_WITHIN:
+                raise UsageError(
+                    f"{folder} is not the folder that process 0 has under that name; choose an "
+                    "--output-dir on a file system that all processes share."
+                )
+            time.sleep(0.1)
+
+    if jax.process_count() > 1:
+        on_first(lambda: marker.write_text(""))
+        try:
+            together(look)
+        finally:
+            if is_first():
+                marker.unlink(missing_ok=True)
 
 
 def read_records(folder: Path) -> Records:

@@ -21,6 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ppo_jax.hosts import is_first
 from qwen_env.printing import printable
 
 _WATCHED = (  # behind the score and its components
@@ -54,9 +55,9 @@ class _Lasting:
 
 
 def stderr_console() -> Console:
-    """A console on stderr that never ends a run."""
+    """A console on stderr that never ends a run; the first process alone speaks."""
     file = None if sys.stderr is None else cast(TextIO, _Lasting(sys.stderr))
-    return Console(file=file, stderr=True, highlight=False)
+    return Console(file=file, stderr=True, highlight=False, quiet=not is_first())
 
 
 class Progress:

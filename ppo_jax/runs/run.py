@@ -9,11 +9,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
+from flax import nnx
 
+from ppo_jax import hosts
 from ppo_jax.agent import PPOAgent, TooManyNonfiniteUpdates
 from ppo_jax.files import folder_digest
 from ppo_jax.generation.episode_metrics import (
@@ -24,6 +24,7 @@ from ppo_jax.generation.episode_metrics import (
 )
 from ppo_jax.models import Generation, save_pretrained
 from ppo_jax.runs.checkpoints import Checkpoints
+from ppo_jax.runs.checksums import digest
 from ppo_jax.runs.config_file import Settings, settings
 from ppo_jax.runs.distributions import distributions_record
 from ppo_jax.runs.folder import RunFolder
@@ -67,11 +68,11 @@ class Run:
         self.agent, self.folder, self.config = agent, folder, agent.config.run
         self.eval_prompts = eval_prompts[: self.config.eval_size]
         self.checkpoints = Checkpoints(folder.checkpoints, self.config.keep_checkpoints)
-        self.checkpoints.sweep()
+        hosts.on_first(self.checkpoints.sweep)
         self.progress = Progress(agent.num_iterations)
         self.state = RunState(
             settings=settings(agent.config),
-            model_digest=model_digest(agent.initial_backbone),
+            model_digest=digest(agent.initial_backbone),
             prompts_digest=prompts_digest(agent.task.prompts),
             eval_prompts_digest=prompts_digest(eval_prompts),
         )
@@ -106,7 +107,7 @@ class Run:
             except (Exception, KeyboardInterrupt) as error:  # a reward may take Ctrl-C for itself
                 # An update that fails may leave no state to save, and a full disk no room for it.
                 with suppress(Exception):
-                    if agent.iteration > 0:
+                    if agent.iteration > 0 and hosts.is_everywhere(error):
                         self._save()
                 if not self.checkpoints.iterations():
                     raise
@@ -136,7 +137,7 @@ class Run:
             }
             baseline = {}
             self._finish_iteration()
-            if should_stop():
+            if hosts.any_of(should_stop()):
                 break
 
     def _finish_iteration(self) -> None:
@@ -296,13 +297,19 @@ class Run:
             return
         self.folder.sync()
         if self.state.best_iteration is not None and self.state.best_digest is None:
-            self.state.best_digest = folder_digest(self.folder.best)
+            self.state.best_digest = hosts.on_first(lambda: folder_digest(self.folder.best))
         self.checkpoints.save(self.agent.state, dataclasses.asdict(self.state))
 
     def _save_model(self, folder: Path) -> None:
         config, task = self.agent.config, self.agent.task
         generation = Generation(*config.ppo.sampling, max_new_tokens=task.rules.max_new_tokens)
-        save_pretrained(self.agent.network, folder, task.tokenizer, generation=generation)
+        network = self.agent.network
+        if jax.process_count() > 1:  # an array at a time, since some devices may not hold them all
+            graphdef, arrays = nnx.split(network)
+            network = nnx.merge(graphdef, jax.tree.map(hosts.fetch, arrays))
+        hosts.on_first(
+            lambda: save_pretrained(network, folder, task.tokenizer, generation=generation)
+        )
 
     def _where_saved(self) -> str:
         saved = self.checkpoints.iterations()
@@ -313,14 +320,6 @@ class Run:
             f"{self.checkpoints.folder}; continue it with: {PROG} --output-dir "
             f"{self.folder.path} --resume"
         )
-
-
-def model_digest(params: Any) -> str:
-    """A digest of all arrays of a tree."""
-    digest = hashlib.blake2b(digest_size=16)
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).view(np.uint8).data)  # bfloat16 has no buffer of its own
-    return digest.hexdigest()
 
 
 def prompts_digest(prompts: PromptDataset) -> str:

@@ -9,6 +9,7 @@ import pytest
 from ppo_jax.algorithm import no_moments
 from ppo_jax.learning.batch import Controls
 from ppo_jax.learning.learner import TrainState
+from ppo_jax.mesh import make_mesh, place
 from ppo_jax.runs.checkpoints import Checkpoints
 from qwen_env.errors import RunError, UsageError
 
@@ -147,3 +148,23 @@ def test_another_model_is_named_by_its_array(saved: Checkpoints) -> None:
     larger = state(0)._replace(params=state(0).params | {"new": jnp.zeros(1)})
     with pytest.raises(UsageError, match=r"'new'.* is missing"):
         saved.restore(larger)
+
+
+def test_restored_on_other_meshes_bit_for_bit(tmp_path: Path) -> None:
+    """Saved on 2 x 4 devices, restored and saved on one, restored on eight shards."""
+    table = jax.random.normal(jax.random.key(1), (6, 16))
+    start = state(1)._replace(params={"embed_tokens": table, "norm": jnp.ones(16)})
+    last = start
+    for folder, mesh in (("2x4", make_mesh(8, 4)), ("1", None), ("8", make_mesh(8, 8))):
+        like = place(jax.tree.map(jnp.zeros_like, start), mesh)
+        if folder != "2x4":
+            restored = Checkpoints(tmp_path, keep=1).restore(like, only=int(last.iteration))
+            assert restored is not None
+            last = restored[0]
+            shard = last.params["embed_tokens"].addressable_shards[0].data
+            assert shard.shape == ((6, 16) if mesh is None else (6, 2))
+        else:
+            last = place(start, mesh)
+        jax.tree.map(np.testing.assert_array_equal, last.params, start.params)
+        last = last._replace(iteration=last.iteration + 1)
+        Checkpoints(tmp_path, keep=1).save(last, FACTS)

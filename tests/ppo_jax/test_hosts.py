@@ -1,0 +1,226 @@
+"""Two processes on this machine, each with a CPU device, joined as those of two hosts are."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ppo_jax
+from ppo_jax import hosts
+from ppo_jax.models import load_pretrained
+from ppo_jax.train import main
+
+Start = Callable[..., list[subprocess.Popen[str]]]
+
+PROGRAM = """
+import os, signal, sys, time
+from ppo_jax import cli, hosts
+from qwen_env.errors import RewardError
+address, process = sys.argv[1], int(sys.argv[2])
+hosts.JOIN_WITHIN, hosts._DEAD_AFTER, hosts._GRACE, hosts._PERIOD = 20, 4.0, 1.0, 0.2
+
+def fails():
+    if process == 1:
+        raise RewardError("The reward is broken.")
+
+with cli.errors_as_sentences(), hosts.joined(address, 2, process):
+"""
+
+
+@pytest.fixture
+def address() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def start(arguments: list[str], *paths: Path) -> subprocess.Popen[str]:
+    places = [str(Path(ppo_jax.__file__).parents[1]), *map(str, paths)]
+    environment = {"PYTHONPATH": os.pathsep.join(places), "JAX_NUM_CPU_DEVICES": "1"}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(*processes: subprocess.Popen[str], within: float = 240) -> list[tuple[int, str, str]]:
+    """Status, stdout and stderr of each."""
+    try:
+        said = [process.communicate(timeout=within) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, *texts) for p, texts in zip(processes, said, strict=True)]
+
+
+def both(address: str, body: str) -> list[tuple[int, str, str]]:
+    """Two processes that run `body`, joined."""
+    program = PROGRAM + "".join(f"    {line}\n" for line in body.splitlines())
+    return ended(*(start(["-c", program, address, str(i)]) for i in range(2)))
+
+
+@pytest.mark.slow
+def test_what_one_says_all_know(address: str) -> None:
+    body = """
+print(hosts.together(lambda: {"from": process}), hosts.on_first(lambda: 7 * process + 5))
+print(hosts.any_of(process == 1), hosts.any_of(False), hosts.own_part([1, 2, 3, 4, 5]))
+print([len(text) for text in hosts.together(lambda: process * 5_000_000 * "x")])
+hosts.check_alike(lambda: {"jax": "1.0", "seed": process})
+"""
+    parts = ["[1, 2]", "[3, 4, 5]"]
+    for (status, said, error), part in zip(both(address, body), parts, strict=True):
+        assert said.splitlines() == [
+            "[{'from': 0}, {'from': 1}] 5",
+            f"True False {part}",
+            "[0, 5000000]",
+        ]
+        assert status == 2
+        assert "Process 1 has seed 1, but process 0 has 0; start all" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "statuses", "said_by_0"),
+    [
+        pytest.param(
+            "hosts.together(fails)", [2, 2], "error: Process 1: The reward is broken.", id="agreed"
+        ),
+        pytest.param(
+            "if process == 1: raise KeyError('a bug')\ntime.sleep(60)",
+            [2, 2],
+            "error: Process 1 has failed: KeyError",
+            id="on its own",
+        ),
+        pytest.param(
+            "if process == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)",
+            [2, -signal.SIGKILL],
+            "error: Process 1 has given no sign of life for 4 s",
+            id="killed",
+        ),
+    ],
+)
+def test_an_error_on_one_ends_all(
+    address: str, body: str, statuses: list[int], said_by_0: str
+) -> None:
+    since = time.monotonic()
+    results = both(address, body)
+    assert [status for status, *_ in results] == statuses
+    assert said_by_0 in results[0][2]
+    assert "Traceback" not in results[0][2]
+    assert time.monotonic() - since < 55
+
+
+@pytest.mark.slow
+def test_the_end_of_process_0_ends_all(address: str) -> None:
+    body = "hosts.together(lambda: 1)\nif process == 0: os.kill(os.getpid(), 9)\ntime.sleep(60)"
+    _, (status, _, said) = both(address, body)
+    assert status == 2
+    assert "is gone. Start all of them again with --resume." in said.splitlines()[-1]
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_nobody_there(address: str) -> None:
+    body = PROGRAM.replace("= 20,", "= 3,") + "    pass"
+    [(status, _, said)] = ended(start(["-c", body, address, "1"]))
+    assert status == 2
+    assert f"error: Process 1 found no 2 processes at {address} within 3 s" in said
+    assert "Traceback" not in said
+
+
+def test_alone_nothing_changes() -> None:
+    assert hosts.together(lambda: (1, 2)) == [(1, 2)], "the object itself, not its JSON"
+    assert hosts.own_part("abc") == "abc"
+    assert hosts.is_first()
+    assert hosts.is_everywhere(ValueError())
+    with pytest.raises(KeyError):
+        hosts.on_first(lambda: {}[1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--process-id", "1"], "process_id is 1, but nothing says where"),
+        (["--coordinator", "here"], "coordinator is 'here'; it must be HOST:PORT"),
+        (
+            ["--coordinator", "here:1", "--num-processes", "2", "--process-id", "2"],
+            "process_id is 2, but there are 2 processes",
+        ),
+    ],
+)
+def test_wrong_flags(
+    flags: list[str], message: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([*flags, "--output-dir", str(tmp_path / "run")])
+    assert exit.value.code == 2
+    assert message in capfd.readouterr().err
+
+
+REWARD = """
+import os
+import numpy as np
+
+def count_e(batch):
+    with open(os.environ["CALLS"] + str(os.getpid()), "a") as file:
+        file.writelines(f"{text!r}\\n" for text in batch.completions)
+    scores = np.array([text.count("e") for text in batch.completions], np.float32)
+    return scores / 4, {"gold": scores - np.array([len(text) / 20 for text in batch.completions])}
+"""
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_that_of_one(
+    inputs: Path, flags: list[str], tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard on the device of each; each scores its half of the responses."""
+    (tmp_path / "rewards_on_hosts.py").write_text(REWARD)
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls."))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    flags = [*flags, "--reward", "rewards_on_hosts:count_e", "--num-minibatches", "1"]
+    flags += ["--num-iterations", "2", "--eval-every", "2"]
+    main([*flags, "--output-dir", str(alone)])
+    together = [*flags, "--num-devices", "2", "--num-shards", "2", "--output-dir", str(run)]
+    together += ["--coordinator", address, "--num-processes", "2"]
+    results = ended(
+        *(
+            start(
+                ["-m", "ppo_jax.train", *together, "--process-id", f"{i}"],
+                tmp_path,
+            )
+            for i in range(2)
+        )
+    )
+    assert [status for status, *_ in results] == [0, 0], results
+    assert "The trained model is in" in results[0][2]
+    assert results[1][2] == ""
+    calls = [path.read_text().splitlines() for path in tmp_path.glob("calls.*")]
+    of_one, *of_two = sorted(calls, key=len, reverse=True)
+    assert len(of_two[0]) == len(of_two[1]) == len(of_one) / 2
+    assert sorted(of_two[0] + of_two[1]) == sorted(of_one)
+    assert (run / "samples.jsonl").read_bytes() == (alone / "samples.jsonl").read_bytes()
+    ours, theirs = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (run, alone)
+    )
+    for line, other in zip(ours, theirs, strict=True):
+        for name, value in line.items():
+            if not name.startswith(("time/", "throughput/", "memory/")):
+                assert value == pytest.approx(other[name], rel=1e-3, abs=1e-4, nan_ok=True), name
+    table, other = (
+        np.asarray(load_pretrained(folder / "final").backbone.embed_tokens[...])
+        for folder in (run, alone)
+    )
+    np.testing.assert_allclose(table, other, rtol=1e-3, atol=1e-5)
