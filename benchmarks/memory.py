@@ -29,7 +29,7 @@ from rich.table import Table
 from ppo_jax import flags
 
 GIB = 2**30
-PROGRAM = sys.executable, str(Path(__file__).with_name("ppo.py")), "--json", "--iterations", "2"
+PROGRAM = sys.executable, str(Path(__file__).with_name("ppo.py")), "--json", "--iterations", "1"
 
 SMALLEST = {"freeze_embeddings": True, "num_frozen_layers": 12}
 FLAGS: dict[str, dict[str, Any]] = {
