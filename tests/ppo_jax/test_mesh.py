@@ -155,7 +155,7 @@ def test_what_crosses_between_shards(make_agent):
     """
     agent = make_agent(dataclasses.replace(LARGE, num_epochs=1), 8, 4, **WIDE)
     state, task, key = agent.state, agent.task, jax.random.key(0)
-    first = task.initial_state(task.prompts[:1] * 16)
+    first = task.initial_state([task.prompts[0]] * 16)
     arguments = (
         agent.params,
         jnp.asarray(first.tokens[:, : task.rules.max_prompt_length]),

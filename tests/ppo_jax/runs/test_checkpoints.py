@@ -123,8 +123,8 @@ def test_all_damaged(saved: Checkpoints) -> None:
 
 
 def test_another_format_is_refused(saved: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ppo_jax.runs.checkpoints._FORMAT", 4)
-    with pytest.raises(UsageError, match=r"has format 3, but .* reads format 4"):
+    monkeypatch.setattr("ppo_jax.runs.checkpoints._FORMAT", 5)
+    with pytest.raises(UsageError, match=r"has format 4, but .* reads format 5"):
         saved.restore(state(0))
 
 
