@@ -122,7 +122,8 @@ class PPOAgent:
             init = jit(init, out_shardings=shardings(jax.eval_shape(init, params), mesh))
         self.state = init(params)
         self._mesh, whole = mesh, replicated(mesh)
-        self._prepare = jit(self.learner.prepare, out_shardings=Prepared(None, whole, whole, whole))
+        prepared = Prepared._make([None, whole, whole, whole])  # all but the batch
+        self._prepare = jit(self.learner.prepare, out_shardings=prepared)
         self._update = jit(
             self.learner.update,
             donate_argnums=0,

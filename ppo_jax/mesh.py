@@ -138,7 +138,7 @@ def replicated(mesh: Mesh | None) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, P())
 
 
-def replicate(array: np.ndarray | np.generic, mesh: Mesh | None) -> jax.Array:
+def replicate(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
     """An array of the host, which every process has all of, on every device."""
     if mesh is None:
         return jnp.asarray(array)
@@ -176,24 +176,23 @@ def on_own_rows(
 
 
 def sum_over_arrays(
-    function: Callable[..., Float[Array, "..."]], mesh: Mesh | None, *trees: Any
-) -> Float[Array, "..."]:
-    """Σ function(x, ...) over the arrays of trees, of which every device sees its own shards."""
+    function: Callable[[Array], Float[Array, ""]], tree: Any, mesh: Mesh | None
+) -> Float[Array, ""]:
+    """Σ function(x) over the arrays of a tree, of which every device sees its own shards."""
 
-    def total(*trees: Any) -> Array:
-        pairs = zip(*(jax.tree_util.tree_leaves_with_path(tree) for tree in trees), strict=True)
+    def total(tree: Any) -> Any:
         results = []
-        for paths_and_arrays in pairs:
-            result = function(*(x for _, x in paths_and_arrays))
-            is_cut = mesh is not None and _cut_axis(paths_and_arrays[0][0]) is not None
-            results.append(jax.lax.psum(result, SHARDS) if is_cut else result)
-        return sum(results[1:], results[0])
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            is_cut = _are_cut() and _cut_axis(path) is not None
+            results.append(jax.lax.psum(function(x), SHARDS) if is_cut else function(x))
+        return sum(results)
 
     if mesh is None or mesh.shape[SHARDS] == 1:
-        mesh = None
-        return total(*trees)
-    specs = tuple(_specs(tree, mesh) for tree in trees)
-    return jax.shard_map(total, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(*trees)
+        return total(tree)
+    own = jax.shard_map(
+        total, mesh=mesh, in_specs=(_specs(tree, mesh),), out_specs=P(), check_vma=False
+    )
+    return own(tree)
 
 
 # What follows is for use inside of `on_own_rows`; elsewhere it changes nothing.

@@ -139,7 +139,7 @@ class Actor:
             params,
             replicate(first.tokens[:, : self.task.rules.max_prompt_length], self._mesh),
             replicate(first.prompt_length, self._mesh),
-            replicate(np.int32(first_prompt), self._mesh),
+            replicate(np.array(first_prompt, np.int32), self._mesh),
             key,
             completions_per_prompt=completions_per_prompt,
             greedy=greedy,

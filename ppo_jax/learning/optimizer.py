@@ -99,20 +99,22 @@ def mean_step(
     adam_step = _adam_step(state.count, config)
 
     def some(x: Array) -> Array:
-        return x.reshape(-1, x.shape[-1])[::16]
+        if mesh is None:
+            return x.reshape(-1, x.shape[-1])[::16]
+        row = jnp.arange(x.size // x.shape[-1]).reshape(*x.shape[:-1], 1)
+        return jnp.where(row % 16 == 0, x, 0)  # what is cut over devices stays as it lies
 
-    def total_and_count(mu: Array, nu: Array, learns: Array | float) -> Float[Array, "2"]:
-        total = jnp.abs(adam_step(some(mu), some(nu))).sum()  # of what does not learn, 0
-        return jnp.stack([total, some(jnp.broadcast_to(learns, mu.shape)).sum()])
-
-    policy = (tree["backbone"] for tree in (state.mu, state.nu, trainable))
-    total, count = sum_over_arrays(total_and_count, mesh, *policy)
+    policy = (jax.tree.leaves(tree["backbone"]) for tree in (state.mu, state.nu, trainable))
+    total = count = jnp.zeros(())
+    for mu, nu, learns in zip(*policy, strict=True):
+        total += jnp.abs(adam_step(some(mu), some(nu))).sum()  # of what does not learn, 0
+        count += some(jnp.broadcast_to(learns, mu.shape)).sum()
     return total / jnp.maximum(count, 1)
 
 
 def global_norm(gradients: Params, mesh: Mesh | None = None) -> Float[Array, ""]:
     """The Euclidean norm of all gradients together, in float32."""
-    return jnp.sqrt(sum_over_arrays(_sum_of_squares, mesh, gradients))
+    return jnp.sqrt(sum_over_arrays(_sum_of_squares, gradients, mesh))
 
 
 def _sum_of_squares(x: Float[Array, "..."]) -> Float[Array, ""]:

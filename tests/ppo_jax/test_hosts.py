@@ -145,7 +145,7 @@ def test_alone_nothing_changes() -> None:
     assert hosts.is_first()
     assert hosts.is_everywhere(ValueError())
     with pytest.raises(KeyError):
-        hosts.on_first(lambda: {}[1])
+        hosts.on_first(lambda: dict[str, int]()["x"])
 
 
 @pytest.mark.parametrize(
@@ -169,10 +169,16 @@ def test_wrong_flags(
 
 
 REWARD = """
-import os
+import os, signal, sys
 import numpy as np
 
+calls = 0
+
 def count_e(batch):
+    global calls
+    calls += 1
+    if calls == 3 and sys.argv[-2:] == ["--process-id", "1"]:  # in the first iteration
+        signal.raise_signal(signal.SIGTERM)
     with open(os.environ["CALLS"] + str(os.getpid()), "a") as file:
         file.writelines(f"{text!r}\\n" for text in batch.completions)
     scores = np.array([text.count("e") for text in batch.completions], np.float32)
@@ -184,43 +190,45 @@ def count_e(batch):
 def test_a_run_of_two_processes_is_that_of_one(
     inputs: Path, flags: list[str], tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shard on the device of each; each scores its half of the responses."""
+    """A shard on the device of each; each scores its half; a signal to the second stops both, and
+    one process goes on."""
     (tmp_path / "rewards_on_hosts.py").write_text(REWARD)
-    monkeypatch.setenv("CALLS", str(tmp_path / "calls."))
     monkeypatch.syspath_prepend(str(tmp_path))
-    alone, run = tmp_path / "alone", tmp_path / "run"
     flags = [*flags, "--reward", "rewards_on_hosts:count_e", "--num-minibatches", "1"]
     flags += ["--num-iterations", "2", "--eval-every", "2"]
+
+    def scored(name: str) -> list[list[str]]:
+        return [path.read_text().splitlines() for path in sorted(tmp_path.glob(f"{name}.*"))]
+
+    monkeypatch.setenv("CALLS", str(tmp_path / "alone."))
+    alone, run = tmp_path / "run_of_one", tmp_path / "run_of_two"
     main([*flags, "--output-dir", str(alone)])
-    together = [*flags, "--num-devices", "2", "--num-shards", "2", "--output-dir", str(run)]
-    together += ["--coordinator", address, "--num-processes", "2"]
-    results = ended(
-        *(
-            start(
-                ["-m", "ppo_jax.train", *together, "--process-id", f"{i}"],
-                tmp_path,
-            )
-            for i in range(2)
-        )
-    )
-    assert [status for status, *_ in results] == [0, 0], results
-    assert "The trained model is in" in results[0][2]
+
+    monkeypatch.setenv("CALLS", str(tmp_path / "together."))
+    flags += ["--num-devices", "2", "--num-shards", "2", "--output-dir", str(run)]
+    flags += ["--coordinator", address, "--num-processes", "2", "--process-id"]
+    results = ended(*(start(["-m", "ppo_jax.train", *flags, f"{i}"], tmp_path) for i in range(2)))
+    assert [status for status, *_ in results] == [130, 130], results
+    assert "The run is saved as it was after iteration 1" in results[0][2]
     assert results[1][2] == ""
-    calls = [path.read_text().splitlines() for path in tmp_path.glob("calls.*")]
-    of_one, *of_two = sorted(calls, key=len, reverse=True)
-    assert len(of_two[0]) == len(of_two[1]) == len(of_one) / 2
-    assert sorted(of_two[0] + of_two[1]) == sorted(of_one)
+    one, other = scored("together")
+    assert len(one) == len(other)
+
+    monkeypatch.setenv("CALLS", str(tmp_path / "rest."))
+    main(["--output-dir", str(run), "--resume", "--num-devices", "1", "--num-shards", "1"])
+    [rest], [all_of_them] = scored("rest"), scored("alone")
+    assert sorted(one + other + rest) == sorted(all_of_them)
     assert (run / "samples.jsonl").read_bytes() == (alone / "samples.jsonl").read_bytes()
     ours, theirs = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (run, alone)
     )
-    for line, other in zip(ours, theirs, strict=True):
+    for line, expected in zip(ours, theirs, strict=True):
         for name, value in line.items():
             if not name.startswith(("time/", "throughput/", "memory/")):
-                assert value == pytest.approx(other[name], rel=1e-3, abs=1e-4, nan_ok=True), name
-    table, other = (
+                assert value == pytest.approx(expected[name], rel=1e-3, abs=1e-4, nan_ok=True), name
+    tables = (
         np.asarray(load_pretrained(folder / "final").backbone.embed_tokens[...])
         for folder in (run, alone)
     )
-    np.testing.assert_allclose(table, other, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(*tables, rtol=1e-3, atol=1e-5)

@@ -13,8 +13,9 @@ from ppo_jax.runs.checksums import checksums, digest
 
 def by_loop(array: np.ndarray) -> int:
     """The formula, in Python's integers."""
-    bits = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}").tolist()
-    return sum(word * (2 * i + 1) for i, word in enumerate(bits)) % 2**64
+    bits = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
+    words: list[int] = bits.tolist()
+    return sum(word * (2 * i + 1) for i, word in enumerate(words)) % 2**64
 
 
 @given(arrays.arrays(np.float32, arrays.array_shapes(min_dims=0, max_dims=3)), st.data())
