@@ -261,13 +261,14 @@ class PPOAgent:
         `distributions` then holds what single numbers would hide of this update.
         """
         start = time.perf_counter()
-        state = self.state
+        state, rewards = self.state, experience.rewards
         batch, controls, prepared, distributions = self._prepare(
             self.params,
             self.reference,
             state.controls,
             experience.rollout,
             replicate(experience.scores, self._mesh),
+            None if rewards is None else replicate(rewards, self._mesh),
         )
         self.state, updated, more = self._update(
             state._replace(controls=controls), batch, self._key(_SHUFFLE), self.frozen

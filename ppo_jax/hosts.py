@@ -27,7 +27,14 @@ import jax
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from qwen_env.errors import RewardError, RunError, UsageError, UserFacingError, reason
+from qwen_env.errors import (
+    InteractionError,
+    RewardError,
+    RunError,
+    UsageError,
+    UserFacingError,
+    reason,
+)
 
 Tree = TypeVar("Tree")
 Item = TypeVar("Item")
@@ -242,7 +249,7 @@ def is_everywhere(error: BaseException) -> bool:
 
 
 _KINDS: dict[str, type[UserFacingError]] = {
-    kind.__name__: kind for kind in (UsageError, RewardError, RunError)
+    kind.__name__: kind for kind in (UsageError, RewardError, InteractionError, RunError)
 }
 
 

@@ -10,11 +10,12 @@ from gymnasium.wrappers import TimeLimit
 
 from qwen_env import mdp
 from qwen_env.arguments import integer, one_of
+from qwen_env.conversation import Conversation
 from qwen_env.errors import UsageError
 from qwen_env.prompt_order import PromptSampler
 from qwen_env.prompts import Prompt
 from qwen_env.rendering import LiveText, picture, render_episode
-from qwen_env.task import Outcome, episodes_of, make_task, observe, takes_task_arguments
+from qwen_env.task import Outcome, episodes_of, make_task, takes_task_arguments
 
 Observation = dict[str, Any]  # of arrays; `spaces.Dict` is typed like this
 
@@ -65,6 +66,9 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     | `attention_mask` | `Box`, int8, shape (S,)        | 1 on prompt and response, 0 after    |
     | `length`         | `Box`, int32, shape (1,)       | tokens of prompt and response        |
     | `prompt_length`  | `Box`, int32, shape (1,)       | tokens of the prompt                 |
+    | `response_mask`  | `Box`, int8, shape (S,)        | 1 on the tokens that were actions    |
+
+    The last one is there if there is an `interaction`, whose replies are no actions.
 
     ## Starting State
     A prompt and an empty response. `prompt_order` says which prompt comes next, unless one of the
@@ -74,13 +78,17 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     - `{"messages": [{"role": ..., "content": ...}, ...]}`: this chat, in the chat template;
     - `{"prompt_index": i}`: prompt number i of the source, from 0.
 
+    With an `interaction`, `{"episode_seed": n}`, alone or beside one of these, is what its own
+    chances come from, an integer from 0 to 2**32 - 1; it is drawn otherwise.
+
     `reset(seed=s)` also restarts the order of the prompts: equal seeds, equal episodes. In the
     vector environment the options hold for every row that is reset, and one more chooses the rows:
     `{"reset_mask": mask}`, a NumPy array of bool of shape (N,).
 
     ## Rewards
     0 until the episode ends, then the reward function's score, less `missing_eos_penalty` if the
-    response was cut off. A KL penalty belongs to the learner, which has the log-probabilities.
+    response was cut off. An `interaction` may reward each turn beside, at its last token. A KL
+    penalty belongs to the learner, which has the log-probabilities.
 
     A reward function takes a `qwen_env.rewards.RewardBatch` of finished episodes (prompts,
     completions, their token ids, the rows of the dataset, how they ended) and returns a number for
@@ -88,10 +96,17 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     returns too few or too many values, or one that is not a finite number, `step` raises
     `qwen_env.rewards.RewardError`, which names the function and the row; the step is not taken.
 
+    ## Turns
+    The action that is an end-of-sequence id, or with which the turn contains one of the `stop`
+    strings, ends a turn. Within the same step an `interaction` is asked for a reply, whose tokens
+    are appended; the next action begins the next turn. Stop strings and `min_new_tokens` begin anew
+    with each turn; what stands in prompts and replies ends nothing. Without an interaction there is
+    one turn. See docs/turns.md.
+
     ## Episode End
-    - Terminated: the action is an end-of-sequence id, or the response now contains one of the
-      `stop` strings.
-    - Truncated: the response has `max_new_tokens` tokens, and is not terminated.
+    - Terminated: the last of `max_turns` turns has ended, or the interaction ends the episode.
+    - Truncated: all that follows the prompt comes to `max_new_tokens` tokens, or a reply has no
+      room with an action behind it, and the episode is not terminated.
 
     A step after that, or before the first `reset`, raises `gymnasium.error.ResetNeeded`. A
     `max_episode_steps` below `max_new_tokens` is refused: Gymnasium's `TimeLimit` would cut
@@ -108,9 +123,11 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     `reset` gives `prompt` (its text) and `prompt_index` (its number in the source, from 0; -1 if
     its text or chat came from the options). The last `step` of an episode gives `completion` (text
     without special tokens), `completion_length` (in tokens, the end-of-sequence token included),
-    `finish_reason` ("eos", "stop" or "length") and `reward_components` (the `score`, the parts that
-    the reward function names, and the `missing_eos_penalty` if there is one). Other steps give
-    nothing.
+    `finish_reason` ("eos", "stop" or "length"; with an interaction also "done", by its word, or
+    "overflow", for want of room) and `reward_components` (the `score`, the parts that the reward
+    function names, the `missing_eos_penalty` if there is one, and the sum of the `turn_rewards` if
+    there is an interaction). If there is one, a step that ended a turn gives `turn` (its number,
+    from 1), `reply` (as text) and, if the reply has any, `reply_info`. Other steps give nothing.
 
     In the vector environment each key holds an array over the rows, and the key with an underscore
     before it (`_completion`) the bool mask of the rows that have it.
@@ -153,6 +170,10 @@ class QwenTextEnv(gym.Env[Observation, Any]):
       `"truncate_left"`.
     - `prompt_order="uniform"`: how prompts are drawn; or `"shuffle"` (a new permutation in each
       round), or `"sequential"`.
+    - `interaction=None`: what replies to the turns: a function of a `TurnBatch`, an object with a
+      method `reply`, or the name of one of these, `"package.module:name"`; see
+      `qwen_env.interaction`. Default: the task's, or none.
+    - `max_turns=None`: the most turns of an episode. Default: the task's, or 1.
     - `min_new_tokens=0`: no end-of-sequence token can be chosen, and no stop string ends the
       response, before it has this many tokens.
     - `forbidden_token_ids=()`: ids that can never be chosen.
@@ -189,6 +210,7 @@ class QwenTextEnv(gym.Env[Observation, Any]):
         self._live_text = LiveText()
         self._state: mdp.State | None = None
         self._prompt: Prompt
+        self._conversation: Conversation | None = None
         self._outcome: Outcome | None = None
 
     def reset(
@@ -212,12 +234,13 @@ class QwenTextEnv(gym.Env[Observation, Any]):
         if prompt is None:
             prompt = self.task.prompts[self._prompt_sampler.sample(self.np_random)]
         self._prompt = prompt
+        self._conversation = self.task.conversation(prompt, options, self.np_random)
         self._outcome = None
         self._state = mdp.at(self.task.initial_state([prompt]), 0)
         if self.render_mode == "human":
             self._live_text.finish()
             self._live_text.show(self._text(self._state))
-        return observe(self._state), prompt.info()
+        return self.task.observe(self._state), prompt.info()
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Append the token `action`.
@@ -226,21 +249,30 @@ class QwenTextEnv(gym.Env[Observation, Any]):
             gymnasium.error.InvalidAction: not an integer, outside the vocabulary, or forbidden.
             gymnasium.error.ResetNeeded: no episode is under way.
             qwen_env.rewards.RewardError: the reward function failed; the step was not taken.
+            qwen_env.errors.InteractionError: the interaction did, or its reply; likewise.
         """
-        state = self._state
-        if state is None or mdp.has_ended(state):
+        before, rules, conversation = self._state, self.task.rules, self._conversation
+        if before is None or mdp.has_ended(before):
             raise ResetNeeded("no episode is under way; call reset() before step().")
-        state = mdp.step(state, self._checked(action, state), self.task.rules, np)
+        state = mdp.step(before, self._checked(action, before), rules, np)
+        reward, info, outcome = 0.0, {}, None
+        partner = self.task.partner
+        ended_turn = mdp.turns_ended(state) > mdp.turns_ended(before)
+        if partner is not None and conversation is not None and ended_turn:
+            (conversation,), answers = partner.answer([conversation], mdp.at(state, None))
+            reward, info = conversation.turn_rewards[-1][1], conversation.info()
+            if rules.max_turns > 1:
+                ids, length, done = (x[0] for x in answers)
+                state = mdp.reply(state, ids, length, done, rules, np)
         terminated, truncated = bool(state.terminated), bool(state.truncated)
-        reward, info = 0.0, {}
         if terminated or truncated:
-            (episode,) = episodes_of([self._prompt], mdp.at(state, None))
-            (self._outcome,) = self.task.evaluate([episode])
-            reward, info = self._outcome.reward, self._outcome.info
-        self._state = state
+            (episode,) = episodes_of([self._prompt], mdp.at(state, None), [conversation])
+            (outcome,) = self.task.evaluate([episode])
+            reward, info = reward + outcome.last_reward, info | outcome.info
+        self._state, self._conversation, self._outcome = state, conversation, outcome
         if self.render_mode == "human":
             self._live_text.show(self._text(state))
-        return observe(state), reward, terminated, truncated, info
+        return self.task.observe(state), reward, terminated, truncated, info
 
     def action_mask(self) -> np.ndarray:
         """The actions allowed now, int8 [V], as `action_space.sample(mask)` takes it.
@@ -250,7 +282,7 @@ class QwenTextEnv(gym.Env[Observation, Any]):
         """
         if self._state is None:
             raise ResetNeeded("call reset() before action_mask().")
-        written = mdp.response_length(self._state)
+        written = mdp.turn_length(self._state)
         allowed: np.ndarray = mdp.action_mask(written, self.task.rules, np)
         return allowed.astype(np.int8)
 
@@ -283,13 +315,14 @@ class QwenTextEnv(gym.Env[Observation, Any]):
             ) from None
         if not (
             0 <= token < self.task.rules.vocab_size
-            and self.task.allows(token, mdp.response_length(state).item())
+            and self.task.allows(token, mdp.turn_length(state).item())
         ):
             raise InvalidAction(self.task.why_not(token))
         return token
 
     def _text(self, state: mdp.State) -> str:
-        return render_episode(self._prompt.text, self.task.completion(state), self._outcome)
+        text = self.task.text_so_far(state, self._conversation)
+        return render_episode(self._prompt.text, text, self._outcome)
 
 
 def _time_limit_around(env: QwenTextEnv) -> int | None:

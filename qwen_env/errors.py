@@ -19,6 +19,10 @@ class RewardError(UserFacingError, RuntimeError):
     """A reward function raised, or returned something that cannot be a reward."""
 
 
+class InteractionError(UserFacingError, RuntimeError):
+    """An interaction raised, took too long, or returned something that cannot be a reply."""
+
+
 class RunError(UserFacingError, RuntimeError):
     """A run that cannot go on, whatever its settings: a full disk, damage, updates that diverge."""
 

@@ -1,15 +1,19 @@
 """The token MDP: text generation as a Markov decision process, in pure functions.
 
 A state is a prompt followed by the response written so far; an action is a token id; a
-transition writes the action at `length`. The episode is `terminated` by an end-of-sequence id or a
-stop string, and `truncated` by the response limit, never both. The reward is zero until the episode
-ends, so it is not part of the transition: see `qwen_env.rewards`.
+transition writes the action at `length`. An end-of-sequence id or a stop string ends a turn. The
+last of `max_turns` turns ends the episode, which is then `terminated`; after any other the episode
+waits for a `reply`, tokens that the policy did not choose, and goes on behind it. The response
+limit, which counts replies as well, leaves an episode `truncated`, never both. With one turn, the
+default, nothing waits. Rewards are not part of the transitions: see `qwen_env.rewards` and
+`qwen_env.interaction`.
 
 Functions that make arrays take the array namespace `xp` (`numpy` or `jax.numpy`) last, and all take
 any number of leading batch axes: the same lines drive the Gymnasium environments one step at a time
 and the compiled rollout of `ppo_jax`.
 
-Shapes: P prompt limit, T response limit, S = P + T, V vocabulary; `...` any batch axes.
+Shapes: P prompt limit, T response limit, S = P + T, R width of replies, V vocabulary; `...` any
+batch axes.
 """
 
 import functools
@@ -34,10 +38,11 @@ _LARGEST = 2**31 - 1  # ids and lengths are int32
 class Rules:
     """The constants of the MDP. Hashable, so that a compiled function can take it statically.
 
-    `eos_token_ids` end the episode. `forbidden_token_ids` can never be chosen; ids of a padded
-    vocabulary that have no text belong here. No end-of-sequence id can be chosen before the
-    response holds `min_new_tokens` tokens. A stop string ends the episode as soon as the response
-    contains it and holds so many tokens; what the prompt contains ends nothing.
+    `eos_token_ids` end a turn, and the last of `max_turns` turns ends the episode.
+    `forbidden_token_ids` can never be chosen; ids of a padded vocabulary that have no text belong
+    here. No end-of-sequence id can be chosen before the turn holds `min_new_tokens` tokens. A stop
+    string ends the turn as soon as the turn contains it and holds so many tokens. What prompt and
+    replies contain ends nothing. `max_new_tokens` counts all that follows the prompt.
 
     Raises:
         UsageError: a limit is out of range, an id is outside the vocabulary, or nothing is allowed.
@@ -50,6 +55,7 @@ class Rules:
     forbidden_token_ids: tuple[int, ...] = ()
     min_new_tokens: int = 0
     stop: StopStrings | None = None
+    max_turns: int = 1
 
     def __post_init__(self) -> None:
         for name in ("max_prompt_length", "max_new_tokens", "vocab_size"):
@@ -60,6 +66,7 @@ class Rules:
         ):
             if size > _LARGEST:
                 raise UsageError(f"{name} is {size}; it must be at most {_LARGEST} (int32).")
+        self._set("max_turns", integer("max_turns", self.max_turns, at_least=1))
         self._set("min_new_tokens", integer("min_new_tokens", self.min_new_tokens))
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise UsageError(
@@ -98,7 +105,10 @@ class Rules:
 
 
 class State(NamedTuple):
-    """A batch of states. `tokens` is prompt then response, contiguous, padded on the right."""
+    """A batch of states. `tokens` is prompt then response, contiguous, padded on the right.
+
+    The last four are None where `Rules.max_turns` is 1.
+    """
 
     tokens: Array  # int32 [..., S]
     prompt_length: Array  # int32 [...]
@@ -106,6 +116,10 @@ class State(NamedTuple):
     terminated: Array  # bool [...]
     truncated: Array  # bool [...]
     stop_state: Array | None = None  # int32 [...], of the automaton of `Rules.stop`, if any
+    own: Array | None = None  # bool [..., S], the tokens that the policy chose
+    turn_start: Array | None = None  # int32 [...], where the turn under way began
+    num_turns: Array | None = None  # int32 [...], turns that the policy has ended
+    turn_ended: Array | None = None  # bool [...], with nothing behind it yet; not by the last turn
 
 
 def initial_state(prompt_ids: Array, prompt_length: Array, rules: Rules, xp: Any) -> State:
@@ -122,31 +136,79 @@ def initial_state(prompt_ids: Array, prompt_length: Array, rules: Rules, xp: Any
     tokens = xp.concatenate([xp.where(is_real, prompt_ids, PAD_TOKEN_ID), response], axis=-1)
     ended = xp.zeros(prompt_length.shape, dtype=bool)
     stop_state = None if rules.stop is None else xp.full(prompt_length.shape, START, xp.int32)
-    return State(tokens.astype(xp.int32), prompt_length, prompt_length, ended, ended, stop_state)
+    state = State(tokens.astype(xp.int32), prompt_length, prompt_length, ended, ended, stop_state)
+    if rules.max_turns == 1:
+        return state
+    return state._replace(
+        own=xp.zeros(tokens.shape, dtype=bool),
+        turn_start=prompt_length,
+        num_turns=xp.zeros_like(prompt_length),
+        turn_ended=ended,
+    )
 
 
 def step(state: State, action: Array, rules: Rules, xp: Any) -> State:
-    """Append `action` (int [...]) to every row that has not ended; ended rows stay as they are."""
+    """Append `action` (int [...]) to every row that is running; other rows stay as they are."""
     action = xp.int32(action)
-    ended = has_ended(state)
-    running = ~ended
-    slot = state.length * running - ended  # -1, which matches no position, in ended rows
+    running = is_running(state)
+    slot = state.length * running - ~running  # -1, which matches no position, in other rows
     writes = xp.asarray(_positions(rules.max_length)) == slot[..., None]
     length = state.length + running
-    num_written = length - state.prompt_length
     is_end = _is_any_of(rules.eos_token_ids, action)
     stop_state = state.stop_state
     if rules.stop is not None:
         stop_state = xp.where(running, rules.stop.next_state(stop_state, action, xp), stop_state)
-        is_end = is_end | ((stop_state == STOPPED) & (num_written >= rules.min_new_tokens))
-    is_full = num_written >= rules.max_new_tokens
+        has_enough = length - turn_start(state) >= rules.min_new_tokens
+        is_end = is_end | ((stop_state == STOPPED) & has_enough)
+    is_full = length - state.prompt_length >= rules.max_new_tokens
+    ends_turn = ends_episode = running & is_end
+    own, num_turns, turn_ended = state.own, state.num_turns, state.turn_ended
+    if rules.max_turns > 1:
+        own, num_turns = own | writes, num_turns + ends_turn
+        ends_episode = ends_turn & (num_turns >= rules.max_turns)
+        turn_ended = turn_ended | (ends_turn & ~ends_episode)
     return State(
         tokens=xp.where(writes, action[..., None], state.tokens),
         prompt_length=state.prompt_length,
         length=length,
-        terminated=state.terminated | (running & is_end),
+        terminated=state.terminated | ends_episode,
         truncated=state.truncated | (running & is_full & ~is_end),
         stop_state=stop_state,
+        own=own,
+        turn_start=state.turn_start,
+        num_turns=num_turns,
+        turn_ended=turn_ended,
+    )
+
+
+def reply(state: State, ids: Array, count: Array, done: Array, rules: Rules, xp: Any) -> State:
+    """Append a reply to every row that waits for one, or end it; other rows stay as they are.
+
+    A reply is appended whole, with room for an action behind it, or not at all: the row is then
+    truncated. So the last token of an episode is always an action.
+
+    Args:
+        ids: int [..., R], padded on the right with anything.
+        count: int [...], the tokens of each reply: 1 to R, or more than there is room for.
+        done: bool [...], that the interaction ends the episode here: it is terminated.
+    """
+    waiting, fits = waits(state), has_room(state, count, rules)
+    goes_on = waiting & fits & ~done
+    length = state.length + xp.where(goes_on, count, 0)
+    offset = xp.asarray(_positions(rules.max_length)) - state.length[..., None]
+    taken = xp.take_along_axis(ids, xp.clip(offset, 0, ids.shape[-1] - 1), axis=-1)
+    is_new = (offset >= 0) & (offset < (length - state.length)[..., None])
+    stop_state = state.stop_state
+    if stop_state is not None:
+        stop_state = xp.where(goes_on, xp.int32(START), stop_state)
+    return state._replace(
+        tokens=xp.where(is_new, taken, state.tokens).astype(xp.int32),
+        length=length.astype(xp.int32),
+        terminated=state.terminated | (waiting & done),
+        truncated=state.truncated | (waiting & ~fits & ~done),
+        stop_state=stop_state,
+        turn_start=xp.where(goes_on, length, state.turn_start).astype(xp.int32),
+        turn_ended=state.turn_ended & ~goes_on,
     )
 
 
@@ -155,9 +217,39 @@ def at(state: State, index: Any) -> State:
     return State(*(None if field is None else field[index] for field in state))
 
 
+def put(state: State, rows: np.ndarray, some: State) -> State:
+    """A copy of a batch of NumPy arrays, with `some` in the place of `rows`."""
+    whole = State(*(None if field is None else field.copy() for field in state))
+    for field, value in zip(whole, some, strict=True):
+        if field is not None:
+            field[rows] = value
+    return whole
+
+
 def has_ended(state: State) -> Array:
     """bool [...]: terminated or truncated."""
     return state.terminated | state.truncated
+
+
+def is_running(state: State) -> Array:
+    """bool [...]: the next token is the policy's to choose."""
+    stopped = has_ended(state)
+    return ~(stopped if state.turn_ended is None else stopped | state.turn_ended)
+
+
+def waits(state: State) -> Array:
+    """bool [...]: for a reply."""
+    return ~has_ended(state) & (state.turn_ended is not None and state.turn_ended)
+
+
+def turns_ended(state: State) -> Array:
+    """int32 [...]: the turns that the policy has ended, the last included."""
+    return state.terminated.astype(np.int32) if state.num_turns is None else state.num_turns
+
+
+def has_room(state: State, count: Array, rules: Rules) -> Array:
+    """bool [...]: for a reply of `count` tokens, and an action behind it."""
+    return count < rules.max_new_tokens - response_length(state)
 
 
 def was_stopped(state: State) -> Array:
@@ -165,9 +257,45 @@ def was_stopped(state: State) -> Array:
     return state.terminated & (state.stop_state is not None and state.stop_state == STOPPED)
 
 
+def was_cut_off(state: State) -> Array:
+    """bool [...]: truncated by the response limit within a turn, and not by a reply without room.
+
+    Only then is the last state one in which the policy would have chosen a token.
+    """
+    return state.truncated & (state.turn_ended is None or ~state.turn_ended)
+
+
 def response_length(state: State) -> Array:
-    """int32 [...]: tokens written so far, the end-of-sequence id included."""
+    """int32 [...]: tokens behind the prompt, end-of-sequence ids and replies included."""
     return state.length - state.prompt_length
+
+
+def turn_start(state: State) -> Array:
+    """int32 [...]: where the turn under way began, behind the prompt or the last reply."""
+    return state.prompt_length if state.turn_start is None else state.turn_start
+
+
+def turn_length(state: State) -> Array:
+    """int32 [...]: tokens of the turn under way."""
+    return state.length - turn_start(state)
+
+
+def own_mask(state: State, xp: Any) -> Array:
+    """bool [..., S]: True on the tokens that the policy chose: neither prompt nor reply."""
+    if state.own is not None:
+        return state.own
+    positions = xp.asarray(_positions(state.tokens.shape[-1]))
+    return (positions >= state.prompt_length[..., None]) & (positions < state.length[..., None])
+
+
+def response_mask(state: State, max_new_tokens: int, xp: Any) -> Array:
+    """bool [..., T]: `own_mask` from the first token behind the prompt on."""
+    steps = xp.asarray(_positions(max_new_tokens))
+    written = steps < response_length(state)[..., None]
+    if state.own is None:
+        return written
+    index = xp.minimum(state.prompt_length[..., None] + steps, state.tokens.shape[-1] - 1)
+    return written & xp.take_along_axis(state.own, index, axis=-1)
 
 
 def attention_mask(state: State, xp: Any) -> Array:
@@ -179,7 +307,7 @@ def action_mask(num_written: Array, rules: Rules, xp: Any) -> Array:
     """The actions that may be chosen.
 
     Args:
-        num_written: int [...], response tokens written before the choice (`response_length`).
+        num_written: int [...], tokens of the turn written before the choice (`turn_length`).
 
     Returns:
         bool [..., V], True where the action is allowed.

@@ -13,7 +13,7 @@ from qwen_env.arguments import integer, one_of
 from qwen_env.errors import UsageError, reason
 from qwen_env.files import DuplicateKey, expand, json_error, kind_of, unique_keys
 from qwen_env.tokenizer import Tokenizer
-from qwen_env.tokenizer.chat import ARGUMENTS_OF_OUR_OWN
+from qwen_env.tokenizer.chat import ARGUMENTS_OF_OUR_OWN, Message
 
 Overflow = Literal["error", "drop", "truncate_left"]
 
@@ -167,18 +167,42 @@ class PromptEncoder:
                 f"{place} has neither 'prompt' (text) nor 'messages' (a list); its keys are "
                 f"{', '.join(map(repr, row)) or 'none'}."
             )
-        of_the_row = row.get("chat_template_kwargs") or {}
-        _check_arguments(of_the_row, f"chat_template_kwargs of {place}")
+        _check_arguments(row.get("chat_template_kwargs") or {}, f"chat_template_kwargs of {place}")
         try:
-            chat = self.tokenizer.apply_chat_template(
-                messages,
-                system_prompt=self.system_prompt,
-                chat_template=self.chat_template if isinstance(self.chat_template, str) else None,
-                **{**(self.chat_template_kwargs or {}), **_tools(row), **of_the_row},
-            )
+            chat = self.render(row, messages)
         except UsageError as error:
             raise UsageError(f"{place}: {error}") from error
         return chat, ()  # a template writes its own beginning of sequence
+
+    def chat_of(self, row: Mapping[str, Any]) -> list[Message] | None:
+        """The messages of a row that `encode` takes as a chat; None where it takes it as text."""
+        if row.get("messages") is None and not self.chat_template:
+            return None
+        messages = [*(row.get("messages") or [{"role": "user", "content": row["prompt"]}])]
+        if self.system_prompt is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        return messages
+
+    def messages_of(self, prompt: Prompt) -> list[Message]:
+        """What a prompt says: a chat, or its text as a user's message."""
+        return self.chat_of(prompt.row) or [{"role": "user", "content": prompt.text}]
+
+    def render(self, row: Mapping[str, Any], messages: Sequence[Message], **arguments: Any) -> str:
+        """The text of a chat, with the tools and the other arguments that `row` has.
+
+        Args:
+            arguments: of `apply_chat_template`, before those of the row.
+
+        Raises:
+            UsageError: the template refuses the messages.
+        """
+        of_the_row = row.get("chat_template_kwargs") or {}
+        return self.tokenizer.apply_chat_template(
+            messages,
+            system_prompt=self.system_prompt,
+            chat_template=self.chat_template if isinstance(self.chat_template, str) else None,
+            **{**(self.chat_template_kwargs or {}), **_tools(row), **of_the_row, **arguments},
+        )
 
 
 def _check_arguments(arguments: Any, name: str) -> None:

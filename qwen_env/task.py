@@ -15,14 +15,18 @@ from gymnasium import spaces
 
 from qwen_env import mdp, pocket
 from qwen_env.arguments import finite, integer, one_of, texts, token_ids
+from qwen_env.conversation import Conversation, Partner
 from qwen_env.errors import UsageError
+from qwen_env.interaction import load_interaction
 from qwen_env.prompt_order import PromptOrder
 from qwen_env.prompts import Overflow, Prompt, PromptDataset, PromptEncoder, load_prompts
+from qwen_env.replies import ReplyEncoder
 from qwen_env.rewards import RewardBatch, RewardFn, load_reward, score
 from qwen_env.rewards.sentiment import pocket_sentiment
 from qwen_env.stop_strings import StopStrings, make_stop_strings
 from qwen_env.tasks import load_named_task
 from qwen_env.tokenizer import Tokenizer, load_tokenizer
+from qwen_env.tokenizer.chat import Message
 from qwen_env.tokenizer.token_bytes import special_tokens, token_bytes
 
 _RESET_OPTIONS = ("prompt", "messages", "prompt_index")
@@ -33,23 +37,51 @@ _ANY_LENGTH = 2**30  # leaves room for a response in an int32
 
 @dataclass(frozen=True)
 class Episode:
-    """A finished episode: the tokens as they were chosen, and how it ended.
+    """A finished episode: the tokens behind the prompt, and how it ended.
 
-    `finish_reason` is "eos" (by an end-of-sequence id), "stop" (by a stop string) or "length" (cut
-    off at the limit).
+    `finish_reason` is "eos" (by an end-of-sequence id), "stop" (by a stop string), "length" (cut
+    off at the limit), "done" (by the interaction's word) or "overflow" (a reply had no room). `own`
+    says which tokens the policy chose; None means all.
     """
 
     prompt: Prompt
-    completion_ids: np.ndarray
+    response_ids: np.ndarray
     finish_reason: str
+    own: np.ndarray | None = None
+    conversation: Conversation | None = None
+
+    @property
+    def completion_ids(self) -> np.ndarray:
+        """The tokens as they were chosen."""
+        return self.response_ids if self.own is None else self.response_ids[self.own]
+
+    @property
+    def turn_rewards(self) -> Sequence[tuple[int, float]]:
+        """As `Conversation` has them."""
+        return () if self.conversation is None else self.conversation.turn_rewards
+
+    @property
+    def turns(self) -> list[tuple[int, int]]:
+        """Where each turn begins and ends in `response_ids`."""
+        if self.own is None:
+            return [(0, len(self.response_ids))]
+        edges = np.flatnonzero(np.diff(self.own, prepend=False, append=False)).tolist()
+        return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an episode earned. `info` is that of its last step."""
+    """What an episode earned at its end, and what its turns earned. `info` is that of its last
+    step."""
 
-    reward: float
+    last_reward: float
     info: dict[str, Any]
+    turn_rewards: Sequence[tuple[int, float]] = ()  # as `Conversation` has them
+
+    @property
+    def reward(self) -> float:
+        """In all."""
+        return self.last_reward + sum(reward for _, reward in self.turn_rewards)
 
 
 @dataclass(frozen=True)
@@ -70,6 +102,7 @@ class TextTask:
     reward: RewardFn
     missing_eos_penalty: float
     answer_of: Callable[[str], str | None] | None = None
+    partner: Partner | None = None
 
     @property
     def action_space(self) -> spaces.Discrete:
@@ -80,16 +113,32 @@ class TextTask:
     def observation_space(self) -> spaces.Dict:
         """The space of what `observe` makes of one state."""
         width, last_id = self.rules.max_length, self.rules.vocab_size - 1
+        mask = spaces.Box(0, 1, (width,), np.int8)
         return spaces.Dict(
             {
                 "input_ids": spaces.Box(0, last_id, (width,), np.int32),
-                "attention_mask": spaces.Box(0, 1, (width,), np.int8),
+                "attention_mask": mask,
                 # Not of shape (): agents that flatten an observation want at least one axis.
                 "length": spaces.Box(1, width, (1,), np.int32),
                 # From 0, which no length is: Gymnasium warns of a box that holds a single value.
                 "prompt_length": spaces.Box(0, self.rules.max_prompt_length, (1,), np.int32),
+                **({} if self.partner is None else {"response_mask": mask}),
             }
         )
+
+    def observe(self, state: mdp.State) -> dict[str, np.ndarray]:
+        """The observation of one state or of a batch: new arrays, which the caller may keep."""
+        return {
+            "input_ids": state.tokens.copy(),
+            "attention_mask": mdp.attention_mask(state, np).view(np.int8),
+            "length": np.array(state.length)[..., None],
+            "prompt_length": np.array(state.prompt_length)[..., None],
+            **(
+                {}
+                if self.partner is None
+                else {"response_mask": mdp.own_mask(state, np).astype(np.int8)}
+            ),
+        }
 
     @cached_property
     def _allowed(self) -> np.ndarray:
@@ -152,6 +201,8 @@ class TextTask:
                 f"the options of reset are a {type(options).__name__}; they must be a dict such as "
                 "{'prompt': text}."
             )
+        if options and self.partner is not None:
+            options = {name: options[name] for name in options if name != "episode_seed"}
         if not options:
             return None
         unknown = [key for key in options if key not in _RESET_OPTIONS]
@@ -173,10 +224,40 @@ class TextTask:
             )
         return self._prompts_by_index[index]
 
-    def completion(self, state: mdp.State) -> str:
-        """The text written so far in `state`, which has no batch axis."""
-        prompt, response = np.split(state.tokens[: state.length], [state.prompt_length])
-        return self.tokenizer.decode_after(prompt, response)
+    def conversation(
+        self, prompt: Prompt, options: Mapping[str, Any] | None, rng: np.random.Generator
+    ) -> Conversation | None:
+        """The beginning of an episode's conversation, if there is an interaction.
+
+        Args:
+            options: of a reset; `episode_seed`, or else a draw, is where the interaction's own
+                chances come from.
+
+        Raises:
+            UsageError: `episode_seed` is no integer from 0 to 2**32 - 1.
+        """
+        if self.partner is None:
+            return None
+        seed = int(rng.integers(2**32))
+        if options and "episode_seed" in options:
+            seed = integer("episode_seed", options["episode_seed"], at_least=0)
+            if seed >= 2**32:
+                raise UsageError(f"episode_seed is {seed}; it must be below 2**32.")
+        return self.partner.start(prompt, seed)
+
+    def text_so_far(self, state: mdp.State, conversation: Conversation | None) -> str:
+        """What follows the prompt in `state`, which has no batch axis: in a conversation, each
+        message but the first with its role before it, on a line of its own."""
+        start = mdp.turn_start(state)
+        turn = self.tokenizer.decode_after(state.tokens[:start], state.tokens[start : state.length])
+        if conversation is None:
+            return turn
+        said = conversation.messages[len(self.prompt_encoder.messages_of(conversation.prompt)) :]
+        if mdp.is_running(state) or mdp.was_cut_off(state):  # this turn is not among them yet
+            said = (*said, {"role": "assistant", "content": turn})
+        first, *rest = said
+        lines = [first["content"], *(f"{m['role']}: {m['content']}" for m in rest)]
+        return "\n".join(lines)
 
     def evaluate(self, episodes: Sequence[Episode]) -> list[Outcome]:
         """Score finished episodes in one call of the reward function.
@@ -184,10 +265,8 @@ class TextTask:
         Raises:
             RewardError: the reward function raised, or its answer cannot be a reward.
         """
-        completions = [
-            self.tokenizer.decode_after(episode.prompt.ids, episode.completion_ids)
-            for episode in episodes
-        ]
+        turns = [self._turn_texts(episode) for episode in episodes]
+        completions = ["\n".join(texts) for texts in turns]
         reasons = [episode.finish_reason for episode in episodes]
         scores = score(
             self.reward,
@@ -198,53 +277,77 @@ class TextTask:
                 completion_ids=[episode.completion_ids for episode in episodes],
                 rows=[episode.prompt.row for episode in episodes],
                 finish_reasons=reasons,
+                messages=[*map(self._messages, episodes, turns)],
+                response_ids=[episode.response_ids for episode in episodes],
             ),
         )
         rewards = scores.values
         components = {"score": rewards, **scores.components}
         if self.missing_eos_penalty:
-            penalties = np.where(np.array(reasons) == "length", -self.missing_eos_penalty, 0.0)
+            was_cut = np.isin(reasons, ("length", "overflow"))
+            penalties = np.where(was_cut, -self.missing_eos_penalty, 0.0)
             components["missing_eos_penalty"] = penalties
             rewards = rewards + penalties
+        if self.partner is not None:
+            of_turns = [sum(reward for _, reward in e.turn_rewards) for e in episodes]
+            components["turn_rewards"] = np.array(of_turns)
         columns = {name: values.tolist() for name, values in components.items()}
         return [
             Outcome(
-                reward=reward,
-                info={
+                reward,
+                {
                     "completion": completions[i],
                     "completion_length": len(episodes[i].completion_ids),
                     "finish_reason": reasons[i],
                     "reward_components": {name: column[i] for name, column in columns.items()},
                 },
+                episodes[i].turn_rewards,
             )
             for i, reward in enumerate(rewards.tolist())
         ]
 
+    def _turn_texts(self, episode: Episode) -> list[str]:
+        ids = np.concatenate([episode.prompt.ids, episode.response_ids])
+        first = len(episode.prompt.ids)
+        return [
+            self.tokenizer.decode_after(ids[: first + start], ids[first + start : first + end])
+            for start, end in episode.turns
+        ]
 
-def observe(state: mdp.State) -> dict[str, np.ndarray]:
-    """The observation of one state or of a batch: new arrays, which the caller may keep."""
-    return {
-        "input_ids": state.tokens.copy(),
-        "attention_mask": mdp.attention_mask(state, np).view(np.int8),
-        "length": np.array(state.length)[..., None],
-        "prompt_length": np.array(state.prompt_length)[..., None],
-    }
+    def _messages(self, episode: Episode, turns: Sequence[str]) -> list[Message]:
+        """The whole conversation, with a turn at its end that was cut off."""
+        if episode.conversation is not None:
+            said = list(episode.conversation.messages)
+            num_ended = len(episode.conversation.turn_rewards)
+        else:
+            said, num_ended = self.prompt_encoder.messages_of(episode.prompt), 0
+        return said + [{"role": "assistant", "content": text} for text in turns[num_ended:]]
 
 
-def episodes_of(prompts: Sequence[Prompt], state: mdp.State) -> list[Episode]:
+def episodes_of(
+    prompts: Sequence[Prompt],
+    state: mdp.State,
+    conversations: Sequence[Conversation | None] | None = None,
+) -> list[Episode]:
     """The episodes that ended in `state`, a batch of N."""
-    rows = zip(
-        prompts,
-        state.tokens,
-        state.prompt_length.tolist(),
-        state.length.tolist(),
-        state.terminated.tolist(),
-        mdp.was_stopped(state).tolist(),
-        strict=True,
+    spans = zip(state.prompt_length.tolist(), state.length.tolist(), strict=True)
+    spoke_last = np.zeros(len(prompts), bool) if state.turn_ended is None else state.turn_ended
+    reasons = np.where(
+        state.truncated,
+        np.where(spoke_last, "overflow", "length"),
+        np.where(spoke_last, "done", np.where(mdp.was_stopped(state), "stop", "eos")),
     )
     return [
-        Episode(prompt, tokens[start:end], "stop" if stopped else "eos" if terminated else "length")
-        for prompt, tokens, start, end, terminated, stopped in rows
+        Episode(
+            prompt,
+            state.tokens[i, start:end],
+            reason,
+            None if state.own is None else state.own[i, start:end],
+            None if conversations is None else conversations[i],
+        )
+        for i, (prompt, (start, end), reason) in enumerate(
+            zip(prompts, spans, reasons.tolist(), strict=True)
+        )
     ]
 
 
@@ -264,6 +367,8 @@ def make_task(
     system_prompt: str | None = None,
     prompt_overflow: Overflow = "error",
     prompt_order: PromptOrder = "uniform",
+    interaction: Any = None,
+    max_turns: int | None = None,
     min_new_tokens: int = 0,
     forbidden_token_ids: Sequence[int] = (),
     missing_eos_penalty: float = 0.0,
@@ -278,6 +383,20 @@ def make_task(
     if named is not None and reward is not pocket_sentiment:
         raise UsageError(
             f"The task {named.name} has a reward of its own; leave task or reward out."
+        )
+    if named is not None and named.interaction is not None:
+        if interaction is not None:
+            raise UsageError(
+                f"The task {named.name} has an interaction of its own; leave task or interaction "
+                "out."
+            )
+        interaction = named.interaction
+        max_turns = named.max_turns if max_turns is None else max_turns
+    max_turns = 1 if max_turns is None else integer("max_turns", max_turns, at_least=1)
+    if interaction is None and max_turns > 1:
+        raise UsageError(
+            f"max_turns is {max_turns}, but there is no interaction that would reply between them; "
+            "name one, or leave max_turns out."
         )
     fits_longest = max_prompt_length is None and named is not None
     if max_prompt_length is None:
@@ -304,6 +423,7 @@ def make_task(
         ),
         forbidden_token_ids=token_ids("forbidden_token_ids", forbidden_token_ids),
         min_new_tokens=min_new_tokens,
+        max_turns=max_turns,
     )
     # Listed only now that the size is checked: a wrong one could take all the memory.
     has_no_text = np.ones(size, dtype=bool)
@@ -333,6 +453,9 @@ def make_task(
         longest = max(len(prompt.ids) for prompt in dataset)
         rules = replace(rules, max_prompt_length=longest)
         encoder = replace(encoder, max_prompt_length=longest)
+    partner = None
+    if interaction is not None:
+        partner = Partner(load_interaction(interaction), ReplyEncoder(encoder, rules))
     return TextTask(
         tokenizer=tokenizer,
         prompts=dataset,
@@ -342,6 +465,7 @@ def make_task(
         reward=load_reward(reward if named is None else named.reward),
         missing_eos_penalty=missing_eos_penalty,
         answer_of=None if named is None else named.answer_of,
+        partner=partner,
     )
 
 

@@ -12,12 +12,13 @@ from gymnasium.vector.utils import batch_space
 
 from qwen_env import mdp
 from qwen_env.arguments import integer, one_of
+from qwen_env.conversation import Conversation
 from qwen_env.env import Observation
 from qwen_env.errors import UsageError
 from qwen_env.prompt_order import PromptSampler
 from qwen_env.prompts import Prompt
 from qwen_env.rendering import picture, render_episode
-from qwen_env.task import Outcome, episodes_of, make_task, observe, takes_task_arguments
+from qwen_env.task import Outcome, episodes_of, make_task, takes_task_arguments
 
 
 class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
@@ -72,6 +73,7 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self._state: mdp.State | None = None
         self._prompts: dict[int, Prompt] = {}  # by row, as are the outcomes
         self._outcomes: dict[int, Outcome | None] = {}
+        self._conversations: dict[int, Conversation | None] = {}
 
     @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
@@ -109,8 +111,8 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         for i, rng in seeded.items():
             self._rngs[i] = rng
             self._prompt_samplers[i].restart()
-        infos = self._start(rows, prompt)
-        return observe(self._started_state()), infos
+        infos = self._start(rows, prompt, options)
+        return self.task.observe(self._started_state()), infos
 
     def step(
         self, actions: np.ndarray
@@ -121,6 +123,7 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             gymnasium.error.InvalidAction: not an integer, outside the vocabulary, or forbidden.
             gymnasium.error.ResetNeeded: before the first reset, or a row ended ("Disabled").
             qwen_env.rewards.RewardError: the reward function failed; the step was not taken.
+            qwen_env.errors.InteractionError: the interaction did, or one of its replies; likewise.
         """
         state = self._started_state()
         had_ended = mdp.has_ended(state)
@@ -130,29 +133,41 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
                 "call reset(options={'reset_mask': mask})."
             )
         actions = self._checked_actions(actions, state, ~had_ended)
-        state = mdp.step(state, actions, self.task.rules, np)
+        before, state = state, mdp.step(state, actions, self.task.rules, np)
 
         rewards = np.zeros(self.num_envs)
+        infos_by_row: dict[int, dict[str, Any]] = {}
+        conversations = self._conversations
+        if self.task.partner is not None:
+            spoke = np.flatnonzero(mdp.turns_ended(state) > mdp.turns_ended(before))
+            state, conversations = self._answered(spoke, state, rewards, infos_by_row)
         ended = np.flatnonzero(mdp.has_ended(state) & ~had_ended)
-        infos = self._evaluate(ended, state, rewards)
-        self._state = state
+        outcomes = self._evaluated(ended, state, conversations)
+        for i, outcome in outcomes.items():
+            rewards[i] += outcome.last_reward
+            infos_by_row[i] = infos_by_row.get(i, {}) | outcome.info
+        self._state, self._conversations = state, conversations
+        self._outcomes.update(outcomes)
         if self.autoreset_mode is AutoresetMode.SAME_STEP:
             terminations, truncations = state.terminated.copy(), state.truncated.copy()
-            if len(ended):
+            final_infos = {i: infos_by_row.pop(i) for i in outcomes}
+            infos = _batch_infos(infos_by_row, self.num_envs)
+            if outcomes:
                 final_obs = np.full(self.num_envs, None)
-                final_obs[ended] = [observe(mdp.at(state, i)) for i in ended.tolist()]
+                final_obs[ended] = [self.task.observe(mdp.at(state, i)) for i in ended.tolist()]
                 is_final = terminations | truncations
-                infos = {
+                infos |= {
                     "final_obs": final_obs,
                     "_final_obs": is_final,
-                    "final_info": infos,
+                    "final_info": _batch_infos(final_infos, self.num_envs),
                     "_final_info": is_final.copy(),
                 }
             infos |= self._start(ended)
         else:
+            infos = _batch_infos(infos_by_row, self.num_envs)
             infos |= self._start(np.flatnonzero(had_ended))
             terminations, truncations = state.terminated.copy(), state.truncated.copy()
-        return observe(state), rewards, terminations, truncations, infos
+        return self.task.observe(state), rewards, terminations, truncations, infos
 
     def action_mask(self) -> np.ndarray:
         """The actions allowed now, int8 [N, V]; `action_space.sample` takes it as a tuple.
@@ -160,7 +175,7 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         Raises:
             gymnasium.error.ResetNeeded: before the first reset.
         """
-        written = mdp.response_length(self._started_state())
+        written = mdp.turn_length(self._started_state())
         allowed: np.ndarray = mdp.action_mask(written, self.task.rules, np)
         return allowed.astype(np.int8)
 
@@ -172,7 +187,9 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         state = self._started_state()
         texts = tuple(
             render_episode(
-                self._prompts[i].text, self.task.completion(mdp.at(state, i)), self._outcomes[i]
+                self._prompts[i].text,
+                self.task.text_so_far(mdp.at(state, i), self._conversations.get(i)),
+                self._outcomes[i],
             )
             for i in range(self.num_envs)
         )
@@ -183,7 +200,12 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             raise ResetNeeded("no episodes are under way; call reset() first.")
         return self._state
 
-    def _start(self, rows: np.ndarray, prompt: Prompt | None = None) -> dict[str, Any]:
+    def _start(
+        self,
+        rows: np.ndarray,
+        prompt: Prompt | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Begin an episode in each of `rows`, with `prompt` or one drawn; return their infos."""
         if not len(rows):
             return {}
@@ -201,19 +223,42 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
                     field[rows] = value
         for i, new in zip(indices, prompts, strict=True):
             self._prompts[i], self._outcomes[i] = new, None
-        return _batch_infos([new.info() for new in prompts], rows, self.num_envs)
+            self._conversations[i] = self.task.conversation(new, options, self._rngs[i][0])
+        infos = {i: new.info() for i, new in zip(indices, prompts, strict=True)}
+        return _batch_infos(infos, self.num_envs)
 
-    def _evaluate(self, rows: np.ndarray, state: mdp.State, rewards: np.ndarray) -> dict[str, Any]:
-        """Score the episodes that ended in `rows` into `rewards`; return their infos."""
-        if not len(rows):
-            return {}
-        finished = mdp.at(state, rows)
+    def _answered(
+        self,
+        rows: np.ndarray,
+        state: mdp.State,
+        rewards: np.ndarray,
+        infos: dict[int, dict[str, Any]],
+    ) -> tuple[mdp.State, dict[int, Conversation | None]]:
+        """Ask about the turns that ended in `rows`; return the states and the conversations behind
+        the replies. What the turns earned goes into `rewards`, what there is to say into `infos`.
+        """
+        partner, indices = self.task.partner, rows.tolist()
+        if partner is None or not indices:
+            return state, self._conversations
+        some = mdp.at(state, rows)
+        talks = [talk for i in indices if (talk := self._conversations[i]) is not None]
+        after, answers = partner.answer(talks, some)
+        for i, conversation in zip(indices, after, strict=True):
+            rewards[i], infos[i] = conversation.turn_rewards[-1][1], conversation.info()
+        if self.task.rules.max_turns > 1:
+            state = mdp.put(state, rows, mdp.reply(some, *answers, self.task.rules, np))
+        return state, self._conversations | dict(zip(indices, after, strict=True))
+
+    def _evaluated(
+        self, rows: np.ndarray, state: mdp.State, conversations: Mapping[int, Conversation | None]
+    ) -> dict[int, Outcome]:
+        """The outcomes of the episodes that ended in `rows`, scored in one call."""
         indices = rows.tolist()
-        prompts = [self._prompts[i] for i in indices]
-        outcomes = self.task.evaluate(episodes_of(prompts, finished))
-        rewards[rows] = [outcome.reward for outcome in outcomes]
-        self._outcomes.update(zip(indices, outcomes, strict=True))
-        return _batch_infos([outcome.info for outcome in outcomes], rows, self.num_envs)
+        if not indices:
+            return {}
+        prompts, talks = zip(*((self._prompts[i], conversations[i]) for i in indices), strict=True)
+        outcomes = self.task.evaluate(episodes_of(prompts, mdp.at(state, rows), talks))
+        return dict(zip(indices, outcomes, strict=True))
 
     def _seeds(self, seed: Any) -> Sequence[int | None]:
         if seed is None:
@@ -262,21 +307,21 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         return ids
 
 
-def _batch_infos(infos: list[dict[str, Any]], rows: np.ndarray, num_envs: int) -> dict[str, Any]:
-    """The infos of `rows`, which share their keys, in Gymnasium's form for vector environments.
+def _batch_infos(infos: Mapping[int, dict[str, Any]], num_envs: int) -> dict[str, Any]:
+    """Infos by row, in Gymnasium's form for vector environments.
 
     Each key holds an array over all rows, and `_key` the mask of those that have it.
     """
-    mask = np.zeros(num_envs, dtype=bool)
-    mask[rows] = True
     batch: dict[str, Any] = {}
-    for key, first in infos[0].items():
-        values = [info[key] for info in infos]
-        if isinstance(first, dict):
-            batch[key] = _batch_infos(values, rows, num_envs)
+    for key in dict.fromkeys(key for info in infos.values() for key in info):
+        values = {i: info[key] for i, info in infos.items() if key in info}
+        rows, (kind, *others) = list(values), {type(value) for value in values.values()}
+        if kind is dict and not others:
+            batch[key] = _batch_infos(values, num_envs)
         else:
-            is_number = isinstance(first, int | float)
-            batch[key] = np.zeros(num_envs, type(first)) if is_number else np.full(num_envs, None)
-            batch[key][rows] = values
-        batch[f"_{key}"] = mask.copy()
+            is_number = kind in (bool, int, float) and not others
+            batch[key] = np.zeros(num_envs, kind) if is_number else np.full(num_envs, None)
+            for i in rows:
+                batch[key][i] = values[i]
+        batch[f"_{key}"] = np.isin(np.arange(num_envs), rows)
     return batch

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,12 +13,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ppo_jax.compilation import jit
-from ppo_jax.generation.rollout import Rollout, rollout
+from ppo_jax.generation.rollout import Pause, Rollout, Writing, begin, resume, row_keys
 from ppo_jax.hosts import fetch, own_part, together
 from ppo_jax.mesh import gather, on_own_rows, replicate
 from ppo_jax.models.heads import PolicyValueNetwork
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
+from qwen_env.conversation import Answers, Conversation
 from qwen_env.errors import UsageError
 from qwen_env.prompts import Prompt
 from qwen_env.task import Episode, Outcome, TextTask, episodes_of
@@ -30,18 +32,31 @@ class Experience:
     rollout: Rollout  # arrays on the device
     episodes: Sequence[Episode]
     outcomes: Sequence[Outcome]
-    rollout_s: float  # wall time, seconds
+    rollout_s: float  # wall time in seconds, the interaction's included
     score_s: float
 
     @property
     def scores(self) -> np.ndarray:
-        """float32 [B]."""
+        """float32 [B]: what each episode earned in all."""
         return np.array([outcome.reward for outcome in self.outcomes], np.float32)
+
+    @property
+    def rewards(self) -> np.ndarray | None:
+        """float32 [B, T]: what each token earned; None where only the last of each episode can earn
+        anything, which is then the score."""
+        if all(episode.conversation is None for episode in self.episodes):
+            return None
+        rewards = np.zeros(self.rollout.logprobs.shape, np.float32)
+        for row, episode, outcome in zip(rewards, self.episodes, self.outcomes, strict=True):
+            for place, reward in outcome.turn_rewards:
+                row[place] += reward
+            row[len(episode.response_ids) - 1] += outcome.last_reward
+        return rewards
 
     @property
     def num_tokens(self) -> int:
         """Prompt and response tokens of all rows."""
-        return sum(len(e.prompt.ids) + len(e.completion_ids) for e in self.episodes)
+        return sum(len(e.prompt.ids) + len(e.response_ids) for e in self.episodes)
 
 
 class Actor:
@@ -82,7 +97,10 @@ class Actor:
         self.task = task
         self._mesh = mesh
 
-        def compiled(
+        def writing(greedy: bool) -> Writing:
+            return Writing(task.rules, sampling, greedy, compacts_rows)
+
+        def begins(
             params: nnx.State[Any, Any],
             ids: jax.Array,
             length: jax.Array,
@@ -90,27 +108,29 @@ class Actor:
             key: jax.Array,
             completions_per_prompt: int,
             greedy: bool,
-        ) -> Rollout:
-            def of_rows(whole: tuple[nnx.State[Any, Any], jax.Array], rows: Any) -> Rollout:
+        ) -> Pause:
+            def of_rows(whole: tuple[nnx.State[Any, Any], jax.Array], rows: Any) -> Pause:
                 params, key = whole
                 ids, length, number = rows
-                return rollout(
-                    nnx.merge(graphdef, gather(params)),
-                    ids,
-                    length,
-                    key,
-                    rules=task.rules,
-                    sampling=sampling,
-                    prompt_number=number,
-                    completions_per_prompt=completions_per_prompt,
-                    greedy=greedy,
-                    compacts_rows=compacts_rows,
-                )
+                keys = row_keys(key, number, completions_per_prompt)
+                network = nnx.merge(graphdef, gather(params))
+                return begin(network, ids, length, keys, writing(greedy))
 
             number = first_prompt + jnp.arange(len(length))
             return on_own_rows(of_rows, mesh)((params, key), (ids, length, number))
 
-        self._rollout = jit(compiled, static_argnames=("completions_per_prompt", "greedy"))
+        def resumes(
+            params: nnx.State[Any, Any], pause: Pause, answers: Answers, greedy: bool
+        ) -> Pause:
+            def of_rows(params: nnx.State[Any, Any], rows: Any) -> Pause:
+                pause, (ids, length, done) = rows
+                network = nnx.merge(graphdef, gather(params))
+                return resume(network, pause, ids, length, done, writing(greedy))
+
+            return on_own_rows(of_rows, mesh)(params, (pause, answers))
+
+        self._begin = jit(begins, static_argnames=("completions_per_prompt", "greedy"))
+        self._resume = jit(resumes, static_argnames="greedy", donate_argnums=1)
 
     def respond(
         self,
@@ -135,7 +155,7 @@ class Actor:
         """
         start = time.perf_counter()
         first = self.task.initial_state(prompts)
-        result = self._rollout(
+        pause = self._begin(
             params,
             replicate(first.tokens[:, : self.task.rules.max_prompt_length], self._mesh),
             replicate(first.prompt_length, self._mesh),
@@ -144,16 +164,83 @@ class Actor:
             completions_per_prompt=completions_per_prompt,
             greedy=greedy,
         )
-        end: mdp.State = fetch(result.state)
-        rolled_out = time.perf_counter()
         rows = [prompt for prompt in prompts for _ in range(completions_per_prompt)]
-        episodes = episodes_of(rows, end)
+        end: mdp.State = fetch(pause.rollout.state)
+        conversations = None
+        if self.task.partner is not None:
+            seeds = self._seeds(key, first_prompt, len(prompts), completions_per_prompt)
+            talks = [self.task.partner.start(*pair) for pair in zip(rows, seeds, strict=True)]
+            pause, end, conversations = self._talk(params, pause, end, talks, greedy)
+        result = pause.rollout
+        del pause  # and with it the caches, before rewards are computed
+        rolled_out = time.perf_counter()
+        episodes = episodes_of(rows, end, conversations)
         # Each process scores its part, and all know all scores.
         own = own_part(episodes)
-        parts = together(lambda: [(x.reward, x.info) for x in self.task.evaluate(own)])
+        parts = together(
+            lambda: [(x.last_reward, x.info, x.turn_rewards) for x in self.task.evaluate(own)]
+        )
         outcomes = [Outcome(*outcome) for part in parts for outcome in part]
         scored = time.perf_counter()
         return Experience(result, episodes, outcomes, rolled_out - start, scored - rolled_out)
+
+    def _talk(
+        self,
+        params: nnx.State[Any, Any],
+        pause: Pause,
+        state: mdp.State,
+        conversations: list[Conversation],
+        greedy: bool,
+    ) -> tuple[Pause, mdp.State, list[Conversation]]:
+        """Turn by turn, until every episode has ended; `state` is that of `pause`, on the host.
+
+        Each process asks about its part of the rows, and all know all replies; the conversations of
+        other rows stay as they are.
+        """
+        partner, rules = self.task.partner, self.task.rules
+        assert partner is not None
+        conversations = list(conversations)
+        num_answered = np.zeros(len(conversations), np.int32)
+
+        def answers_to(spoke: np.ndarray) -> list[tuple[int, list[int], int, bool]]:
+            """Row, token ids, their number, and whether the episode is done."""
+            part = own_part(range(len(conversations)))
+            mine = [i for i in spoke.tolist() if i in part]
+            if not mine:
+                return []
+            some = mdp.at(state, np.array(mine))
+            after, answers = partner.answer([conversations[i] for i in mine], some)
+            for i, conversation in zip(mine, after, strict=True):
+                conversations[i] = conversation
+            return list(zip(mine, *(x.tolist() for x in answers), strict=True))
+
+        while True:
+            turns = mdp.turns_ended(state)
+            parts = together(partial(answers_to, np.flatnonzero(turns > num_answered)))
+            num_answered = turns
+            if not mdp.waits(state).any():
+                return pause, state, conversations
+            answers = Answers(
+                ids=np.zeros((len(conversations), rules.max_new_tokens), np.int32),
+                length=np.zeros(len(conversations), np.int32),
+                done=np.zeros(len(conversations), bool),
+            )
+            for i, *answer in (row for part in parts for row in part):
+                answers.ids[i], answers.length[i], answers.done[i] = answer
+            on_devices = jax.tree.map(lambda x: replicate(x, self._mesh), answers)
+            pause = self._resume(params, pause, on_devices, greedy=greedy)
+            state = fetch(pause.rollout.state)
+
+    def _seeds(
+        self, key: jax.Array, first_prompt: int, num_prompts: int, completions_per_prompt: int
+    ) -> list[int]:
+        """Of the rows' conversations; they depend on what the rows' keys depend on."""
+        numbers = first_prompt + jnp.arange(num_prompts)
+        keys = row_keys(key, numbers, completions_per_prompt)
+        no_token = self.task.rules.max_new_tokens  # none has this number, and so this key
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, no_token)
+        seeds: list[int] = np.asarray(jax.vmap(jax.random.bits)(keys)).tolist()
+        return seeds
 
     def respond_to_all(
         self,

@@ -108,7 +108,7 @@ class FlaxReward:
         if self._shares_vocabulary:
             return [
                 np.concatenate(ids)
-                for ids in zip(batch.prompt_ids, batch.completion_ids, strict=True)
+                for ids in zip(batch.prompt_ids, batch.response_ids, strict=True)
             ]
         rows = zip(batch.prompts, batch.completions, batch.finish_reasons, strict=True)
         return [

@@ -53,6 +53,7 @@ def make_batch(
     ref_logprobs: Float[Array, "B T"],
     controls: Controls,
     config: PPOConfig,
+    rewards: Float[Array, "B T"] | None = None,
 ) -> Prepared:
     """Score every token, and say what to watch.
 
@@ -65,22 +66,30 @@ def make_batch(
         old: of the policy that wrote the responses, normalised over what it drew them from.
         ref_logprobs: of the reference model, normalised over all ids that the rules allow.
         controls: as the batches before this one left them.
+        rewards: what each token earned, where not only the last one earned the score.
     """
     state = rollout.state
-    written = mdp.response_length(state)
-    step = jnp.arange(rollout.logprobs.shape[1])
-    mask, is_last = step < written[:, None], step == written[:, None] - 1
+    mask = mdp.response_mask(state, rollout.logprobs.shape[1], jnp)  # the policy's own tokens
+    is_last = jnp.arange(mask.shape[1]) == mdp.response_length(state)[:, None] - 1
     logprobs, ref_logprobs, values = (
         jnp.where(mask, x, 0.0) for x in (old.logprobs, ref_logprobs, old.values)
     )
     moments = algorithm.updated_moments(controls.score_moments, score)
-    terminal_reward = score / moments.std if config.scale_scores else score
-    if config.score_clip is not None:
-        terminal_reward = jnp.clip(terminal_reward, -config.score_clip, config.score_clip)
-    bootstraps = config.length_limit == "bootstrap"
-    if bootstraps:  # the value of the state in which it was cut off stands for its score
-        terminal_reward = jnp.where(state.truncated, 0.0, terminal_reward)
-    rewards = algorithm.token_rewards(
+
+    def scaled(x: Array) -> Array:
+        x = x / moments.std if config.scale_scores else x
+        return (
+            x if config.score_clip is None else jnp.clip(x, -config.score_clip, config.score_clip)
+        )
+
+    terminal_reward = scaled(score)
+    if rewards is not None:
+        terminal_reward = scaled(jnp.where(is_last, rewards, 0.0).sum(-1))
+    # The value of the state in which it was cut off stands for what it earned there.
+    bootstraps = mdp.was_cut_off(state) & (config.length_limit == "bootstrap")
+    if config.length_limit == "bootstrap":
+        terminal_reward = jnp.where(bootstraps, 0.0, terminal_reward)
+    paid = algorithm.token_rewards(
         terminal_reward,
         logprobs,
         ref_logprobs,
@@ -88,13 +97,15 @@ def make_batch(
         kl_coef=controls.kl_coef,
         estimator=config.kl_penalty,
     )
-    reward_sum = rewards.sum(-1).mean()
+    if rewards is not None:
+        paid += scaled(jnp.where(is_last, 0.0, rewards))
+    reward_sum = paid.sum(-1).mean()
     if config.whiten_rewards:
-        rewards = algorithm.masked_whiten(rewards, mask, shift_mean=False)
+        paid = algorithm.masked_whiten(paid, mask, shift_mean=False)
     advantages, returns = algorithm.generalized_advantage_estimation(
-        rewards,
+        paid,
         values,
-        is_last & ~(state.truncated[:, None] & bootstraps),
+        is_last & ~bootstraps[:, None],
         old.last_value,
         mask=mask,
         gamma=config.gamma,
@@ -114,10 +125,13 @@ def make_batch(
         "policy/entropy": algorithm.masked_mean(old.entropy, mask),
         "value/mean": algorithm.masked_mean(values, mask),
         "value/explained_variance": _explained_variance(values, returns, mask),
-        "rollout/length_mean": written.mean(),
+        "rollout/length_mean": mask.sum(-1).mean(),
         "rollout/eos_rate": state.terminated.mean(),
         "rollout/logprob_gap_max": jnp.where(mask, gap, 0.0).max(),
     }
+    if state.num_turns is not None:
+        metrics["rollout/turns_mean"] = state.num_turns.mean()
+        metrics["rollout/overflow_rate"] = (state.truncated & ~mdp.was_cut_off(state)).mean()
     whitened = algorithm.masked_whiten(advantages, mask)
     distributions: Distributions = {
         "advantage": algorithm.masked_histogram(whitened, mask, algorithm.ADVANTAGE_EDGES),

@@ -87,10 +87,12 @@ class Learner:
         controls: Controls,
         rollout: Rollout,
         score: Float[Array, "B"],
+        rewards: Float[Array, "B T"] | None = None,
     ) -> Prepared:
         """Score every token: rewards, advantages and returns, and what to watch of them.
 
         Args:
+            rewards: what each token earned, where not only the last one earned the score.
             params: all of the policy that wrote the responses.
             reference: all of the backbone of the reference model.
         """
@@ -109,15 +111,17 @@ class Learner:
         def outputs(params: Params, rows: Any, layout: Layout | None) -> ResponseOutputs:
             return self.response_outputs(params, *rows, layout=layout)
 
+        own = self._own(mdp.response_mask(state, self.rules.max_new_tokens, jnp))
         rows = state.tokens, state.prompt_length, state.length
         reference_params = nnx.State({**params, "backbone": reference})
         return make_batch(
             rollout,
             score,
-            of_all_rows(outputs, params, (*rows, rollout.sampling_mask)),
-            of_all_rows(ref_logprobs, reference_params, rows),
+            of_all_rows(outputs, params, (*rows, rollout.sampling_mask, own)),
+            of_all_rows(ref_logprobs, reference_params, (*rows, None, own)),
             controls,
             self.config,
+            rewards,
         )
 
     def update(
@@ -253,8 +257,15 @@ class Learner:
             batch, weights = rows
 
             def loss(params: Params) -> tuple[Array, tuple[MinibatchSums, Array]]:
-                written = batch.tokens, batch.prompt_length, batch.length, batch.sampling_mask
-                new = self.response_outputs(join(params, frozen), *written, layout=layout)
+                new = self.response_outputs(
+                    join(params, frozen),
+                    batch.tokens,
+                    batch.prompt_length,
+                    batch.length,
+                    batch.sampling_mask,
+                    self._own(batch.mask),
+                    layout=layout,
+                )
                 return ppo_loss(new, batch, weights, self.config)
 
             # Inside of the part: a gradient through its `switch` keeps residuals of all branches.
@@ -284,6 +295,10 @@ class Learner:
             remat=self.remat,
             layout=layout,
         )
+
+    def _own(self, mask: Bool[Array, "B T"]) -> Bool[Array, "B T"] | None:
+        """The tokens that are the policy's; None, for all, where nobody else wrote any."""
+        return mask if self.rules.max_turns > 1 else None
 
     def _in_parts(self, *arguments: Any, **settings: Any) -> Any:
         return in_parts(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from ppo_jax.learning.logprobs import ChosenTokens, logprobs_and_entropy
 from ppo_jax.learning.packing import Layout, pack
@@ -33,6 +33,7 @@ def response_outputs(
     prompt_length: Int[Array, "B"],
     length: Int[Array, "B"],
     sampling_mask: UInt8[Array, "B T bytes"] | None = None,
+    own: Bool[Array, "B T"] | None = None,
     *,
     rules: mdp.Rules,
     sampling: Sampling,
@@ -46,6 +47,8 @@ def response_outputs(
 
     Args:
         sampling_mask: the ids that each token was drawn from, as `rollout` recorded them.
+        own: the tokens that the policy chose; the others, replies, are only read, and what is said
+            of them means nothing. None means all.
         stop_value_gradient: keep the gradient of the values out of the backbone.
         layout: rows that the sequences share; None leaves each in its own (`learning.packing`).
     """
@@ -67,11 +70,12 @@ def response_outputs(
     value_hidden, last = (hidden, last) if network.critic is None else hidden_states(network.critic)
     if stop_value_gradient:
         value_hidden, last = jax.lax.stop_gradient((value_hidden, last))
-    positions = (
-        hidden,
-        ChosenTokens(chosen, jnp.broadcast_to(step, chosen.shape), sampling_mask),
-        step < (length - prompt_length)[:, None],
-    )
+    if own is None:
+        own = step < (length - prompt_length)[:, None]
+        number = jnp.broadcast_to(step, chosen.shape)
+    else:
+        number = _numbers_in_turn(own)
+    positions = hidden, ChosenTokens(chosen, number, sampling_mask), own
     hidden, chosen_tokens, is_response = jax.tree.map(
         lambda x: x.reshape(batch * num_steps, *x.shape[2:]), positions
     )
@@ -89,3 +93,10 @@ def response_outputs(
         network.value_head(value_hidden),
         network.value_head(last),
     )
+
+
+def _numbers_in_turn(own: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """The number of each token in its turn, from 0."""
+    step = jnp.broadcast_to(jnp.arange(own.shape[1]), own.shape)
+    turn_start = jax.lax.cummax(jnp.where(own, 0, step + 1), axis=1)
+    return jnp.where(own, step - turn_start, 0)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 BLOCK = 256
 """Query positions that are computed together: fewer would save more, and take longer to compile."""
@@ -28,6 +28,22 @@ class KeyValue(NamedTuple):
 
     key: Float[Array, "B K S N"]
     value: Float[Array, "B K S N"]
+
+
+def written(
+    cache: Float[Array, "B K S N"],
+    new: Float[Array, "B K Q N"],
+    slot: Int[Array, ""] | Int[Array, "B"] | int,
+) -> Float[Array, "B K S N"]:
+    """`cache` with `new` in Q slots from `slot` on: one for all rows, or one a row.
+
+    One a row takes longer, and leaves out what would stand beyond the last slot.
+    """
+    if jnp.ndim(slot) == 0:
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=2)
+    rows = jnp.arange(cache.shape[0])[:, None]
+    slots = jnp.asarray(slot)[:, None] + jnp.arange(new.shape[2])
+    return cache.at[rows, :, slots].set(jnp.swapaxes(new, 1, 2), mode="drop")
 
 
 def attend(

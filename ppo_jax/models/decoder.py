@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from ppo_jax.mesh import gather
-from ppo_jax.models.attention import KeyValue, attend
+from ppo_jax.models.attention import KeyValue, attend, written
 from ppo_jax.models.config import DecoderConfig
 from ppo_jax.models.operations import broadcast, embed, swiglu
 from ppo_jax.models.rope import Rotary, rotary_angles, rotate
@@ -92,9 +92,13 @@ class Attention(nnx.Module):
         rotary: Rotary,
         mask: Bool[Array, "B Q S"],
         past: KeyValue | None = None,
-        slot: Int[Array, ""] | int = 0,
+        slot: Int[Array, ""] | Int[Array, "B"] | int = 0,
     ) -> tuple[Float[Array, "B Q D"], KeyValue]:
-        """Attend to this call's keys or, given `past`, to `past` with them written at `slot`."""
+        """Attend to this call's keys or, given `past`, to `past` with them written from `slot` on.
+
+        Args:
+            slot: one for all rows, or one a row; then what is out of range is left out.
+        """
         query, key = self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -103,7 +107,7 @@ class Attention(nnx.Module):
         if past is not None:
             key_value = KeyValue(
                 *(
-                    jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=2)
+                    written(old, new.astype(old.dtype), slot)
                     for old, new in zip(past, key_value, strict=True)
                 )
             )
@@ -148,7 +152,7 @@ class DecoderLayer(nnx.Module):
         rotary: Rotary,
         mask: Bool[Array, "B Q S"],
         past: KeyValue | None = None,
-        slot: Int[Array, ""] | int = 0,
+        slot: Int[Array, ""] | Int[Array, "B"] | int = 0,
     ) -> tuple[Float[Array, "B Q D"], KeyValue]:
         attended, key_value = self.self_attn(self.input_layernorm(x), rotary, mask, past, slot)
         x = x + attended

@@ -33,7 +33,11 @@ class RewardBatch:
 
     `completion_ids` are the tokens as they were chosen, the end-of-sequence id included;
     `completions` is their text without special tokens. `rows` are the prompts' dataset rows, with
-    all their columns. `finish_reasons` are `"eos"`, `"stop"` or `"length"`.
+    all their columns. `finish_reasons` are `"eos"`, `"stop"`, `"length"` and, where there is an
+    interaction, `"done"` and `"overflow"`. `messages` is the whole conversation.
+
+    With several turns, `completion_ids` are those of all turns, and `completions` have a line break
+    between them; `response_ids` are all the tokens behind the prompt, replies included.
     """
 
     prompts: Sequence[str]
@@ -42,6 +46,12 @@ class RewardBatch:
     completion_ids: Sequence[np.ndarray]
     rows: Sequence[Mapping[str, Any]]
     finish_reasons: Sequence[str]
+    messages: Sequence[Sequence[Mapping[str, Any]]] = ()
+    response_ids: Sequence[np.ndarray] = ()
+
+    def __post_init__(self) -> None:
+        if not len(self.response_ids):  # there was one turn
+            object.__setattr__(self, "response_ids", self.completion_ids)
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -59,6 +69,8 @@ class RewardBatch:
             completion_ids=[np.array(ids) for ids in self.completion_ids],
             rows=[self._copied_row(index) for index in range(len(self))],
             finish_reasons=list(self.finish_reasons),
+            messages=[[*map(_copied_message, messages)] for messages in self.messages],
+            response_ids=[np.array(ids) for ids in self.response_ids],
         )
 
     def _copied_row(self, index: int) -> dict[str, Any]:
@@ -70,6 +82,11 @@ class RewardBatch:
                 f"{row_name(self, index)} holds something that Python cannot copy, and a reward "
                 f"function gets copies: {describe(error)}."
             ) from error
+
+
+def _copied_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    copied = dict(message)
+    return copied if all(type(x) is str for x in copied.values()) else copy.deepcopy(copied)
 
 
 Numbers = np.ndarray | Sequence[float]  # N of them

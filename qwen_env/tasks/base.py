@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from qwen_env.interaction import Interaction, ReplyFn
 from qwen_env.rewards.base import RewardFn
 
 
@@ -22,6 +23,7 @@ class NamedTask:
             answer, 0 for any other.
         answer_of: the answer that a completion gives, in a normal form, so that completions can be
             counted by it; None where it gives none.
+        interaction: what replies between the turns, of which there are at most `max_turns`.
     """
 
     name: str
@@ -29,6 +31,8 @@ class NamedTask:
     held_out: Any
     reward: RewardFn
     answer_of: Callable[[str], str | None] | None = None
+    interaction: Interaction | ReplyFn | None = None
+    max_turns: int = 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NamedTask":
         return self  # immutable, and it can be large

@@ -11,6 +11,7 @@ import gymnasium as gym
 import pytest
 
 from qwen_env.env import QwenTextEnv
+from qwen_env.interaction import Reply
 from qwen_env.rewards.loading import FORMS
 from qwen_env.task import _RESET_OPTIONS
 from qwen_env.vector_env import QwenTextVectorEnv
@@ -23,6 +24,7 @@ HEADINGS = [
     "Observation Space",
     "Starting State",
     "Rewards",
+    "Turns",
     "Episode End",
     "Information",
     "Arguments",
@@ -71,8 +73,12 @@ def test_no_argument_is_there_that_the_environments_do_not_take():
     assert names == taken
 
 
+def agreeing(batch):
+    return [Reply(text="Yes.", info={"agrees": True}) for _ in batch]
+
+
 def test_options_modes_and_forms_are_there():
-    for option in (*_RESET_OPTIONS, "reset_mask"):
+    for option in (*_RESET_OPTIONS, "episode_seed", "reset_mask"):
         assert f'"{option}"' in SECTIONS["Starting State"]
     for mode in gym.vector.AutoresetMode:
         assert f'"{mode.value}"' in SECTIONS["Episode End"]
@@ -80,7 +86,8 @@ def test_options_modes_and_forms_are_there():
         assert f'"{mode}"' in SECTIONS["Arguments"]
     for form in re.findall(r"'([^' ]+)'", FORMS):
         assert form in SECTIONS["Arguments"]
-    for name, space in gym.make("QwenText-v0").observation_space.items():
+    env = gym.make("QwenText-v0", interaction=agreeing)
+    for name, space in env.observation_space.items():
         row = next(
             line for line in SECTIONS["Observation Space"].splitlines() if f"`{name}`" in line
         )
@@ -125,8 +132,8 @@ def test_the_reward_of_the_readme_scores():
 
 
 def test_every_key_of_the_infos_is_there():
-    env = gym.make("QwenText-v0", max_new_tokens=1, missing_eos_penalty=1.0)
+    env = gym.make("QwenText-v0", missing_eos_penalty=1.0, interaction=agreeing)
     _, at_reset = env.reset(seed=0)
-    *_, at_end = env.step(5)
+    *_, at_end = env.step(env.unwrapped.task.rules.eos_token_ids[0])
     for name in (*at_reset, *at_end, *at_end["reward_components"]):
         assert f"`{name}`" in SECTIONS["Information"]

@@ -84,6 +84,8 @@ WRONG_ARGUMENTS = [
     ),
     ({"prompt_order": "best"}, "prompt_order is 'best'; it must be one of 'uniform'"),
     ({"prompt_order": ["uniform"]}, "prompt_order is .'uniform'.; it must be one of"),
+    ({"interaction": 3}, "interaction is 3; give an object with a method reply"),
+    ({"max_turns": 2}, "max_turns is 2, but there is no interaction"),
     ({"min_new_tokens": 33}, "min_new_tokens is 33; .* max_new_tokens .32."),
     ({"min_new_tokens": -1}, "min_new_tokens is -1"),
     ({"min_new_tokens": 0.5}, "min_new_tokens is 0.5; it must be an integer"),

@@ -230,7 +230,7 @@ def rows_decoded(monkeypatch):
     decode = rollout_module._decode
 
     def counted(network, layers, carry, rules):
-        rows = len(carry.token)
+        rows = len(carry.key)
         jax.debug.callback(lambda: counts.append(rows))
         return decode(network, layers, carry, rules)
 
