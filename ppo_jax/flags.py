@@ -32,7 +32,8 @@ _OTHER_NAMES = {
     "output": "--output-dir",
     "steps": "--num-iterations",
     "tensorboard": "nothing: tensorboard/ in --output-dir is always written",
-    "wandb": "nothing: metrics.jsonl and tensorboard/ in --output-dir are always written",
+    "report-to": "--log-to",
+    "wandb": "--log-to wandb",
 }
 """What other programs call a flag, and what it is here."""
 
@@ -108,14 +109,16 @@ def _add_flags(group: Any, settings: Any) -> None:
             group.add_argument(flag, action=action, help=_with_default(text, value))
         elif get_origin(kind) is tuple:
             item = get_args(kind)[0]  # all are of one type
+            names = get_args(item) if get_origin(item) is Literal else None
             shown = _with_default(
                 text, None if value is None else " ".join(map(str, value)) or "none"
             )
             group.add_argument(
                 flag,
                 nargs="*",
-                type=_converter(item, is_optional),
-                metavar=item.__name__.upper(),
+                type=_converter(str if names else item, is_optional),
+                choices=names,
+                metavar="NAME" if names else item.__name__.upper(),
                 help=shown,
             )
         else:

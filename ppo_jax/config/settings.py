@@ -34,6 +34,7 @@ from qwen_env.prompts import Overflow
 
 Schedule = Literal["constant", "linear", "cosine"]
 ComputeType = Literal["float32", "bfloat16"]
+TrackerName = Literal["trackio", "wandb", "mlflow"]
 
 
 @dataclass(frozen=True)
@@ -386,6 +387,12 @@ class RunConfig(DevicesConfig):
     """Iterations between checkpoints."""
     keep_checkpoints: Count = 2
     """Checkpoints to keep."""
+    log_to: tuple[TrackerName, ...] = ()
+    """Trackers to log to as well: trackio, wandb, mlflow. The run folder's own records and
+    tensorboard/ are always written."""
+    inspect_size: Natural = 8
+    """Training episodes whose tokens, and all that PPO knows of each, are kept at each evaluation
+    for ppo-inspect, in tokens.jsonl: about 200 bytes a token of a response. 0 keeps none."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ _MAY_CHANGE = {
     "keep_checkpoints",
     "num_devices",
     "num_shards",
+    "log_to",
+    "inspect_size",
 }
 _PACKAGES = {"ppo_jax": "qwen-ppo-jax", "jax": "jax", "jaxlib": "jaxlib", "flax": "flax"}
 

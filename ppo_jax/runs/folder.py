@@ -1,10 +1,10 @@
 """The files of a run, apart from what its checkpoints and models hold.
 
-config.json  solvable.json  metrics.jsonl  distributions.jsonl  samples.jsonl  curves.png
-tensorboard/  checkpoints/  best/  final/
+config.json  solvable.json  metrics.jsonl  distributions.jsonl  samples.jsonl  tokens.jsonl
+curves.png  tensorboard/  trackers.json  checkpoints/  best/  final/
 
 A run ends where its checkpoints or models cannot be written. Where its records, its curves or its
-TensorBoard files cannot be, it says so once and goes on.
+TensorBoard files cannot be, or a tracker fails, it says so once and goes on.
 """
 
 import math
@@ -28,18 +28,21 @@ from ppo_jax.runs.config_file import (
     check_unedited,
     other_versions,
     read_config,
+    settings,
     write_config,
 )
 from ppo_jax.runs.curves import plot_curves
 from ppo_jax.runs.distributions import as_histogram
 from ppo_jax.runs.panels import Records
 from ppo_jax.runs.records import BACKUP, Record, RecordFile
-from ppo_jax.runs.trackers import TensorBoard
+from ppo_jax.runs.tensorboard import TensorBoard
+from ppo_jax.runs.trackers import Tracker, Trackers, check_installed
 from qwen_env.errors import UsageError, UserFacingError
 
-_METRICS, _DISTRIBUTIONS, _SAMPLES = "metrics.jsonl", "distributions.jsonl", "samples.jsonl"
-_RECORDS = (_METRICS, _DISTRIBUTIONS, _SAMPLES)
-_SOLVABLE = "solvable.json"
+_METRICS, _DISTRIBUTIONS = "metrics.jsonl", "distributions.jsonl"
+_SAMPLES, _TOKENS = "samples.jsonl", "tokens.jsonl"
+_RECORDS = (_METRICS, _DISTRIBUTIONS, _SAMPLES, _TOKENS)
+_SOLVABLE, _TRACKERS = "solvable.json", "trackers.json"
 _SEEN_WITHIN = 60.0  # seconds
 _NAMES = (
     "config.json",
@@ -47,6 +50,8 @@ _NAMES = (
     *_RECORDS,
     "curves.png",
     "tensorboard",
+    _TRACKERS,
+    "wandb",
     "checkpoints",
     "best",
     "final",
@@ -79,6 +84,7 @@ class RunFolder:
         self._config, self._resume, self._argv = config, resume, argv
         self._records = {name: RecordFile(folder / name) for name in _RECORDS}
         self._tensorboard: TensorBoard | None = None
+        self._trackers: Trackers | None = None
         self._say: Callable[[str], None] = print
         self._told: set[Path] = set()  # of what cannot be written
         self._check()
@@ -115,7 +121,7 @@ class RunFolder:
             try:
                 yield
             except BaseException:
-                self.close()
+                self.close(is_whole=False)
                 if not self._resume and not self._has_learnt():
                     for path in self._own_paths():
                         _remove(path)
@@ -147,10 +153,12 @@ class RunFolder:
             write_config(self.path, self._config, self._argv)
         for name, file in self._records.items():
             missing = set(range(1, last + 1)) - set(file.open(last))
-            if missing and name != _SAMPLES:
+            if missing and name in (_METRICS, _DISTRIBUTIONS):
                 say(f"{file.path} has no record of {len(missing)} of {last} iterations.")
         with self._going_on(self.path / "tensorboard"):
             self._tensorboard = TensorBoard(self.path / "tensorboard", after=last)
+        tracked = self._config.run.log_to
+        self._trackers = Trackers(tracked, self.path / _TRACKERS, settings(self._config), say)
 
     def check_unedited(self, checkpoint: Settings) -> None:
         """Check `config.json` against the settings in a checkpoint.
@@ -169,6 +177,7 @@ class RunFolder:
             if name != "iteration" and math.isfinite(value)
         }
         self._track(lambda to: to.write_scalars(metrics["iteration"], numbers))
+        self._tell(lambda to: to.write_scalars(metrics["iteration"], numbers))
 
     def write_distributions(self, record: Record) -> None:
         """A line of `distributions.jsonl`, and the same as histograms for TensorBoard."""
@@ -179,10 +188,17 @@ class RunFolder:
             if name != "iteration"
         }
         self._track(lambda to: to.write_histograms(record["iteration"], histograms))
+        self._tell(lambda to: to.write_histograms(record["iteration"], histograms))
 
     def write_samples(self, samples: Sequence[Record]) -> None:
-        """Lines of `samples.jsonl`."""
+        """Lines of `samples.jsonl`, all of one evaluation."""
         self._append(_SAMPLES, samples)
+        if samples:
+            self._tell(lambda to: to.write_samples(samples[0]["iteration"], samples))
+
+    def write_tokens(self, record: Record) -> None:
+        """A line of `tokens.jsonl`."""
+        self._append(_TOKENS, [record])
 
     def last_samples(self) -> list[Record]:
         """The sampled completions of the last evaluation that is on record."""
@@ -209,16 +225,25 @@ class RunFolder:
             plot_curves(read_records(self.path), path)
         return path
 
-    def close(self) -> None:
-        """Close the files, after a last try to write what could not be written before."""
+    def close(self, *, is_whole: bool = True) -> None:
+        """Close the files, after a last try to write what could not be written before.
+
+        Args:
+            is_whole: the run is at its end, and was not interrupted.
+        """
         self.sync()
         for file in self._records.values():
             if lost := file.close():
                 self._say(f"{lost} records could not be written to {file.path}, and are lost.")
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if (curves := self.path / "curves.png").exists():
+            self._tell(lambda to: to.write_picture(curves))
+        self._tell(lambda to: to.close(is_whole=is_whole))
+        self._trackers = None
 
     def _check(self) -> None:
+        check_installed(self._config.run.log_to)
         if self._resume:
             check_same(self.path, self._config)
         _check_usable(self.path, resume=self._resume)
@@ -236,6 +261,10 @@ class RunFolder:
             self._tensorboard = tracker
         if self._tensorboard is None:
             tracker.close()
+
+    def _tell(self, what: Callable[[Tracker], None]) -> None:
+        if self._trackers is not None:
+            self._trackers.tell(what)
 
     @contextmanager
     def _going_on(
@@ -285,6 +314,8 @@ class GuestFolder(RunFolder):
     def write_distributions(self, record: Record) -> None: ...
 
     def write_samples(self, samples: Sequence[Record]) -> None: ...
+
+    def write_tokens(self, record: Record) -> None: ...
 
     def last_samples(self) -> list[Record]:
         return []
@@ -352,6 +383,17 @@ def read_records(folder: Path) -> Records:
         distributions=RecordFile(folder / _DISTRIBUTIONS).read(),
         clip_limits=(float(low), float(high)),
     )
+
+
+def read_samples(folder: Path) -> list[Record]:
+    """The completions of all evaluations of the run in `folder`. Errors as in `read_records`."""
+    return RecordFile(folder / _SAMPLES).read()
+
+
+def read_tokens(folder: Path) -> list[Record]:
+    """What the run in `folder` has kept of tokens, see `ppo_jax.inspector.tokens`; none where it
+    has kept none. Errors as in `read_records`."""
+    return RecordFile(folder / _TOKENS).read()
 
 
 def _check_usable(folder: Path, *, resume: bool) -> None:

@@ -17,7 +17,7 @@ from ppo_jax.config import TrainConfig, preset
 from ppo_jax.runs.config_file import read_config
 from ppo_jax.runs.distributions import distributions_record
 from ppo_jax.runs.folder import RunFolder, read_records
-from ppo_jax.runs.trackers import TensorBoard
+from ppo_jax.runs.tensorboard import TensorBoard
 from qwen_env.errors import UsageError
 
 CONFIG = preset("pocket")
