@@ -21,9 +21,11 @@ from ppo_jax.compilation import jit
 from ppo_jax.config import TrainConfig
 from ppo_jax.generation.actor import Actor, Experience
 from ppo_jax.generation.episode_metrics import component_means, repetition
-from ppo_jax.generation.rollout import choose_token
+from ppo_jax.generation.rollout import Rollout, choose_token
+from ppo_jax.inspector.tokens import rows_to_keep, tokens_record
 from ppo_jax.learning.batch import Prepared
 from ppo_jax.learning.frozen import join, partition
+from ppo_jax.learning.inspection import look
 from ppo_jax.learning.learner import Learner, TrainState
 from ppo_jax.learning.metrics import fetch
 from ppo_jax.learning.optimizer import Params
@@ -122,7 +124,7 @@ class PPOAgent:
             init = jit(init, out_shardings=shardings(jax.eval_shape(init, params), mesh))
         self.state = init(params)
         self._mesh, whole = mesh, replicated(mesh)
-        prepared = Prepared._make([None, whole, whole, whole])  # all but the batch
+        prepared = Prepared._make([None, *[whole] * 4])  # all but the batch
         self._prepare = jit(self.learner.prepare, out_shardings=prepared)
         self._update = jit(
             self.learner.update,
@@ -134,6 +136,18 @@ class PPOAgent:
             static_argnames="greedy",
             out_shardings=whole,
         )
+        self._look = jit(
+            functools.partial(
+                look,
+                functools.partial(nnx.merge, graphdef),
+                rules=task.rules,
+                sampling=config.ppo.sampling,
+            ),
+            out_shardings=whole,
+        )
+        self.tokens: dict[str, Any] | None = None
+        """Of the last update, where it is one that `RunConfig.inspect_size` keeps episodes of: see
+        `ppo_jax.inspector.tokens`."""
         self._num_choices = 0
         self.distributions: dict[
             str, np.ndarray
@@ -260,9 +274,11 @@ class PPOAgent:
 
         `distributions` then holds what single numbers would hide of this update.
         """
+        rows = self._rows_to_keep(experience)
+        before = None if rows is None else self._look_at(experience.rollout, rows)
         start = time.perf_counter()
         state, rewards = self.state, experience.rewards
-        batch, controls, prepared, distributions = self._prepare(
+        batch, controls, prepared, distributions, tokens = self._prepare(
             self.params,
             self.reference,
             state.controls,
@@ -274,7 +290,19 @@ class PPOAgent:
             state._replace(controls=controls), batch, self._key(_SHUFFLE), self.frozen
         )
         metrics, self.distributions = fetch(prepared | updated, distributions | more)
-        return metrics | {"time/update_s": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        self.tokens = None
+        if rows is not None:
+            after = self._look_at(experience.rollout, rows)
+            self.tokens = tokens_record(
+                self.iteration,
+                self.task.tokenizer,
+                rows,
+                experience.episodes,
+                experience.outcomes,
+                jax.device_get((tokens, before, after)),
+            )
+        return metrics | {"time/update_s": seconds}
 
     def learn(self) -> Iterator[tuple[Experience, dict[str, float]]]:
         """Iterate until `num_iterations` are done in all; yields each one's experience and metrics.
@@ -308,6 +336,19 @@ class PPOAgent:
                     f"to iteration {self.iteration}; look at the rewards, or start another run "
                     "with a lower learning_rate."
                 )
+
+    def _rows_to_keep(self, experience: Experience) -> np.ndarray | None:
+        """Of the episodes whose tokens are kept; None where this iteration's are not."""
+        run, number = self.config.run, self.iteration + 1
+        is_due = number % run.eval_every == 0 or number == self.num_iterations
+        if not run.inspect_size or not is_due:
+            return None
+        return rows_to_keep(experience.scores, run.inspect_size)
+
+    def _look_at(self, rollout: Rollout, rows: np.ndarray) -> Any:
+        state = rollout.state
+        written = state.tokens, state.prompt_length, state.length, rollout.sampling_mask
+        return self._look(self.params, *jax.tree.map(lambda x: x[jnp.asarray(rows)], written))
 
     def _whole_backbone(self, learning: Params) -> Params:
         whole: Params = join(nnx.State({"backbone": learning}), self.frozen)["backbone"]

@@ -24,6 +24,11 @@ def generate() -> None:
     _start("ppo_jax.generate")
 
 
+def inspect() -> None:
+    """`ppo-inspect`"""
+    _start("ppo_jax.inspect")
+
+
 def _start(module: str) -> None:
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # otherwise it is ignored, as in the background

@@ -37,6 +37,17 @@ class Batch(NamedTuple):
     returns: Float[Array, "B T"]
 
 
+class TokenNumbers(NamedTuple):
+    """What is known of each token of a response before the update; 0 beyond it."""
+
+    logprobs: Float[Array, "B T"]
+    ref_logprobs: Float[Array, "B T"]
+    entropy: Float[Array, "B T"]
+    values: Float[Array, "B T"]
+    rewards: Float[Array, "B T"]
+    advantages: Float[Array, "B T"]
+
+
 class Prepared(NamedTuple):
     """What `make_batch` makes of a rollout."""
 
@@ -44,6 +55,7 @@ class Prepared(NamedTuple):
     controls: Controls  # for the next batch
     metrics: Metrics
     distributions: Distributions
+    tokens: TokenNumbers  # to look at, not to learn from
 
 
 def make_batch(
@@ -158,7 +170,15 @@ def make_batch(
             num_episodes=score.shape[0],
             horizon=config.kl_horizon,
         )
-    return Prepared(batch, Controls(kl_coef, moments), metrics, distributions)
+    tokens = TokenNumbers(
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        entropy=jnp.where(mask, old.entropy, 0.0),
+        values=values,
+        rewards=rewards,
+        advantages=batch.advantages,
+    )
+    return Prepared(batch, Controls(kl_coef, moments), metrics, distributions, tokens)
 
 
 def _explained_variance(

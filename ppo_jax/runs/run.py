@@ -135,6 +135,8 @@ class Run:
                 "metrics": metrics | gold_spread(experience) | baseline,
                 "distributions": distributions_record(self.agent.iteration, distributions),
             }
+            if self.agent.tokens is not None:
+                self.state.unfinished["tokens"] = self.agent.tokens
             baseline = {}
             self._finish_iteration()
             if hosts.any_of(should_stop()):
@@ -150,6 +152,8 @@ class Run:
         if evaluates:
             means, _ = self._evaluate()
             metrics = metrics | {f"eval/{name}": mean for name, mean in means.items()}
+        if (tokens := self.state.unfinished.get("tokens")) is not None:
+            self.folder.write_tokens(tokens)
         self.folder.write_distributions(distributions)
         self.folder.write_metrics(metrics)
         self.state.unfinished = None

@@ -70,6 +70,7 @@ def test_the_run_folder_holds_what_it_should(finished_run: Path) -> None:
         "metrics.jsonl",
         "samples.jsonl",
         "tensorboard",
+        "tokens.jsonl",
     ]
     assert sorted(path.name for path in (finished_run / "checkpoints").iterdir()) == ["3", "6"]
     config = from_json(json.loads((finished_run / "config.json").read_text()))

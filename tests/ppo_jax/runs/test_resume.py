@@ -51,7 +51,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def assert_same_run(run: Path, other: Path, last: int = 6) -> None:
     assert metrics(run) == metrics(other)
     models = (f"{model}/{file}" for model in ("best", "final") for file in MODEL_FILES)
-    for name in ("samples.jsonl", "distributions.jsonl", *models):
+    for name in ("samples.jsonl", "distributions.jsonl", "tokens.jsonl", *models):
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
     assert_same_state(run, other, last)
 
