@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from ppo_jax import evaluate, generate, train
+from ppo_jax import evaluate, generate, inspect, train
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ENTRY_POINTS = {"train": train, "evaluate": evaluate, "generate": generate}
-NAME = re.compile(r"(?:ppo-|python -m ppo_jax\.)(train|evaluate|generate) ")
+ENTRY_POINTS = {"train": train, "evaluate": evaluate, "generate": generate, "inspect": inspect}
+NAME = re.compile(r"(?:ppo-|python -m ppo_jax\.)(train|evaluate|generate|inspect) ")
 
 
 def commands(page: Path) -> list[str]:

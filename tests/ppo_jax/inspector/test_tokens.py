@@ -66,6 +66,8 @@ def test_texts_and_alternatives(kept: list[dict[str, Any]]) -> None:
                 assert len(likely) == 5
                 assert logprobs == sorted(logprobs, reverse=True)
                 assert np.exp(logprobs).sum() < 1.001
+                if "�" in episode["text"][i]:
+                    continue  # it is the text of many tokens
                 if episode["text"][i] in dict(likely):
                     found = dict(likely)[episode["text"][i]]
                     assert found == pytest.approx(episode["logprob"][i], rel=2e-3, abs=1e-4)

@@ -77,6 +77,7 @@ class ScriptedAgent:
             nonfinite_in_a_row=jnp.int32(0),
         )
         self.distributions: dict[str, np.ndarray] = {}
+        self.tokens: dict[str, Any] | None = None
 
     @property
     def iteration(self) -> int:
@@ -98,6 +99,7 @@ class ScriptedAgent:
         while self.iteration < self.num_iterations:
             self.state = _learnt(self.state)
             self.distributions = {"ratio": np.full(40, self.iteration)}
+            self.tokens = {"iteration": self.iteration, "episodes": [7]}
             pairs = [self._episode(prompt, prompt.index) for prompt in PROMPTS]
             experience = SimpleNamespace(
                 episodes=[episode for episode, _ in pairs],
@@ -249,7 +251,13 @@ def go(
 
 def content(folder: Path) -> dict[str, Any]:
     """What must be the same, of a run that has ended."""
-    files = ("metrics.jsonl", "distributions.jsonl", "samples.jsonl", "curves.png")
+    files = (
+        "metrics.jsonl",
+        "distributions.jsonl",
+        "samples.jsonl",
+        "tokens.jsonl",
+        "curves.png",
+    )
     models = (path for name in ("best", "final") for path in sorted((folder / name).rglob("*")))
     names = [*files, *(path.relative_to(folder) for path in models if path.is_file())]
     checkpoints = folder / "checkpoints"
