@@ -88,7 +88,7 @@ function promptOf(episode) {
 function episodeOf(episode, number) {
   const article = make("article", { class: "episode", "data-number": number });
   const components = Object.entries(episode.components).filter(([name]) => name !== "score");
-  const endings = { eos: "ended by itself", length: "cut off", stop: "stop string", done: "done" };
+  const endings = { eos: "ended by itself", length: "cut off", stop: "stop string", done: "done", overflow: "no room for a reply" };
   const facts = [["score", show(episode.score)], ["KL", show(episode.klSum)], ["tokens", episode.length], ...components.map(([name, x]) => [name, show(x)])];
   article.append(make("p", { class: "facts" }, ...facts.map(([name, x]) => make("span", {}, `${name} `, make("b", {}, String(x)))), make("span", {}, endings[episode.finish_reason] ?? episode.finish_reason)));
   article.append(make("p", { class: "role" }, "prompt"), promptOf(episode));

@@ -71,7 +71,8 @@ class Inspection:
     def html(self) -> str:
         """The page. Episodes that would make it larger than 5 MB are left out, and it says so."""
         episodes, left_out = _that_fit(self.tokens["episodes"])
-        here = [m for m in self.run.metrics if m["iteration"] == self.tokens["iteration"]]
+        number = self.tokens["iteration"]
+        here: Record = next((m for m in self.run.metrics if m["iteration"] == number), {})
         runs = [self.run] if self.other is None else [self.run, self.other]
         note = (
             f"{len(episodes)} of {len(self.tokens['batch']['score'])} episodes of the batch, from "
@@ -80,9 +81,9 @@ class Inspection:
         if left_out:
             note += f" {left_out} more are left out, so that the page stays below 5 MB."
         data = {
-            "iteration": self.tokens["iteration"],
+            "iteration": number,
             "runs": [run.name for run in runs],
-            "facts": [[name, here[-1][key]] for name, key in _FACTS if here and key in here[-1]],
+            "facts": [[name, here[key]] for name, key in _FACTS if here.get(key) is not None],
             "note": note,
             "episodes": episodes,
             "batch": self.tokens["batch"],
@@ -93,7 +94,7 @@ class Inspection:
         # Whatever a model writes ends no script, and JSON reads the same.
         content = _dumps(data).replace("<", "\\u003c")
         parts = {name: (files(__package__) / f"page.{name}").read_text("utf-8") for name in _PARTS}
-        title = html.escape(f"{self.run.name}, iteration {self.tokens['iteration']}")
+        title = html.escape(f"{self.run.name}, iteration {number}")
         return Template(parts["html"]).substitute(
             title=title, css=parts["css"], js=parts["js"], data=content
         )

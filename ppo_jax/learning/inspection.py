@@ -1,6 +1,6 @@
 """A closer look at a few episodes: each token's log-probability, and what else was likely.
 
-Shapes: K episodes, T response limit, A alternatives, V vocabulary, D hidden.
+Shapes: K of B episodes, T response limit, A alternatives, V vocabulary, D hidden.
 """
 
 from collections.abc import Callable
@@ -30,23 +30,29 @@ class Look(NamedTuple):
 def look(
     network_of: Callable[[Any], PolicyValueNetwork],
     params: Any,
-    tokens: Int[Array, "K S"],
-    prompt_length: Int[Array, "K"],
-    length: Int[Array, "K"],
-    sampling_mask: UInt8[Array, "K T bytes"] | None,
+    rows: Int[Array, "K"],
+    tokens: Int[Array, "B S"],
+    prompt_length: Int[Array, "B"],
+    length: Int[Array, "B"],
+    sampling_mask: UInt8[Array, "B T bytes"] | None,
     *,
     rules: mdp.Rules,
     sampling: Sampling,
 ) -> Look:
-    """What a policy says of responses that are already written. Beyond `length` it means nothing.
+    """What a policy says of some of B responses, which are already written. Beyond `length` it
+    means nothing.
 
     The logits of a few positions exist at a time.
 
     Args:
         network_of: the network with given parameters.
+        rows: those that are looked at.
         sampling_mask: the ids that each token was drawn from, as `rollout` recorded them.
     """
     network = network_of(params)
+    tokens, prompt_length, length, sampling_mask = jax.tree.map(
+        lambda x: x[rows], (tokens, prompt_length, length, sampling_mask)
+    )
     width = tokens.shape[1]
     mask = jnp.arange(width) < length[:, None]
     step = jnp.arange(rules.max_new_tokens)

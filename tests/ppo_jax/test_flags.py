@@ -123,7 +123,7 @@ def test_help_has_every_flag_under_its_group(capsys: pytest.CaptureFixture[str])
         ("lr", "--learning-rate"),
         ("steps", "--num-iterations"),
         ("epochs", "--num-epochs"),
-        ("wandb", "tensorboard/"),
+        ("wandb", "--log-to wandb"),
         ("seeds", "--seed"),
         ("iterations", "--num-iterations"),
     ],
