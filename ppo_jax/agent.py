@@ -340,7 +340,8 @@ class PPOAgent:
     def _rows_to_keep(self, experience: Experience) -> np.ndarray | None:
         """Of the episodes whose tokens are kept; None where this iteration's are not."""
         run, number = self.config.run, self.iteration + 1
-        is_due = number % run.eval_every == 0 or number == self.num_iterations
+        # The first one's as well, so that nothing is compiled later on.
+        is_due = number % run.eval_every == 0 or number in (1, self.num_iterations)
         if not run.inspect_size or not is_due:
             return None
         return rows_to_keep(experience.scores, run.inspect_size)

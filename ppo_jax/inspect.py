@@ -31,7 +31,7 @@ class Arguments(Checked):
     run: str | None = None
     """Folder of a training run."""
     iteration: Count | None = None
-    """Iteration to look at, one that was evaluated; None takes the last."""
+    """Iteration to look at: 1, or one that was evaluated; None takes the last of them."""
     output: str | None = None
     """The page to write (.html); None makes it inspect.html in the run's folder."""
     compare: str | None = None
@@ -71,7 +71,7 @@ def inspect_run(
 
     Args:
         run: the run's folder.
-        iteration: one that was evaluated; None takes the last.
+        iteration: 1, or one that was evaluated; None takes the last of them.
         compare: the folder of another run.
 
     Raises:
@@ -83,8 +83,7 @@ def inspect_run(
     kept = {record["iteration"]: record for record in read_tokens(folder)}
     if not kept:
         raise UsageError(
-            f"{folder} has kept no tokens (tokens.jsonl); they are kept at each evaluation, unless "
-            "--inspect-size is 0."
+            f"{folder} has kept no tokens (tokens.jsonl); they are kept unless --inspect-size is 0."
         )
     if iteration is not None and iteration not in kept:
         raise UsageError(

@@ -391,8 +391,9 @@ class RunConfig(DevicesConfig):
     """Trackers to log to as well: trackio, wandb, mlflow. The run folder's own records and
     tensorboard/ are always written."""
     inspect_size: Natural = 8
-    """Training episodes whose tokens, and all that PPO knows of each, are kept at each evaluation
-    for ppo-inspect, in tokens.jsonl: about 200 bytes a token of a response. 0 keeps none."""
+    """Training episodes whose tokens, and all that PPO knows of each, are kept at the first
+    iteration and at each evaluation for ppo-inspect, in tokens.jsonl: about 200 bytes a token of a
+    response. 0 keeps none."""
 
 
 @dataclass(frozen=True)

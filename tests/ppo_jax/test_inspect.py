@@ -37,7 +37,7 @@ def test_the_page_of_an_iteration(
     main([*argv, "--compare", str(finished_run)])
     assert capsys.readouterr().out == f"The page is in {page}.\n"
     data = data_in(page)
-    kept = records(finished_run, "tokens.jsonl")[1]
+    kept = records(finished_run, "tokens.jsonl")[2]
     assert data["iteration"] == kept["iteration"] == 4
     assert data["episodes"] == kept["episodes"]
     metrics = records(finished_run, "metrics.jsonl")
@@ -72,7 +72,7 @@ def test_bad_input(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFix
         assert f"{empty} holds no run; name a folder that ppo-train" in fails(argv, capsys)
     argv = ["--run", str(finished_run), "--iteration", "3"]
     assert "is 3, but the run in" in (line := fails(argv, capsys))
-    assert line.endswith("has kept tokens of 2, 4, 6; name one of these.")
+    assert line.endswith("has kept tokens of 1, 2, 4, 6; name one of these.")
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(finished_run / "config.json", bare)

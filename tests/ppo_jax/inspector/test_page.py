@@ -88,7 +88,7 @@ def test_ten_thousand_tokens_fit(make_inspection: Make) -> None:
 
 def test_what_has_no_room_is_left_out_and_told_of(make_inspection: Make) -> None:
     """The lowest and the highest score stay."""
-    html = make_inspection(8, 4_000).html()
+    html = make_inspection(8, 6_000).html()
     assert len(html.encode()) < MAX_BYTES
     data = Page(html).data
     scores = [episode["score"] for episode in data["episodes"]]

@@ -23,8 +23,10 @@ def kept(finished_run: Path) -> list[dict[str, Any]]:
     return records(finished_run, "tokens.jsonl")
 
 
-def test_there_is_a_record_for_each_evaluation(kept: list[dict[str, Any]]) -> None:
-    assert [record["iteration"] for record in kept] == [2, 4, 6]
+def test_there_is_a_record_of_the_first_iteration_and_each_evaluation(
+    kept: list[dict[str, Any]],
+) -> None:
+    assert [record["iteration"] for record in kept] == [1, 2, 4, 6]
     for record in kept:
         scores = [episode["score"] for episode in record["episodes"]]
         assert len(scores) == 4, "a batch has no more"
