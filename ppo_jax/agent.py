@@ -349,7 +349,7 @@ class PPOAgent:
     def _look_at(self, rollout: Rollout, rows: np.ndarray) -> Any:
         state = rollout.state
         written = state.tokens, state.prompt_length, state.length, rollout.sampling_mask
-        return self._look(self.params, jnp.asarray(rows), *written)
+        return self._look(self.params, replicate(rows, self._mesh), *written)
 
     def _whole_backbone(self, learning: Params) -> Params:
         whole: Params = join(nnx.State({"backbone": learning}), self.frozen)["backbone"]

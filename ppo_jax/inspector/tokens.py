@@ -1,5 +1,5 @@
-"""What a run keeps of single tokens: a record of `tokens.jsonl` for the first iteration and for each
-that is evaluated.
+"""What a run keeps of single tokens: a record of `tokens.jsonl` for the first iteration, and for
+each that is evaluated.
 
     iteration
     batch       score, length, kl of all B episodes, each a list [B]
