@@ -24,6 +24,11 @@ def generate() -> None:
     _start("ppo_jax.generate")
 
 
+def sweep() -> None:
+    """`ppo-sweep`"""
+    _start("ppo_jax.sweep")
+
+
 def inspect() -> None:
     """`ppo-inspect`"""
     _start("ppo_jax.inspect")

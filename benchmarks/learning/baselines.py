@@ -9,9 +9,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from learning.best_of_n import best_of_n_kl, best_of_n_weights
 from learning.runs import Bench, Record, grammatical
 from learning.settings import SETTINGS
-from learning.statistics import best_of_n_kl, best_of_n_weights
 from ppo_jax.agent import PPOAgent
 from ppo_jax.algorithm import masked_mean
 from ppo_jax.learning.response_outputs import response_outputs

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from learning.report import COMPARED, Summary
 from learning.settings import BASELINE, LONG, SFT
-from learning.statistics import Interval, Verdict
+from ppo_jax.runs.seeds import Interval, Verdict
 
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#6b7280"
 COLORS: dict[Verdict, str] = {"robust": ORANGE, "suggestive": BLUE, "noise": GREY}

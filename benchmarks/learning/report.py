@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from learning.settings import BEST_OF_N, SETTINGS, Setting
-from learning.statistics import Interval, Verdict, holm, interval, paired, verdict
+from ppo_jax.runs.seeds import Interval, Verdict, holm, interval, paired, verdict
 
 Record = dict[str, Any]
 

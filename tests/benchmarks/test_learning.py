@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from learning import jobs, plots, report, runs, settings, statistics
+from learning import best_of_n, jobs, plots, report, runs, settings
 from scipy import stats
 
 from ppo_jax.models import DecoderConfig, PolicyValueNetwork
+from ppo_jax.runs import seeds
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
 from qwen_env.errors import UsageError
@@ -21,26 +22,26 @@ from qwen_env.errors import UsageError
 
 
 def test_interval_of_five_numbers() -> None:
-    mean, half = statistics.interval([1, 2, 3, 4, 5])
+    mean, half = seeds.interval([1, 2, 3, 4, 5])
     assert mean == 3
     np.testing.assert_allclose(half, 2.7764451 * math.sqrt(2.5) / math.sqrt(5), rtol=1e-7)
 
 
 def test_interval_of_one_number_is_not_known() -> None:
-    assert statistics.interval([2.0]).mean == 2
-    assert math.isnan(statistics.interval([2.0]).half)
+    assert seeds.interval([2.0]).mean == 2
+    assert math.isnan(seeds.interval([2.0]).half)
 
 
 def test_interval_covers_the_truth_19_times_in_20() -> None:
     draws = np.random.default_rng(0).normal(3.0, 2.0, (2000, 5))
-    intervals = [statistics.interval(row) for row in draws]
+    intervals = [seeds.interval(row) for row in draws]
     covered = np.mean([x.low <= 3.0 <= x.high for x in intervals])
     assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)
 
 
 def test_pairs_are_made_by_seed() -> None:
     values, others = {2: 5.0, 0: 1.0, 1: 2.5, 9: 100.0}, {0: 0.5, 1: 1.5, 2: 3.0, 7: -100.0}
-    result = statistics.paired(values, others)
+    result = seeds.paired(values, others)
     assert result is not None
     np.testing.assert_allclose(result[0].mean, (0.5 + 1.0 + 2.0) / 3)
     assert result[1] == pytest.approx(stats.ttest_rel([1, 2.5, 5], [0.5, 1.5, 3]).pvalue)
@@ -48,14 +49,14 @@ def test_pairs_are_made_by_seed() -> None:
 
 def test_pairs_that_do_not_differ() -> None:
     same = {0: 1.0, 1: 2.0}
-    assert statistics.paired(same, same) == ((0.0, 0.0), 1.0)
-    assert statistics.paired({0: 2.0, 1: 3.0}, same) == ((1.0, 0.0), 0.0)
-    assert statistics.paired(same, {1: 2.0}) is None
+    assert seeds.paired(same, same) == ((0.0, 0.0), 1.0)
+    assert seeds.paired({0: 2.0, 1: 3.0}, same) == ((1.0, 0.0), 0.0)
+    assert seeds.paired(same, {1: 2.0}) is None
 
 
 def test_holm() -> None:
-    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert statistics.holm([0.9, 0.6]) == pytest.approx([1.0, 1.0])
+    assert seeds.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert seeds.holm([0.9, 0.6]) == pytest.approx([1.0, 1.0])
 
 
 def test_an_interval_that_excludes_zero_has_a_small_p() -> None:
@@ -63,12 +64,12 @@ def test_an_interval_that_excludes_zero_has_a_small_p() -> None:
     rng = np.random.default_rng(1)
     for _ in range(200):
         values = dict(enumerate(rng.normal(0.8, 1.0, 5)))
-        result = statistics.paired(values, dict.fromkeys(range(5), 0.0))
+        result = seeds.paired(values, dict.fromkeys(range(5), 0.0))
         assert result is not None
         difference, p = result
         is_noise = difference.low <= 0 <= difference.high
-        assert (statistics.verdict(p, p) == "noise") == is_noise
-    assert statistics.verdict(0.01, 0.2) == "suggestive"
+        assert (seeds.verdict(p, p) == "noise") == is_noise
+    assert seeds.verdict(0.01, 0.2) == "suggestive"
 
 
 # ---------------------------------------------------------------- best of n
@@ -78,7 +79,7 @@ def test_an_interval_that_excludes_zero_has_a_small_p() -> None:
 def test_best_of_n_is_the_mean_over_all_subsets(n: int) -> None:
     rng = np.random.default_rng(0)
     scores, gold = np.sort(rng.normal(size=7)), rng.normal(size=7)
-    weights = statistics.best_of_n_weights(n, 7)
+    weights = best_of_n.best_of_n_weights(n, 7)
     subsets = [max(subset) for subset in itertools.combinations(range(7), n)]
     np.testing.assert_allclose(weights @ scores, scores[subsets].mean(), rtol=1e-10)
     np.testing.assert_allclose(weights @ gold, gold[subsets].mean(), rtol=1e-10)
@@ -91,7 +92,7 @@ def test_best_of_n_kl_bounds_the_exact_one_and_is_reached(n: int) -> None:
         rank = np.arange(size + 1) / size
         p = np.diff(rank**n)
         exact = np.sum(p * np.log(np.maximum(p * size, 1e-300)))
-        assert exact - 1e-12 <= statistics.best_of_n_kl(n) < exact + gap
+        assert exact - 1e-12 <= best_of_n.best_of_n_kl(n) < exact + gap
 
 
 # ---------------------------------------------------------------- settings and jobs
@@ -230,7 +231,7 @@ def test_tables_and_plots_say_what_the_records_hold(tmp_path: Path) -> None:
 def test_the_detectable_effect_is_found_as_often_as_it_says() -> None:
     """By simulation of the t-test that the study makes."""
     for power, alpha in ((0.8, 0.05), (0.5, 0.05), (0.8, 0.05 / 38)):
-        effect = statistics.detectable_effect(5, power=power, alpha=alpha)
+        effect = seeds.detectable_effect(5, power=power, alpha=alpha)
         differences = np.random.default_rng(0).normal(effect, 1, (100_000, 5))
         p = stats.ttest_1samp(differences, 0, axis=1).pvalue
         assert np.mean(p < alpha) == pytest.approx(power, abs=0.01)

@@ -1,4 +1,4 @@
-"""Intervals and verdicts from a handful of seeds, and what best-of-n is worth in closed form."""
+"""Intervals and verdicts from a handful of seeds."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import gammaln
 from scipy.stats import nct as noncentral
 from scipy.stats import t as student
 
@@ -90,7 +89,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     raised = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     corrected = np.empty_like(p)
     corrected[order] = np.minimum(raised, 1.0)
-    return corrected.tolist()
+    raised: list[float] = corrected.tolist()
+    return raised
 
 
 def verdict(p: float, corrected: float) -> Verdict:
@@ -99,30 +99,3 @@ def verdict(p: float, corrected: float) -> Verdict:
     if corrected < level:
         return "robust"
     return "suggestive" if p < level else "noise"
-
-
-# ---------------------------------------------------------------- best of n
-
-
-def best_of_n_weights(n: int, count: int) -> np.ndarray:
-    """w [count], so that Σ w_i x_(i) is the mean of x over the winners of all n-subsets.
-
-    x_(i) belongs to the sample with the i-th lowest score; it wins C(i-1, n-1) of the C(count, n)
-    subsets.
-    """
-    rank = np.arange(1, count + 1)
-    with np.errstate(divide="ignore"):
-        log_weight = np.where(rank < n, -np.inf, _log_choose(rank - 1, n - 1))
-    return np.exp(log_weight - _log_choose(count, n))
-
-
-def best_of_n_kl(n: int) -> float:
-    """log n - (n-1)/n, in nats a response: what KL(best of n ‖ model) is at most.
-
-    It is reached where no two responses have one score (arXiv:2401.01879).
-    """
-    return math.log(n) - (n - 1) / n
-
-
-def _log_choose(n: np.ndarray | int, k: int) -> np.ndarray:
-    return gammaln(np.add(n, 1)) - gammaln(k + 1) - gammaln(np.subtract(n, k - 1))
