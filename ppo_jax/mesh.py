@@ -180,19 +180,20 @@ def sum_over_arrays(
 ) -> Float[Array, ""]:
     """Σ function(x) over the arrays of a tree, of which every device sees its own shards."""
 
-    def total(tree: Any) -> Any:
+    def total(tree: Any) -> Array:
         results = []
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
             is_cut = _are_cut() and _cut_axis(path) is not None
             results.append(jax.lax.psum(function(x), SHARDS) if is_cut else function(x))
-        return sum(results)
+        return sum(results[1:], results[0])
 
     if mesh is None or mesh.shape[SHARDS] == 1:
         return total(tree)
     own = jax.shard_map(
         total, mesh=mesh, in_specs=(_specs(tree, mesh),), out_specs=P(), check_vma=False
     )
-    return own(tree)
+    result: Array = own(tree)
+    return result
 
 
 # What follows is for use inside of `on_own_rows`; elsewhere it changes nothing.

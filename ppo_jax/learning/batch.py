@@ -175,7 +175,7 @@ def make_batch(
         ref_logprobs=ref_logprobs,
         entropy=jnp.where(mask, old.entropy, 0.0),
         values=values,
-        rewards=rewards,
+        rewards=paid,
         advantages=batch.advantages,
     )
     return Prepared(batch, Controls(kl_coef, moments), metrics, distributions, tokens)

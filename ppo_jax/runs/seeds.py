@@ -89,8 +89,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     raised = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     corrected = np.empty_like(p)
     corrected[order] = np.minimum(raised, 1.0)
-    raised: list[float] = corrected.tolist()
-    return raised
+    return [float(p) for p in corrected]
 
 
 def verdict(p: float, corrected: float) -> Verdict:
