@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 
@@ -87,6 +88,71 @@ def _least_kept(p: Float[Array, "N V"], mass: float) -> Float[Array, "N 1"]:
 
 _BITS_OF_ONE = 30
 """How many of its lowest bits a float32 between 0 and 1 uses."""
+
+
+def greatest(
+    logits: Float[Array, "N V"], noise: Float[Array, "N V"] | float
+) -> tuple[Int[Array, "N"], Float[Array, "N"]]:
+    """Where logits + noise are greatest, and the log-probability there, softmax(logits)'s.
+
+    A GPU and a TPU go over the logits once, in a reduction that makes the noise on the way, where
+    the formula would read them from memory five times. A CPU computes such a reduction a number at
+    a time.
+    """
+    noise = jnp.broadcast_to(noise, logits.shape)
+    token, logprob = jax.lax.platform_dependent(
+        logits, noise, cpu=_greatest_by_formula, default=_greatest_in_one_pass
+    )
+    return token, logprob
+
+
+def _greatest_by_formula(logits: Array, noise: Array) -> tuple[Array, Array]:
+    token = argmax(logits + noise)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _greatest_in_one_pass(logits: Array, noise: Array) -> tuple[Array, Array]:
+    """With the sum of exp(logits) over that of the greatest so far, as it is summed online."""
+    count = logits.shape[-1]
+
+    def merge(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+        (noisy_a, place_a, logit_a, top_a, sum_a), (noisy_b, place_b, logit_b, top_b, sum_b) = a, b
+        is_a = (noisy_a > noisy_b) | ((noisy_a == noisy_b) & (place_a < place_b))
+        top = jnp.maximum(top_a, top_b)
+
+        def rescaled(part: Array, its_top: Array) -> Array:
+            return part * jnp.where(its_top == top, 1.0, jnp.exp(its_top - top))  # -inf = -inf
+
+        return (
+            jnp.where(is_a, noisy_a, noisy_b),
+            jnp.where(is_a, place_a, place_b),
+            jnp.where(is_a, logit_a, logit_b),
+            top,
+            rescaled(sum_a, top_a) + rescaled(sum_b, top_b),
+        )
+
+    place = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    least = np.float32(-np.inf)
+    _, token, chosen, top, total = jax.lax.reduce(
+        (logits + noise, place, logits, logits, (logits > least).astype(jnp.float32)),
+        (least, np.int32(count), least, least, np.float32(0)),
+        merge,
+        (1,),
+    )
+    return jnp.minimum(token, count - 1), chosen - top - jnp.log(total)
+
+
+def argmax(x: Float[Array, "N V"]) -> Int[Array, "N"]:
+    """The first place of each row's greatest number.
+
+    As two reductions: XLA:CPU computes `jnp.argmax`, and the noise that it fuses into it, a number
+    at a time, which took a tenth of the time of generation for 32 rows.
+    """
+    count = x.shape[-1]
+    is_greatest = x == x.max(axis=-1, keepdims=True)
+    first = jnp.where(is_greatest, jnp.arange(count, dtype=jnp.int32), count).min(axis=-1)
+    return jnp.minimum(first, count - 1)  # of a row with NaN, some place
 
 
 def pack_bits(sampling_mask: Bool[Array, "*rows V"]) -> UInt8[Array, "*rows (V+7)//8"]:

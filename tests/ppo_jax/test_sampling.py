@@ -4,12 +4,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from ppo_jax.sampling import Sampling, pack_bits, sampling_logits, truncation, unpack_bits
+from ppo_jax.sampling import (
+    Sampling,
+    _greatest_by_formula,
+    _greatest_in_one_pass,
+    argmax,
+    greatest,
+    pack_bits,
+    sampling_logits,
+    truncation,
+    unpack_bits,
+)
 
 ROWS, VOCAB = 6, 37
 compiled_truncation = jax.jit(truncation, static_argnums=1)
@@ -154,6 +165,43 @@ def test_temperature_divides_and_what_is_not_allowed_is_gone():
     tempered = np.asarray(sampling_logits(logits, allowed, 0.5))
     np.testing.assert_array_equal(tempered, np.where(allowed, logits * 2, -np.inf))
     assert tempered.dtype == np.float32
+
+
+def test_argmax_is_that_of_numpy():
+    rng = np.random.default_rng(0)
+    rows = rng.integers(-3, 4, (200, 7)).astype(np.float32)  # most rows have several greatest
+    rows[rng.random(rows.shape) < 0.3] = -np.inf
+    rows[:2] = np.array([[-np.inf], [np.inf]])
+    np.testing.assert_array_equal(jax.jit(argmax)(rows), rows.argmax(1))
+    rows[:, 3] = np.nan
+    assert np.isin(jax.jit(argmax)(rows), np.arange(7)).all()
+
+
+@pytest.mark.parametrize("way", [_greatest_by_formula, _greatest_in_one_pass])
+def test_the_greatest_and_its_log_probability(way):
+    """Of rows with forbidden ids, of far apart logits, and with several greatest."""
+    logits = np.concatenate([random_logits(i, spread) for i, spread in enumerate((0.1, 3, 60))])
+    drawn = np.random.default_rng(5).gumbel(size=logits.shape).astype(np.float32)
+    for noise in (drawn, np.zeros_like(drawn)):
+        logits[-1, 3:9] = logits[-1].max() + 7  # with no noise, the first of these
+        token, logprob = jax.jit(way)(logits, noise)
+        np.testing.assert_array_equal(token, (logits + noise).argmax(1))
+        log_p = scipy.special.log_softmax(logits.astype(np.float64), axis=1)
+        expected = np.take_along_axis(log_p, np.asarray(token)[:, None], axis=1)[:, 0]
+        largest = np.float32(abs(logits[np.isfinite(logits)]).max())
+        np.testing.assert_allclose(logprob, expected, rtol=1e-6, atol=np.spacing(largest))
+
+
+def test_an_accelerator_goes_over_the_logits_once():
+    """In one reduction of five numbers; a CPU in several of one."""
+
+    def reductions(platform):
+        arguments = jnp.zeros((2, 50)), jnp.zeros((2, 50))
+        lowered = jax.jit(greatest).trace(*arguments).lower(lowering_platforms=(platform,))
+        return lowered.as_text().count("stablehlo.reduce(")
+
+    assert [reductions(platform) for platform in ("cuda", "tpu")] == [1, 1]
+    assert reductions("cpu") > 2
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 37])
