@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 import suite
-from compile_for_gpu import Iteration, h100
+from compile_ahead import Iteration, h100
 from ppo import SHAPES, Work
 from rich.console import Console
 from rich.table import Table

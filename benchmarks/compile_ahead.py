@@ -1,0 +1,255 @@
+"""Compile an iteration for an H100 or a TPU v5e that is not there, and say what the programs cost.
+
+    pip install -e '.[cuda12,test]'
+    JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python benchmarks/compile_ahead.py --target h100
+    pip install -e '.[tpu,test]'
+    python benchmarks/compile_ahead.py --target v5e
+
+XLA needs a description of the device, not the device. What it cannot do without one is to time
+kernels and choose the fastest, so programs for a GPU differ a little from those that it would run.
+
+"decode" is one step of generation in all rows, "update" one optimizer step; both are bodies of
+loops, read by `compiled_program.py`, which says what counts as moved. The least that a decode step
+can move is the weights, in the compute type, and the keys and values of real tokens, at half of the
+responses' limit. The least that an update can hold is its arguments, a gradient of every parameter
+that learns, and what one micro-batch keeps for the backward pass.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from compiled_program import CompiledProgram
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+from ppo import SHAPES, Work, config_of, task_of
+from rich.console import Console
+from rich.table import Table
+
+from ppo_jax import compilation, flags
+from ppo_jax.generation.rollout import rollout
+from ppo_jax.learning.frozen import join, partition
+from ppo_jax.learning.learner import Learner
+from ppo_jax.models import PolicyValueNetwork
+
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  registers_per_block_limit: 65536  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472  l2_cache_size: 52428800
+  memory_bandwidth: 3352320000000  device_memory_size: 84929347584
+}
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 7 }
+runtime_version { major: 12 minor: 8 patch: 0 }
+"""
+"""As XLA describes it, a protocol buffer in text."""
+
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Compile an iteration for a device that need not be there."""
+
+    target: Literal["h100", "v5e"] = "h100"
+    """The device: a GPU or a TPU."""
+    work: Literal["short", "long", "both"] = "both"
+    """64 x (128 + 128), 256 x (192 + 512), or both."""
+    dump: Path | None = None
+    """Folder for the compiled programs, as text."""
+
+
+def works(arguments: Arguments) -> dict[str, Work]:
+    """As in `suite.py --machine gpu`; on a TPU, whose memory is a fifth, in more micro-batches."""
+    on_device = Work("random:qwen2.5-0.5b", dtype="bfloat16", batch_size=64)
+    short = replace(on_device, prompt_length=128, response_length=128)
+    long = replace(
+        on_device, batch_size=256, prompt_length=192, response_length=512, epochs=1, packed_sizes=8
+    )
+    micro = (1, 16) if arguments.target == "h100" else (4, 64)
+    named = {
+        "short": replace(short, microbatches=micro[0]),
+        "long": replace(long, microbatches=micro[1]),
+    }
+    return {name: work for name, work in named.items() if arguments.work in (name, "both")}
+
+
+def main() -> None:
+    arguments = flags.parse(Arguments(), sys.argv[1:], prog="python benchmarks/compile_ahead.py")
+    jax.config.update("jax_platforms", "cpu")  # the device is not looked for
+    device = {"h100": h100, "v5e": v5e}[arguments.target]()
+    table = Table(*COLUMNS)
+    for name, work in works(arguments).items():
+        iteration = Iteration(work, device)
+        for program, compiled in iteration.programs():
+            if arguments.dump is not None:
+                arguments.dump.mkdir(parents=True, exist_ok=True)
+                (arguments.dump / f"{name}_{program}.txt").write_text(compiled.as_text())
+            size = f"{work.batch_size} x ({work.prompt_length} + {work.response_length})"
+            table.add_row(size, program, *figures(iteration, program, compiled))
+    Console(width=130).print(table)
+
+
+COLUMNS = (
+    "work", "program", "kernels", "GB moved", "of its least", "collectives", "arguments, GiB",
+    "workspace, GiB", "memory, of its least",
+)  # fmt: skip
+
+
+def figures(iteration: "Iteration", name: str, compiled: Any) -> list[str]:
+    """A row of the table; the loop that a program spends its time in is the costliest."""
+    program, memory = CompiledProgram(compiled.as_text()), compiled.memory_analysis()
+    loops = [program.cost(body) for body in program.loops()]
+    # Where responses are only read, loops are those over layers and micro-batches.
+    cost = program.cost() if name == "prepare" else max(loops, key=lambda cost: cost.bytes)
+    arguments, workspace = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    least_moved = least_held = ""
+    if name == "rollout":
+        least_moved = f"{cost.bytes / iteration.least_moved():.2f}"
+    if name == "update":
+        least_held = f"{(arguments + workspace) / (arguments + iteration.least_kept()):.2f}"
+    return [
+        str(cost.kernels),
+        f"{cost.bytes / 1e9:.2f}",
+        least_moved,
+        ", ".join(f"{count} {kind}" for kind, count in cost.collectives.items()) or "none",
+        f"{arguments / GIB:.1f}",
+        f"{workspace / GIB:.1f}",
+        least_held,
+    ]
+
+
+def h100() -> NamedSharding:
+    """Places arrays on it."""
+    return _first_of(
+        topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    )
+
+
+def v5e() -> NamedSharding:
+    """Places arrays on one chip."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no machine of Google's is asked
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor is there one to fight for
+    return _first_of(topologies.get_topology_desc("v5e:2x2", platform="tpu"))
+
+
+def _first_of(topology: topologies.TopologyDescription) -> NamedSharding:
+    mesh = jax.sharding.Mesh(topology.devices[:1], ("device",))
+    return NamedSharding(mesh, PartitionSpec())
+
+
+class Iteration:
+    """The arrays and the programs of an iteration, from shapes alone: nothing is allocated.
+
+    Args:
+        sharding: of a device that need not be there; None compiles for this machine.
+    """
+
+    def __init__(self, work: Work, sharding: NamedSharding | None = None):
+        self._placed = lambda tree: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+        self._jit = compilation.jit if sharding is None else _jit_for_another_device
+        self.work, self.config = work, config_of(work)
+        shape, optimizer = SHAPES[work.model], self.config.optimizer
+
+        def network() -> PolicyValueNetwork:
+            return PolicyValueNetwork(
+                shape,
+                rngs=nnx.Rngs(0),
+                dtype=work.dtype,
+                param_dtype=work.param_dtype,
+                separate_critic=work.critic == "separate",
+            )
+
+        self.graphdef, params, frozen = jax.eval_shape(lambda: partition(network(), optimizer))
+        self.params, self.frozen = self._placed((params, frozen))
+        self.learner = Learner(
+            self.graphdef,
+            task_of(work, shape.vocab_size).rules,
+            self.config.ppo,
+            optimizer,
+            num_iterations=1000,
+            remat=work.remat,
+        )
+        start = jax.eval_shape(lambda params: self.learner.init(params, 0), self.params)
+        self.state = self._placed(start)
+
+    def programs(self) -> Iterator[tuple[str, Any]]:
+        """(name, compiled) of the three programs."""
+        work, learner, state = self.work, self.learner, self.state
+
+        def respond(params: nnx.State, ids: Any, length: Any, key: Any) -> Any:
+            return rollout(
+                nnx.merge(self.graphdef, params),
+                ids,
+                length,
+                key,
+                rules=learner.rules,
+                compacts_rows=self.config.ppo.num_packed_sizes > 1,
+            )
+
+        whole = join(self.params, self.frozen)
+        ids, length, score, key = self._placed(
+            (
+                jax.ShapeDtypeStruct((work.batch_size, work.prompt_length), jnp.int32),
+                jax.ShapeDtypeStruct((work.batch_size,), jnp.int32),
+                jax.ShapeDtypeStruct((work.batch_size,), jnp.float32),
+                jax.eval_shape(lambda: jax.random.key(0)),
+            )
+        )
+        yield "rollout", self._jit(respond).lower(whole, ids, length, key).compile()
+        responses = self._placed(jax.eval_shape(respond, whole, ids, length, key))
+        scored = (whole, whole["backbone"], state.controls, responses, score)
+        yield "prepare", self._jit(learner.prepare).lower(*scored).compile()
+        batch = self._placed(jax.eval_shape(learner.prepare, *scored)).batch
+        update = self._jit(learner.update, donate_argnums=0)
+        yield "update", update.lower(state, batch, key, self.frozen).compile()
+
+    def least_moved(self) -> int:
+        """Bytes of a decode step, all prompts and half of the responses being there."""
+        work, shape = self.work, SHAPES[self.work.model]
+        itemsize = jnp.dtype(work.dtype).itemsize
+        weights = sum(x.size for x in jax.tree.leaves(self.params["backbone"]))
+        kept = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+        tokens = work.batch_size * (work.prompt_length + work.response_length // 2)
+        return itemsize * (weights + kept * tokens)
+
+    def least_kept(self) -> int:
+        """Bytes of the gradients, and of the residuals of a micro-batch's layers."""
+        work, shape = self.work, SHAPES[self.work.model]
+        gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.params))
+        tokens = work.batch_size // work.minibatches // work.microbatches
+        tokens *= work.prompt_length + work.response_length
+        heads = 2 * shape.num_key_value_heads + shape.num_attention_heads
+        products = heads * shape.head_dim + shape.hidden_size + 2 * shape.intermediate_size
+        a_token = shape.hidden_size + (0 if work.remat else products)
+        itemsize = jnp.dtype(work.dtype).itemsize
+        return gradients + itemsize * shape.num_hidden_layers * tokens * a_token
+
+
+def _jit_for_another_device(function: Callable[..., Any], **options: Any) -> Any:
+    """`compilation.jit`, which asks what device this machine has, without its options for it."""
+
+    def as_written(*args: Any) -> Any:
+        with compilation.float32_products():
+            return function(*args)
+
+    return jax.jit(as_written, **options)
+
+
+if __name__ == "__main__":
+    main()

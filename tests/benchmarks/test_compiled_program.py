@@ -1,0 +1,116 @@
+"""What is read from a compiled program's text, and that programs do not get worse."""
+
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from compile_ahead import Iteration, v5e
+from compiled_program import CompiledProgram, Cost
+from ppo import Work
+
+from ppo_jax.models.decoder import project
+from ppo_jax.sampling import greatest
+
+WRITTEN = """
+HloModule test
+
+%sliced (param_0: f32[100,10], param_1: s32[]) -> f32[1,10] {
+  %param_0 = f32[100,10]{1,0} parameter(0)
+  %view = f32[100,10]{1,0} bitcast(%param_0)
+  %param_1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %row = f32[1,10]{1,0} dynamic-slice(%view, %param_1, %zero), dynamic_slice_sizes={1,10}
+}
+
+%written (param_0.1: f32[100,10], param_1.1: f32[1,10], param_2.1: s32[]) -> f32[100,10] {
+  %param_0.1 = f32[100,10]{1,0} parameter(0)
+  %param_1.1 = f32[1,10]{1,0} parameter(1)
+  %param_2.1 = s32[] parameter(2)
+  %zero.1 = s32[] constant(0)
+  ROOT %all = f32[100,10]{1,0} dynamic-update-slice(%param_0.1, %param_1.1, %param_2.1, %zero.1)
+}
+
+%body (state: (s32[], f32[100,10])) -> (s32[], f32[100,10]) {
+  %state = (s32[], f32[100,10]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[100,10]{1,0} get-tuple-element(%state), index=1
+  %fast = f32[100,10]{1,0:T(8,128)S(1)} copy(%x)
+  %one = f32[1,10]{1,0} fusion(%x, %i), kind=kLoop, calls=%sliced
+  %sum = f32[1,10]{1,0} all-reduce(%one), to_apply=%add
+  %y = f32[100,10]{1,0} fusion(%x, %sum, %i), kind=kLoop, calls=%written
+  ROOT %next = (s32[], f32[100,10]{1,0}) tuple(%i, %y)
+}
+
+%condition (state.1: (s32[], f32[100,10])) -> pred[] {
+  %state.1 = (s32[], f32[100,10]{1,0}) parameter(0)
+  ROOT %goes_on = pred[] constant(true)
+}
+
+ENTRY %main (start: (s32[], f32[100,10])) -> (s32[], f32[100,10]) {
+  %start = (s32[], f32[100,10]{1,0}) parameter(0)
+  ROOT %loop = (s32[], f32[100,10]{1,0}) while(%start), condition=%condition, body=%body TRIPS
+}
+"""
+
+
+def test_bytes_kernels_and_collectives_of_a_program() -> None:
+    trips = ', backend_config={"known_trip_count":{"n":"5"}}'
+    program = CompiledProgram(WRITTEN.replace(" TRIPS", trips))
+    # A copy to fast memory reads all; a slice is read with its number, and written; it is summed;
+    # the sum and the number are read, and the sum is written in place.
+    once = Cost(4000 + (40 + 4 + 40) + (40 + 40) + (40 + 4 + 40), 4, {"all-reduce": 1})
+    assert program.cost("%body") == once
+    assert program.cost() == once * 5
+    assert program.loops() == []
+    unknown = CompiledProgram(WRITTEN.replace(" TRIPS", ""))
+    assert unknown.loops() == ["%body"]
+    assert unknown.cost() == once
+
+
+def test_bytes_of_what_xla_compiles() -> None:
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.sin(x @ y).sum(1)
+
+    x = jnp.zeros((256, 512))
+    program = CompiledProgram(jax.jit(product).lower(x, x.T).compile().as_text())
+    read, logits, sums = 2 * 4 * x.size, 4 * 256 * 256, 4 * 256
+    assert read + sums <= program.cost().bytes <= read + 6 * logits + 2 * sums
+    assert program.cost().collectives == {}
+
+
+@pytest.mark.slow
+def test_what_an_iteration_moves_and_holds_is_no_more_than_it_was() -> None:
+    """On a CPU, of a tiny network: lower the figures as programs get better."""
+    iteration = Iteration(Work("random:tiny", batch_size=16, prompt_length=32, response_length=96))
+    compiled = dict(iteration.programs())
+    rollout = CompiledProgram(compiled["rollout"].as_text())
+    [decode] = [rollout.cost(body) for body in rollout.loops()]
+    assert decode.bytes < 8.1 * iteration.least_moved()  # most of it logits and keys
+    held = compiled["update"].memory_analysis().temp_size_in_bytes
+    assert held < LIMIT * iteration.least_kept()
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu compiles for the TPU")
+def test_logits_of_a_decode_step_never_reach_the_memory_of_a_tpu() -> None:
+    """Of Qwen's vocabulary: the projection is read, and that is all."""
+    device = v5e()
+    vocab_size, hidden_size, rows = 151_936, 896, 256
+
+    def placed(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+
+    def draw(hidden: jax.Array, projection: jax.Array, keys: jax.Array) -> Any:
+        noise = jax.vmap(partial(jax.random.gumbel, shape=(vocab_size,)))(keys)
+        return greatest(project(hidden, projection), noise)
+
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    arguments = (
+        placed((rows, hidden_size), jnp.bfloat16),
+        placed((vocab_size, hidden_size), jnp.bfloat16),
+        placed(keys.shape, keys.dtype),
+    )
+    program = CompiledProgram(jax.jit(draw).lower(*arguments).compile().as_text())
+    assert program.cost().bytes < 1.01 * 2 * vocab_size * hidden_size
