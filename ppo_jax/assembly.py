@@ -16,7 +16,7 @@ from ppo_jax.models.loading import read_max_length
 from qwen_env.errors import UsageError
 from qwen_env.prompts import PromptDataset, PromptEncoder, load_prompts
 from qwen_env.task import TextTask, make_task
-from qwen_env.tasks import load_named_task
+from qwen_env.tasks import NamedTask, load_named_task
 from qwen_env.tokenizer import load_tokenizer
 
 
@@ -115,10 +115,23 @@ def assemble(
         chat_template_kwargs=settings.template_arguments,
         prompt_overflow=settings.prompt_overflow,
         missing_eos_penalty=settings.missing_eos_penalty,
+        interaction=_interaction(settings, named),
+        max_turns=settings.max_turns or (1 if named is None else named.max_turns),
     )
     if named is not None:
         task = replace(task, answer_of=named.answer_of)
     return Assembly(network, task, held_out)
+
+
+def _interaction(settings: TaskConfig, named: NamedTask | None) -> Any:
+    if named is None or named.interaction is None:
+        return settings.interaction
+    if settings.interaction is not None:
+        raise UsageError(
+            f"interaction is {settings.interaction!r}, but the task {named.name} has one of its "
+            "own; leave one of the two out."
+        )
+    return named.interaction
 
 
 def _set_apart(prompts: PromptDataset, name: str) -> tuple[PromptDataset, PromptDataset]:

@@ -70,8 +70,7 @@ class ReplyEncoder:
         self, row: Mapping[str, Any], before: Sequence[Message], new: Sequence[Message]
     ) -> tuple[str, str]:
         """What the template writes behind a turn's end of sequence, and that end of sequence."""
-        before = list(before)
-        said = _MARK
+        chat, before, said = before, list(before), _MARK
         if before[-1]["role"] == "assistant":  # a prompt that the policy went on with
             said = f"{before.pop()['content']}{_MARK}"
         text = self.prompt_encoder.render(
@@ -85,7 +84,14 @@ class ReplyEncoder:
                 "the chat template does not write what the assistant said once, so that it cannot "
                 "be continued; use another"
             )
-        tail = text.partition(_MARK)[2]
+        head, _, tail = text.partition(_MARK)
+        live = self.prompt_encoder.render(row, chat)
+        if head.startswith(live) and head != live:
+            raise UsageError(
+                f"the chat template writes {head[len(live) :][:20]!r} before what the assistant "
+                "says, which the prompt leaves to the policy, so that it cannot be continued; use "
+                "another"
+            )
         backend = self.prompt_encoder.tokenizer.backend
         names = filter(None, map(backend.id_to_token, self.rules.eos_token_ids))
         found = [name for name in names if tail.lstrip().startswith(name)]

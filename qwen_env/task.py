@@ -77,6 +77,9 @@ class Outcome:
     last_reward: float
     info: dict[str, Any]
     turn_rewards: Sequence[tuple[int, float]] = ()  # as `Conversation` has them
+    token_rewards: Sequence[float] | None = (
+        None  # of the policy's tokens, if `last_reward` is theirs
+    )
 
     @property
     def reward(self) -> float:
@@ -281,13 +284,15 @@ class TextTask:
                 response_ids=[episode.response_ids for episode in episodes],
             ),
         )
-        rewards = scores.values
+        rewards, by_token = scores.values, scores.tokens
         components = {"score": rewards, **scores.components}
         if self.missing_eos_penalty:
             was_cut = np.isin(reasons, ("length", "overflow"))
             penalties = np.where(was_cut, -self.missing_eos_penalty, 0.0)
             components["missing_eos_penalty"] = penalties
             rewards = rewards + penalties
+            for row, penalty in zip(by_token or (), penalties, strict=by_token is not None):
+                row[-1] += penalty
         if self.partner is not None:
             of_turns = [sum(reward for _, reward in e.turn_rewards) for e in episodes]
             components["turn_rewards"] = np.array(of_turns)
@@ -302,6 +307,7 @@ class TextTask:
                     "reward_components": {name: column[i] for name, column in columns.items()},
                 },
                 episodes[i].turn_rewards,
+                None if by_token is None else by_token[i].tolist(),
             )
             for i, reward in enumerate(rewards.tolist())
         ]

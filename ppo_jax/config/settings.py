@@ -103,6 +103,12 @@ class TaskConfig(ResponseConfig):
     weighted sum, "1.0 * a.b:c + 0.5 * d.e:f"."""
     gold_reward: str | None = None
     """A second reward, reported beside the first and never trained on."""
+    interaction: str | None = None
+    """What replies between the policy's turns: "package.module:name", a function of a TurnBatch or
+    an object with a method reply; None leaves it to the task."""
+    max_turns: Count | None = None
+    """Most turns of an episode, whose replies count towards max_new_tokens; None leaves it to the
+    task, or makes it 1."""
     max_prompt_length: Count | None = pocket.MAX_PROMPT_LENGTH
     """Longest prompt, in tokens; None makes it that of the longest prompt there is."""
     prompt_overflow: Overflow = "error"

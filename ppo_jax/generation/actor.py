@@ -44,13 +44,20 @@ class Experience:
     def rewards(self) -> np.ndarray | None:
         """float32 [B, T]: what each token earned; None where only the last of each episode can earn
         anything, which is then the score."""
-        if all(episode.conversation is None for episode in self.episodes):
+        pairs = list(zip(self.episodes, self.outcomes, strict=True))
+        if all(e.conversation is None and o.token_rewards is None for e, o in pairs):
             return None
         rewards = np.zeros(self.rollout.logprobs.shape, np.float32)
-        for row, episode, outcome in zip(rewards, self.episodes, self.outcomes, strict=True):
+        for row, (episode, outcome) in zip(rewards, pairs, strict=True):
+            count = len(episode.response_ids)
+            if outcome.token_rewards is None:
+                row[count - 1] = outcome.last_reward
+            else:
+                row[:count][slice(None) if episode.own is None else episode.own] = (
+                    outcome.token_rewards
+                )
             for place, reward in outcome.turn_rewards:
                 row[place] += reward
-            row[len(episode.response_ids) - 1] += outcome.last_reward
         return rewards
 
     @property
@@ -178,7 +185,10 @@ class Actor:
         # Each process scores its part, and all know all scores.
         own = own_part(episodes)
         parts = together(
-            lambda: [(x.last_reward, x.info, x.turn_rewards) for x in self.task.evaluate(own)]
+            lambda: [
+                (x.last_reward, x.info, x.turn_rewards, x.token_rewards)
+                for x in self.task.evaluate(own)
+            ]
         )
         outcomes = [Outcome(*outcome) for part in parts for outcome in part]
         scored = time.perf_counter()

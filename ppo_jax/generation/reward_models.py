@@ -136,11 +136,13 @@ class WithGold:
     def __init__(self, reward: RewardFn, gold: RewardFn):
         self._reward, self._gold = reward, gold
 
-    def __call__(self, batch: RewardBatch) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
+    def __call__(
+        self, batch: RewardBatch
+    ) -> tuple[np.ndarray | Sequence[np.ndarray], Mapping[str, np.ndarray]]:
         scores: Scores = score(self._reward, batch)
         gold = score(self._gold, batch)
         if "gold" in scores.components:
             raise RewardError(
                 "The reward already has a component named 'gold'; leave out gold_reward."
             )
-        return scores.values, {**scores.components, "gold": gold.values}
+        return scores.rewards, {**scores.components, "gold": gold.values}

@@ -6,7 +6,9 @@ A reward function is any callable that takes a `RewardBatch` and returns one num
         return np.array([-len(ids) for ids in batch.completion_ids], np.float32)
 
 It may return `(scores, components)` instead, where `components` maps names to arrays of the same
-length; they are reported, not trained on.
+length; they are reported, not trained on. And in the place of a number, each row may have an array
+with a number for each of its `completion_ids`: a learner gives each token its own, the environment
+pays their sum at the end.
 """
 
 import copy
@@ -90,6 +92,7 @@ def _copied_message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 Numbers = np.ndarray | Sequence[float]  # N of them
+Rewards = Numbers | Sequence[Numbers]  # each of these as many as the row has `completion_ids`
 
 
 class RewardFn(Protocol):
@@ -97,15 +100,25 @@ class RewardFn(Protocol):
 
     def __call__(
         self, batch: RewardBatch, /
-    ) -> Numbers | tuple[Numbers, Mapping[str, Numbers]]: ...
+    ) -> Rewards | tuple[Rewards, Mapping[str, Numbers]]: ...
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Checked rewards: `values` float32 [N], and named `components`, float32 [N] each."""
+    """Checked rewards: `values` float32 [N], and named `components`, float32 [N] each.
+
+    `tokens` has an array of float32 for each row, whose sum its value is; None where the reward
+    function gave numbers.
+    """
 
     values: np.ndarray
     components: Mapping[str, np.ndarray]
+    tokens: Sequence[np.ndarray] | None = None
+
+    @property
+    def rewards(self) -> np.ndarray | Sequence[np.ndarray]:
+        """As the reward function gave them."""
+        return self.values if self.tokens is None else self.tokens
 
 
 RESERVED_COMPONENTS = ("score", "missing_eos_penalty")
@@ -159,12 +172,17 @@ def score(reward: RewardFn, batch: RewardBatch) -> Scores:
             raise RewardError(
                 f"The reward function {name} names a component {key!r}; {NAMES_ALLOWED}."
             )
+    who = f"The reward function {name}"
+    tokens = _by_token(values, batch, who)
+    if tokens is not None:
+        values = np.array([row.sum() for row in tokens], np.float32)
     return Scores(
-        _checked(values, batch, f"The reward function {name}"),
+        _checked(values, batch, who),
         {
             key: _checked(value, batch, f"Component {key!r} of the reward function {name}")
             for key, value in components.items()
         },
+        tokens,
     )
 
 
@@ -265,6 +283,37 @@ def _checked(values: Any, batch: RewardBatch, who: str) -> np.ndarray:
             f"{who} returned {what} for {row_name(batch, row)}; rewards must be finite (float32)."
         )
     return array
+
+
+def _by_token(values: Any, batch: RewardBatch, who: str) -> list[np.ndarray] | None:
+    """The arrays of rows, float32, where `values` holds an array of numbers for each."""
+    is_column = isinstance(values, Sequence | np.ndarray) and not isinstance(values, str | bytes)
+    if not is_column or not len(batch) or len(values) != len(batch):
+        return None
+    if not all(isinstance(row, Sequence | np.ndarray) and np.ndim(row) == 1 for row in values):
+        return None
+    lengths, written = [len(row) for row in values], [len(ids) for ids in batch.completion_ids]
+    if lengths != written:
+        if len(set(lengths)) == 1:  # a matrix, which is no number for each row either
+            return None
+        row = next(i for i in range(len(batch)) if lengths[i] != written[i])
+        raise RewardError(
+            f"{who} returned {lengths[row]} numbers for {row_name(batch, row)}, whose completion "
+            f"has {written[row]} tokens; it must return one number per row, or one per token of it."
+        )
+    tokens = []
+    for i, row in enumerate(values):
+        numbers = np.asarray(row)
+        is_finite = numbers.dtype.kind in "biuf" and not np.ma.is_masked(row)
+        with np.errstate(all="ignore"):
+            numbers = numbers.astype(np.float32) if is_finite else numbers
+        if not is_finite or not np.isfinite(numbers).all():
+            raise RewardError(
+                f"{who} returned {reprlib.repr(row)} for {row_name(batch, i)}; rewards must be "
+                "finite numbers (float32)."
+            )
+        tokens.append(numbers)
+    return tokens
 
 
 def _first_non_number(values: Any, batch: RewardBatch) -> str | None:

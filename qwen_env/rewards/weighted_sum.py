@@ -1,6 +1,6 @@
 """Several reward functions as one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,19 +37,30 @@ class WeightedSum:
                 )
             self.terms[name] = (weight, reward)
 
-    def __call__(self, batch: RewardBatch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def __call__(
+        self, batch: RewardBatch
+    ) -> tuple[np.ndarray | Sequence[np.ndarray], dict[str, np.ndarray]]:
         total = np.zeros(len(batch), np.float32)
+        by_token: list[np.ndarray] | None = None  # of the terms that have a number for each token
         components: dict[str, np.ndarray] = {}
         accuracies = []
         for name, (weight, reward) in self.terms.items():
             scores = score(reward, batch)
-            total += weight * scores.values
+            if scores.tokens is None:
+                total += weight * scores.values
+            else:
+                new = [weight * row for row in scores.tokens]
+                by_token = new if by_token is None else [*map(np.add, by_token, new)]
             components[name] = scores.values
             components |= {f"{name}/{key}": value for key, value in scores.components.items()}
             accuracies += [value for key, value in scores.components.items() if key == "accuracy"]
         if len(accuracies) == 1 and "accuracy" not in components:
             components["accuracy"] = accuracies[0]
-        return total, components
+        if by_token is None:
+            return total, components
+        for row, rest in zip(by_token, total, strict=True):
+            row[-1] += rest  # numbers for whole rows belong to their ends
+        return by_token, components
 
 
 def weight_and_reward(name: Any, term: Any) -> tuple[Any, Any]:

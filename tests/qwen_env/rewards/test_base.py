@@ -12,7 +12,7 @@ import pytest
 import torch
 from gymnasium.error import DependencyNotInstalled
 
-from qwen_env.rewards import RewardError, score
+from qwen_env.rewards import RewardError, WeightedSum, score
 
 
 @pytest.fixture
@@ -306,3 +306,52 @@ def test_arrays_of_other_libraries(batch):
 def test_a_missing_extra_stays_a_missing_extra(batch):
     with pytest.raises(DependencyNotInstalled):
         score(answering(DependencyNotInstalled("pip install it")), batch)
+
+
+class TestRewardsByToken:
+    """A number for each token of an episode."""
+
+    @pytest.fixture
+    def batch(self, make_batch):
+        return make_batch(["aaa", "b", "cc"])  # of so many tokens
+
+    def test_they_are_kept_and_added_up(self, batch):
+        rows = [[0.5, 0, -1.5], [2], [1, 1]]
+        for given in (rows, [np.array(row) for row in rows], np.array(rows, dtype=object)):
+            scores = score(lambda batch, given=given: (given, {"n": [1, 2, 3]}), batch)
+            assert [row.tolist() for row in scores.tokens] == rows
+            assert {row.dtype for row in scores.tokens} == {np.dtype(np.float32)}
+            assert scores.values.tolist() == [-1, 2, 2]
+            assert scores.components["n"].tolist() == [1, 2, 3]
+        assert score(lambda batch: [1.0, 2.0, 3.0], batch).tokens is None
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            (
+                [[1, 2], [3], [4, 5]],
+                r"returned 2 numbers for row 0 .* has 3 tokens; it must return",
+            ),
+            (
+                [[1, 2, 3], [np.nan], [4, 5]],
+                r"returned \[nan\] for row 1 .*; rewards must be finite",
+            ),
+            ([[1, 2, 3], ["x"], [4, 5]], r"returned \['x'\] for row 1"),
+            ([[1, 2, 3], [1e60], [4, 5]], r"returned \[1e.60\] for row 1"),
+            ([[1], [2], [3]], r"returned shape \(3, 1\) for a batch of 3"),
+            ([[1, 2, 3], 3, [4, 5]], "must return one number per row"),
+        ],
+    )
+    def test_wrong_ones_name_the_row(self, batch, rows, message):
+        with pytest.raises(RewardError, match=message):
+            score(lambda batch: rows, batch)
+
+    def test_a_weighted_sum_gives_whole_rows_numbers_to_the_last_token(self, batch):
+        terms = {
+            "steps": (2.0, lambda batch: [[1, 2, 3], [4], [5, 6]]),
+            "end": (1.0, lambda batch: [10, 20, 30]),
+            "more": (1.0, lambda batch: [[0, 0, 1], [1], [1, 1]]),
+        }
+        scores = score(WeightedSum(terms), batch)
+        assert [row.tolist() for row in scores.tokens] == [[2, 4, 17], [29], [11, 43]]
+        assert scores.components["steps"].tolist() == [6, 4, 11]

@@ -1,0 +1,111 @@
+"""What turns cost: in the compiled rollout, and in the vector environment.
+
+    python -m benchmarks.turns [--rows 32] [--turns 4] [--tokens 16] [--model FOLDER]
+
+The rollout of several turns, whose replies come at once, beside one response of as many tokens.
+"""
+
+import argparse
+import time
+
+import gymnasium as gym
+import jax
+import numpy as np
+from flax import nnx
+
+import qwen_env  # noqa: F401  (registers QwenText-v0)
+from ppo_jax.generation.actor import Actor
+from ppo_jax.models import load_pretrained
+from ppo_jax.sampling import Sampling
+from qwen_env import pocket
+from qwen_env.interaction import Reply, TurnBatch
+from qwen_env.rewards import RewardBatch
+from qwen_env.task import make_task
+
+ONLY = 5  # the id that may be chosen before a turn has all its tokens
+
+
+class AtOnce:
+    """Replies with the same tokens to every turn."""
+
+    def __init__(self, num_tokens: int):
+        self._reply = Reply(ids=[ONLY] * num_tokens)
+
+    def reply(self, batch: TurnBatch) -> list[Reply]:
+        """At once."""
+        return [self._reply] * len(batch)
+
+
+def nothing(batch: RewardBatch) -> np.ndarray:
+    """A reward that takes no time."""
+    return np.zeros(len(batch))
+
+
+def rollout_seconds(model: str, rows: int, turns: int, tokens: int, *, as_one: bool) -> float:
+    """The median of five rollouts.
+
+    Args:
+        tokens: of each turn, and of each reply.
+        as_one: one response of as many tokens as the turns and the replies have together.
+    """
+    network = load_pretrained(model)
+    vocab_size = network.config.vocab_size
+    length = tokens * (2 * turns - 1)
+    task = make_task(
+        tokenizer=model,
+        prompts=["The plot"] * rows,
+        reward=nothing,
+        vocab_size=vocab_size,
+        max_prompt_length=8,
+        max_new_tokens=length,
+        eos_token_ids=[i for i in range(vocab_size) if i != ONLY],
+        min_new_tokens=(length if as_one else tokens) - 1,
+        **({} if as_one else {"interaction": AtOnce(tokens), "max_turns": turns}),
+    )
+    actor, params = Actor(network, task, Sampling()), nnx.state(network)
+    seconds = []
+    for number in range(7):
+        start = time.perf_counter()
+        done = actor.respond(params, list(task.prompts), jax.random.key(number))
+        jax.block_until_ready(done.rollout.logprobs)
+        seconds.append(time.perf_counter() - start)
+        assert number or all(len(e.response_ids) >= length - 1 for e in done.episodes)
+    return float(np.median(seconds[2:]))
+
+
+def steps_per_second(rows: int, tokens: int, *, interaction: AtOnce | None) -> float:
+    """Token steps of `make_vec`, all rows together."""
+    arguments = {} if interaction is None else {"interaction": interaction, "max_turns": 4}
+    envs = gym.make_vec(
+        "QwenText-v0", num_envs=rows, reward=nothing, max_new_tokens=8 * tokens, **arguments
+    )
+    envs.reset(seed=0)
+    word = envs.unwrapped.task.tokenizer.encode(" film")[0]
+    end = envs.unwrapped.task.rules.eos_token_ids[0]
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        for step in range(128):
+            action = end if step % tokens == tokens - 1 else word
+            envs.step(np.full(rows, action))
+        best = max(best, 128 * rows / (time.perf_counter() - start))
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--model", default=str(pocket.POLICY_FOLDER))
+    arguments = parser.parse_args()
+    sizes = arguments.model, arguments.rows, arguments.turns, arguments.tokens
+    one, several = (rollout_seconds(*sizes, as_one=as_one) for as_one in (True, False))
+    print(f"one response: {one:.3f} s; turns: {several:.3f} s; {several / one:.2f} times as long")
+    for name, interaction in (("alone", None), ("with replies", AtOnce(arguments.tokens))):
+        steps = steps_per_second(256, arguments.tokens, interaction=interaction)
+        print(f"make_vec, 256 rows, {name}: {steps:,.0f} token steps/s")
+
+
+if __name__ == "__main__":
+    main()
