@@ -163,8 +163,8 @@ def test_what_crosses_between_shards(make_agent):
         jnp.int32(0),
         key,
     )
-    rollout = agent.actor._rollout.lower(*arguments, completions_per_prompt=1, greedy=False)
-    program = Program(rollout.compile().as_text())
+    begin = agent.actor._begin.lower(*arguments, completions_per_prompt=1, greedy=False)
+    program = Program(begin.compile().as_text())
     assert program.collectives("all-gather"), "of the layers, for the prompts and once for decode"
     assert program.decode_loops, "those that end when all rows have"
     for body in program.decode_loops:
@@ -175,7 +175,7 @@ def test_what_crosses_between_shards(make_agent):
         agent.params,
         agent.reference,
         state.controls,
-        rollout.out_info,
+        begin.out_info.rollout,
         jnp.zeros(16),
     )
     update = agent._update.lower(state, prepared.batch, key, agent.frozen)
