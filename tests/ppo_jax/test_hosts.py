@@ -208,7 +208,9 @@ def test_a_run_of_two_processes_is_that_of_one(
     flags += ["--num-devices", "2", "--num-shards", "2", "--output-dir", str(run)]
     flags += ["--coordinator", address, "--num-processes", "2", "--process-id"]
     results = ended(*(start(["-m", "ppo_jax.train", *flags, f"{i}"], tmp_path) for i in range(2)))
-    assert [status for status, *_ in results] == [130, 130], results
+    for _, _, error in results:
+        print(error)
+    assert [status for status, *_ in results] == [130, 130]
     assert "The run is saved as it was after iteration 1" in results[0][2]
     assert results[1][2] == ""
     one, other = scored("together")
