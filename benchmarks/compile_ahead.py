@@ -110,11 +110,13 @@ COLUMNS = (
 
 
 def figures(iteration: "Iteration", name: str, compiled: Any) -> list[str]:
-    """A row of the table; the loop that a program spends its time in is the costliest."""
+    """A row of the table: one turn of the costliest loop, which the program spends its time in."""
     program, memory = CompiledProgram(compiled.as_text()), compiled.memory_analysis()
-    loops = [program.cost(body) for body in program.loops()]
-    # Where responses are only read, loops are those over layers and micro-batches.
-    cost = program.cost() if name == "prepare" else max(loops, key=lambda cost: cost.bytes)
+    if name == "prepare":
+        cost = program.cost()
+    else:  # of a rollout, not the loop over layers, whose length is known
+        loops = program.loops(of_unknown_length=name == "rollout")
+        cost = max((program.cost(body) for body in loops), key=lambda cost: cost.bytes)
     arguments, workspace = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     least_moved = least_held = ""
     if name == "rollout":

@@ -90,7 +90,7 @@ def test_what_an_iteration_moves_and_holds_is_no_more_than_it_was() -> None:
     [decode] = [rollout.cost(body) for body in rollout.loops()]
     assert decode.bytes < 8.1 * iteration.least_moved()  # most of it logits and keys
     held = compiled["update"].memory_analysis().temp_size_in_bytes
-    assert held < LIMIT * iteration.least_kept()
+    assert held < 4.6 * iteration.least_kept()  # most of it logits
 
 
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu compiles for the TPU")
