@@ -120,7 +120,7 @@ def numpy_loop(score, old, ref_logprobs, config, kl_coef, earlier_scores=()):
 def test_equals_a_numpy_loop(changes):
     config = dataclasses.replace(CONFIG, **changes)
     rollout, score, old, ref_logprobs = random_episodes()
-    batch, _, metrics, distributions = compiled(
+    batch, _, metrics, distributions, _ = compiled(
         rollout, score, old, ref_logprobs, controls(), config=config
     )
     advantages, returns, paid = numpy_loop(score, old, ref_logprobs, config, 0.3)
@@ -143,7 +143,7 @@ def test_metrics_and_distributions_by_position():
     state = rollout.state._replace(
         length=rollout.state.prompt_length + np.minimum(LENGTHS, 6), terminated=np.ones(B, bool)
     )
-    batch, _, metrics, distributions = compiled(
+    batch, _, metrics, distributions, _ = compiled(
         rollout._replace(state=state), score, old, ref_logprobs, controls(), config=CONFIG
     )
     kl = np.where(short, old.logprobs - ref_logprobs, 0)

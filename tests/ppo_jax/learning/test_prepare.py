@@ -47,7 +47,7 @@ def allowed_ids(rules):
 def test_equals_a_numpy_loop(full_logits, rules, compiled, finished):
     learner = compiled(advantage_whitening="none")
     ppo = learner.ppo
-    batch, _, metrics, _ = learner.prepare(finished)
+    batch, _, metrics, _, _ = learner.prepare(finished)
     state = finished.state
     logits, all_values = full_logits(state)
     logprobs, _ = response_logprobs(logits, state, allowed_ids(rules))
@@ -102,7 +102,7 @@ def test_what_was_drawn_from_binds_the_policy_and_not_the_reference(
     index = np.minimum(np.asarray(state.prompt_length)[:, None] + np.arange(T), P + T - 1)
     tokens = np.take_along_axis(np.asarray(state.tokens), index, axis=1)
     np.put_along_axis(sampling_mask, tokens[..., None], True, axis=-1)
-    batch, _, metrics, distributions = learner.prepare(
+    batch, _, metrics, distributions, _ = learner.prepare(
         finished._replace(sampling_mask=pack_bits(jnp.asarray(sampling_mask)))
     )
     logits, values = full_logits(state)
