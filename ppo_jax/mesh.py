@@ -180,19 +180,18 @@ def sum_over_arrays(
 ) -> Float[Array, ""]:
     """Σ function(x) over the arrays of a tree, of which every device sees its own shards."""
 
-    def total(tree: Any) -> Array:
-        results = []
-        for path, x in jax.tree_util.tree_leaves_with_path(tree):
-            is_cut = _are_cut() and _cut_axis(path) is not None
-            results.append(jax.lax.psum(function(x), SHARDS) if is_cut else function(x))
-        return sum(results[1:], results[0])
+    def of_array(path: tuple[Any, ...], x: Array) -> Any:
+        is_cut = _are_cut() and _cut_axis(path) is not None
+        return jax.lax.psum(function(x), SHARDS) if is_cut else function(x)
 
-    if mesh is None or mesh.shape[SHARDS] == 1:
-        return total(tree)
-    own = jax.shard_map(
-        total, mesh=mesh, in_specs=(_specs(tree, mesh),), out_specs=P(), check_vma=False
-    )
-    result: Array = own(tree)
+    def total(tree: Any) -> Any:
+        return sum(of_array(*leaf) for leaf in jax.tree_util.tree_leaves_with_path(tree))
+
+    of_all: Callable[[Any], Any] = total
+    if mesh is not None and mesh.shape[SHARDS] > 1:
+        specs = (_specs(tree, mesh),)
+        of_all = jax.shard_map(total, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+    result: Array = of_all(tree)
     return result
 
 
