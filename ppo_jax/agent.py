@@ -8,6 +8,7 @@ It touches no files: entry points save what it yields.
 import functools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -229,10 +230,11 @@ class PPOAgent:
         is_single = np.ndim(observation["input_ids"]) == 1
         rows = (
             np.atleast_2d(observation["input_ids"]),
-            *(np.ravel(observation[name]) for name in ("prompt_length", "length")),
+            _turn_start(observation),
+            np.ravel(observation["length"]),
         )
-        tokens, prompt_length, length = (replicate(x, self._mesh) for x in rows)
-        chosen = self._act(self.params, tokens, prompt_length, length, key, greedy=greedy)
+        tokens, turn_start, length = (replicate(x, self._mesh) for x in rows)
+        chosen = self._act(self.params, tokens, turn_start, length, key, greedy=greedy)
         return Choice(*(np.asarray(x[0] if is_single else x) for x in chosen))
 
     def evaluate(
@@ -262,12 +264,14 @@ class PPOAgent:
             self.config.run.seed, self.iteration, num_prompts, len(self.task.prompts)
         )
         prompts = [self.task.prompts[i] for i in indices]
-        return self.actor.respond(
+        experience = self.actor.respond(
             self.params,
             prompts,
             self._key(_ROLLOUT),
             completions_per_prompt=self.config.ppo.completions_per_prompt,
         )
+        self._warn_of_endless_turns(experience)
+        return experience
 
     def update(self, experience: Experience) -> dict[str, float]:
         """Learn from `experience`, which the present policy wrote; returns the metrics.
@@ -337,6 +341,17 @@ class PPOAgent:
                     "with a lower learning_rate."
                 )
 
+    def _warn_of_endless_turns(self, experience: Experience) -> None:
+        costs = any(reward < 0 for o in experience.outcomes for _, reward in o.turn_rewards)
+        is_paid = self.task.missing_eos_penalty or self.config.ppo.length_limit == "bootstrap"
+        if costs and not is_paid:
+            warnings.warn(
+                "A turn earned less than 0, and a turn that never ends costs nothing, so the "
+                "policy may learn not to end its turns; set missing_eos_penalty, or length_limit "
+                "to 'bootstrap'.",
+                stacklevel=3,
+            )
+
     def _rows_to_keep(self, experience: Experience) -> np.ndarray | None:
         """Of the episodes whose tokens are kept; None where this iteration's are not."""
         run, number = self.config.run, self.iteration + 1
@@ -360,11 +375,22 @@ class PPOAgent:
         return jax.random.fold_in(jax.random.fold_in(root, self.state.iteration), use)
 
 
+def _turn_start(observation: dict[str, np.ndarray]) -> np.ndarray:
+    """int32 [B]: where the turn under way began in each row of an observation."""
+    if "response_mask" not in observation:
+        return np.ravel(observation["prompt_length"])
+    own = np.atleast_2d(observation["response_mask"]) == 1
+    behind = np.arange(1, own.shape[1] + 1)
+    others = np.where(own | (behind > np.reshape(observation["length"], (-1, 1))), 0, behind)
+    start: np.ndarray = others.max(axis=1).astype(np.int32)
+    return start
+
+
 def _act(
     graphdef: nnx.GraphDef[PolicyValueNetwork],
     params: Params,
     tokens: jax.Array,
-    prompt_length: jax.Array,
+    turn_start: jax.Array,
     length: jax.Array,
     key: jax.Array,
     *,
@@ -380,7 +406,7 @@ def _act(
     action, logprob, _ = choose_token(
         network,
         hidden,
-        length - prompt_length,
+        length - turn_start,
         jax.random.split(key, len(length)),
         rules=rules,
         sampling=sampling,

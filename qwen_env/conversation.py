@@ -37,6 +37,11 @@ class Conversation:
     last_reply: Reply | None = None
     turn_rewards: tuple[tuple[int, float], ...] = ()
 
+    @property
+    def was_ended(self) -> bool:
+        """Whether the interaction has ended it, be it at the last turn that there could be."""
+        return self.last_reply is not None and self.last_reply.done
+
     def info(self) -> dict[str, Any]:
         """What the environments say of the step that ended the last turn."""
         assert self.last_reply is not None

@@ -343,6 +343,8 @@ def episodes_of(
         np.where(spoke_last, "overflow", "length"),
         np.where(spoke_last, "done", np.where(mdp.was_stopped(state), "stop", "eos")),
     )
+    said_done = [c is not None and c.was_ended for c in conversations or [None] * len(prompts)]
+    reasons = np.where(state.terminated & said_done, "done", reasons)
     return [
         Episode(
             prompt,

@@ -15,6 +15,7 @@ import io
 import json
 import operator
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -249,7 +250,8 @@ def python_tool(
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.communicate()
-                    raise TimeoutError(f"it took more than {seconds} s") from None
+            if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+                raise TimeoutError(f"it took more than {seconds} s")
             return output.read_text(errors="replace").strip()
 
     return python

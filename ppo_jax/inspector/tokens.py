@@ -61,8 +61,9 @@ def tokens_record(
     def kept(row: int, place: int) -> dict[str, Any]:
         episode, outcome = episodes[row], outcomes[row]
         prompt_ids, ids = episode.prompt.ids.tolist(), episode.completion_ids.tolist()
-        texts = pieces(tokenizer, [*prompt_ids, *ids])
-        steps = slice(len(ids))
+        texts = pieces(tokenizer, [*prompt_ids, *episode.response_ids.tolist()])
+        # Of the policy's own tokens: replies are left out.
+        steps = np.arange(len(ids)) if episode.own is None else np.flatnonzero(episode.own)
         columns = {
             "logprob": tokens.logprobs[row],
             "entropy": tokens.entropy[row],
@@ -80,7 +81,7 @@ def tokens_record(
         return {
             "prompt": texts[: len(prompt_ids)],
             "prompt_ids": prompt_ids,
-            "text": texts[len(prompt_ids) :],
+            "text": [texts[len(prompt_ids) + step] for step in steps],
             "ids": ids,
             **{name: _rounded(column[steps]) for name, column in columns.items()},
             "alternatives": [

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import qwen_env  # noqa: F401  (registers QwenText-v0)
+from ppo_jax.agent import _turn_start
 from ppo_jax.generation.actor import Actor
 from ppo_jax.learning.response_outputs import response_outputs
 from ppo_jax.mesh import make_mesh
@@ -178,3 +179,13 @@ def test_the_environments_replay_it(experience):
 
 def own_of(state, row):
     return mdp.response_mask(mdp.at(state, row), T, np)
+
+
+def test_where_a_turn_began_is_seen_in_an_observation(make_test_task):
+    env = gym.make("QwenText-v0", **ARGUMENTS | {"min_new_tokens": 1}).unwrapped
+    observation, _ = env.reset(options={"prompt_index": 0, "episode_seed": 1})
+    starts = []
+    for action in (5, ENDINGS[0], 5, ENDINGS[0], 5):
+        starts.append(_turn_start(observation).item() == mdp.turn_start(env._state))
+        observation, *_ = env.step(action)
+    assert all(starts) and mdp.turns_ended(env._state) == 2
