@@ -361,10 +361,9 @@ class PPOAgent:
             return None
         return rows_to_keep(experience.scores, run.inspect_size)
 
-    def _look_at(self, rollout: Rollout, rows: np.ndarray) -> Any:
-        state = rollout.state
-        written = state.tokens, state.prompt_length, state.length, rollout.sampling_mask
-        return self._look(self.params, replicate(rows, self._mesh), *written)
+    def _look_at(self, rollout: Rollout, kept: np.ndarray) -> Any:
+        rows = replicate(kept, self._mesh)
+        return self._look(self.params, rows, rollout.state, rollout.sampling_mask)
 
     def _whole_backbone(self, learning: Params) -> Params:
         whole: Params = join(nnx.State({"backbone": learning}), self.frozen)["backbone"]

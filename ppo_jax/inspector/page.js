@@ -159,7 +159,7 @@ function fill(episode, i) {
   const card = $("card");
   card.replaceChildren(
     make("div", { class: "word" }, quoted(episode.text[i]).replaceAll(" ", "␣")),
-    make("div", { class: "quiet" }, `token ${i + 1} of ${episode.length}, id ${episode.ids[i]}`),
+    make("div", { class: "quiet" }, `token ${i + 1} of ${episode.text.length}, id ${episode.ids[i]}`),
     ...(owns(episode, i)
       ? [make("div", { class: "numbers" }, ...numbers), make("div", { class: "quiet" }, `probability ${show(p)} %; most probable here:`), make("div", { class: "likely" }, ...likely)]
       : [make("div", { class: "quiet" }, "written by the environment, not by the policy")]),
@@ -351,7 +351,7 @@ $("measures").append(...Object.entries(MEASURES).map(([name, m], i) => {
   return make("label", { title: `${m.name} (${i + 1})` }, radio, m.label);
 }));
 data.episodes.forEach((episode, number) => {
-  episode.length = episode.text.length;
+  episode.length = episode.own ? sum(episode.own) : episode.text.length;
   episode.klSum = sum(episode.kl);
   episodeOf(episode, number);
 });

@@ -6,6 +6,8 @@ each that is evaluated.
     episodes    a few of them, from the lowest score to the highest, each with
         prompt, prompt_ids              texts and ids of its tokens
         text, ids                       of the response's, n of them
+        own                             [n] 1 where the policy chose the token, 0 where a reply is;
+                                        only where there are replies
         logprob entropy kl ratio value advantage reward     numbers [n]
         alternatives                    [n] lists of [text, log-probability]
         finish_reason, score, components
@@ -60,10 +62,9 @@ def tokens_record(
 
     def kept(row: int, place: int) -> dict[str, Any]:
         episode, outcome = episodes[row], outcomes[row]
-        prompt_ids, ids = episode.prompt.ids.tolist(), episode.completion_ids.tolist()
-        texts = pieces(tokenizer, [*prompt_ids, *episode.response_ids.tolist()])
-        # Of the policy's own tokens: replies are left out.
-        steps = np.arange(len(ids)) if episode.own is None else np.flatnonzero(episode.own)
+        prompt_ids, ids = episode.prompt.ids.tolist(), episode.response_ids.tolist()
+        texts = pieces(tokenizer, [*prompt_ids, *ids])
+        steps = slice(len(ids))
         columns = {
             "logprob": tokens.logprobs[row],
             "entropy": tokens.entropy[row],
@@ -81,8 +82,9 @@ def tokens_record(
         return {
             "prompt": texts[: len(prompt_ids)],
             "prompt_ids": prompt_ids,
-            "text": [texts[len(prompt_ids) + step] for step in steps],
+            "text": texts[len(prompt_ids) :],
             "ids": ids,
+            **({} if episode.own is None else {"own": episode.own.astype(int).tolist()}),
             **{name: _rounded(column[steps]) for name, column in columns.items()},
             "alternatives": [
                 [

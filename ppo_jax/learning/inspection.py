@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from ppo_jax.learning.logprobs import LOGITS_AT_ONCE
+from ppo_jax.learning.response_outputs import numbers_in_turn
 from ppo_jax.models.decoder import project
 from ppo_jax.models.heads import PolicyValueNetwork
 from ppo_jax.sampling import Sampling, sampling_logits, unpack_bits
@@ -31,40 +32,37 @@ def look(
     network_of: Callable[[Any], PolicyValueNetwork],
     params: Any,
     rows: Int[Array, "K"],
-    tokens: Int[Array, "B S"],
-    prompt_length: Int[Array, "B"],
-    length: Int[Array, "B"],
+    state: mdp.State,
     sampling_mask: UInt8[Array, "B T bytes"] | None,
     *,
     rules: mdp.Rules,
     sampling: Sampling,
 ) -> Look:
-    """What a policy says of some of B responses, which are already written. Beyond `length` it
-    means nothing.
+    """What a policy says of some of B responses, which are already written. Of what it did not
+    choose, and beyond the end, it means nothing.
 
     The logits of a few positions exist at a time.
 
     Args:
         network_of: the network with given parameters.
         rows: those that are looked at.
+        state: in which the B responses ended.
         sampling_mask: the ids that each token was drawn from, as `rollout` recorded them.
     """
     network = network_of(params)
-    tokens, prompt_length, length, sampling_mask = jax.tree.map(
-        lambda x: x[rows], (tokens, prompt_length, length, sampling_mask)
-    )
-    width = tokens.shape[1]
-    mask = jnp.arange(width) < length[:, None]
+    state, sampling_mask = jax.tree.map(lambda x: x[rows], (state, sampling_mask))
     step = jnp.arange(rules.max_new_tokens)
-    index = jnp.minimum(prompt_length[:, None] + step, width - 1)
-    before = jnp.minimum(index, length[:, None]) - 1
-    hidden = jnp.take_along_axis(network.backbone(tokens, mask)[0], before[..., None], axis=1)
-    chosen = jnp.take_along_axis(tokens, index, axis=1)
+    index = jnp.minimum(state.prompt_length[:, None] + step, state.tokens.shape[1] - 1)
+    before = jnp.minimum(index, state.length[:, None]) - 1
+    hidden = network.backbone(state.tokens, mdp.attention_mask(state, jnp))[0]
+    hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
+    chosen = jnp.take_along_axis(state.tokens, index, axis=1)
+    number = numbers_in_turn(mdp.response_mask(state, rules.max_new_tokens, jnp))
     projection = network.backbone.unembedding.astype(hidden.dtype)
 
     def of_chunk(positions: Any) -> Look:
-        hidden, chosen, step, sampling_mask = positions
-        allowed = mdp.action_mask(step, rules, jnp)
+        hidden, chosen, number, sampling_mask = positions
+        allowed = mdp.action_mask(number, rules, jnp)
         if sampling_mask is not None:
             allowed &= unpack_bits(sampling_mask, rules.vocab_size)
         logits = sampling_logits(project(hidden, projection), allowed, sampling.temperature)
@@ -76,7 +74,7 @@ def look(
     chunk = min(max(LOGITS_AT_ONCE // rules.vocab_size, 1), count)
     num_chunks = -(-count // chunk)
     place = jnp.minimum(jnp.arange(num_chunks * chunk), count - 1)  # beyond the end, the last one
-    positions = hidden, chosen, jnp.broadcast_to(step, chosen.shape), sampling_mask
+    positions = hidden, chosen, number, sampling_mask
     chunks = jax.tree.map(
         lambda x: x.reshape(count, *x.shape[2:])[place].reshape(num_chunks, chunk, *x.shape[2:]),
         positions,

@@ -74,7 +74,7 @@ def response_outputs(
         own = step < (length - prompt_length)[:, None]
         number = jnp.broadcast_to(step, chosen.shape)
     else:
-        number = _numbers_in_turn(own)
+        number = numbers_in_turn(own)
     positions = hidden, ChosenTokens(chosen, number, sampling_mask), own
     hidden, chosen_tokens, is_response = jax.tree.map(
         lambda x: x.reshape(batch * num_steps, *x.shape[2:]), positions
@@ -95,7 +95,7 @@ def response_outputs(
     )
 
 
-def _numbers_in_turn(own: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+def numbers_in_turn(own: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     """The number of each token in its turn, from 0."""
     step = jnp.broadcast_to(jnp.arange(own.shape[1]), own.shape)
     turn_start = jax.lax.cummax(jnp.where(own, 0, step + 1), axis=1)

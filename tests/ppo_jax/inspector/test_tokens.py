@@ -9,8 +9,12 @@ import pytest
 import torch
 import transformers
 
-from ppo_jax.inspector.tokens import NUMBERS, pieces, rows_to_keep
+from ppo_jax.inspector.tokens import NUMBERS, pieces, rows_to_keep, tokens_record
+from ppo_jax.learning.batch import TokenNumbers
+from ppo_jax.learning.inspection import Look
 from qwen_env import pocket
+from qwen_env.prompts import Prompt
+from qwen_env.task import Episode, Outcome
 from qwen_env.tokenizer import load_tokenizer
 
 
@@ -107,3 +111,26 @@ def test_a_character_of_several_tokens_is_the_last_ones() -> None:
     assert "" in texts, "one of them is a part"
     assert texts[-1] == "<|endoftext|>"
     assert pieces(tokenizer, ids[:3])[-1].endswith("�"), "cut off within a character"
+
+
+def test_replies_are_told_apart() -> None:
+    tokenizer = load_tokenizer(pocket.POLICY_FOLDER)
+    ids = np.array(tokenizer.encode("The plot was"), np.int32)
+    own = np.array([True, *[False] * (len(ids) - 2), True])
+    prompt = Prompt("A", np.array(tokenizer.encode("A"), np.int32), {}, 0)
+    episode = Episode(prompt, ids, "done", own)
+    info = {"reward_components": {}, "completion_length": 2}
+    zeros = np.zeros((1, len(ids)), np.float32)
+    looks = [Look(zeros, np.zeros((1, len(ids), 5), int), np.zeros((1, len(ids), 5)))] * 2
+    record = tokens_record(
+        3,
+        tokenizer,
+        np.array([0]),
+        [episode],
+        [Outcome(1.0, info)],
+        (TokenNumbers(*[zeros] * 6), *looks),
+    )
+    [kept] = record["episodes"]
+    assert kept["own"] == own.astype(int).tolist()
+    assert "".join(kept["text"]) == "The plot was"
+    assert record["batch"]["length"] == [2], "of the tokens that the policy chose"
