@@ -24,10 +24,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from compiled_program import CompiledProgram
 from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ppo import SHAPES, Work, config_of, task_of
 from rich.console import Console
 from rich.table import Table
@@ -36,6 +37,7 @@ from ppo_jax import compilation, flags
 from ppo_jax.generation.rollout import rollout
 from ppo_jax.learning.frozen import join, partition
 from ppo_jax.learning.learner import Learner
+from ppo_jax.mesh import ROWS, gather, on_own_rows, replicated, shardings
 from ppo_jax.models import PolicyValueNetwork
 
 H100 = """
@@ -68,21 +70,29 @@ class Arguments:
     """The device: a GPU or a TPU."""
     work: Literal["short", "long", "both"] = "both"
     """64 x (128 + 128), 256 x (192 + 512), or both."""
+    model: str = "random:qwen2.5-0.5b"
+    """A shape of benchmarks/ppo.py."""
+    num_devices: int = 1
+    """Devices that the work is split over; of a TPU 1, 8, 16, 64 or 256."""
+    num_shards: int = 1
+    """Devices that parameters, moments and reference are cut over."""
+    remat: bool = False
+    """Recompute activations in the backward pass."""
     dump: Path | None = None
     """Folder for the compiled programs, as text."""
 
 
 def works(arguments: Arguments) -> dict[str, Work]:
     """As in `suite.py --machine gpu`; on a TPU, whose memory is a fifth, in more micro-batches."""
-    on_device = Work("random:qwen2.5-0.5b", dtype="bfloat16", batch_size=64)
-    short = replace(on_device, prompt_length=128, response_length=128)
+    base = Work(arguments.model, dtype="bfloat16", batch_size=64, remat=arguments.remat)
+    short = replace(base, prompt_length=128, response_length=128)
     long = replace(
-        on_device, batch_size=256, prompt_length=192, response_length=512, epochs=1, packed_sizes=8
+        base, batch_size=256, prompt_length=192, response_length=512, epochs=1, packed_sizes=8
     )
-    micro = (1, 16) if arguments.target == "h100" else (4, 64)
+    at_once = {"h100": (64, 16), "v5e": (16, 4)}[arguments.target]  # rows on a device
     named = {
-        "short": replace(short, microbatches=micro[0]),
-        "long": replace(long, microbatches=micro[1]),
+        name: replace(work, microbatches=max(work.batch_size // arguments.num_devices // rows, 1))
+        for name, work, rows in zip(("short", "long"), (short, long), at_once, strict=True)
     }
     return {name: work for name, work in named.items() if arguments.work in (name, "both")}
 
@@ -90,10 +100,11 @@ def works(arguments: Arguments) -> dict[str, Work]:
 def main() -> None:
     arguments = flags.parse(Arguments(), sys.argv[1:], prog="python benchmarks/compile_ahead.py")
     jax.config.update("jax_platforms", "cpu")  # the device is not looked for
-    device = {"h100": h100, "v5e": v5e}[arguments.target]()
+    topology = {"h100": h100_topology, "v5e": v5e_topology}[arguments.target]
+    mesh = mesh_of(topology(arguments.num_devices), arguments.num_devices, arguments.num_shards)
     table = Table(*COLUMNS)
     for name, work in works(arguments).items():
-        iteration = Iteration(work, device)
+        iteration = Iteration(work, mesh)
         for program, compiled in iteration.programs():
             if arguments.dump is not None:
                 arguments.dump.mkdir(parents=True, exist_ok=True)
@@ -134,37 +145,40 @@ def figures(iteration: "Iteration", name: str, compiled: Any) -> list[str]:
     ]
 
 
-def h100() -> NamedSharding:
-    """Places arrays on it."""
-    return _first_of(
-        topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+def h100() -> Mesh:
+    """One H100."""
+    return mesh_of(h100_topology(1), 1, 1)
+
+
+def h100_topology(num_devices: int) -> topologies.TopologyDescription:
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=H100, topology=f"1x1x{num_devices}"
     )
 
 
-def v5e() -> NamedSharding:
-    """Places arrays on one chip."""
+def v5e_topology(num_devices: int) -> topologies.TopologyDescription:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no machine of Google's is asked
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor is there one to fight for
-    return _first_of(topologies.get_topology_desc("v5e:2x2", platform="tpu"))
+    slices = {1: "2x2", 8: "2x4", 16: "4x4", 64: "8x8", 256: "16x16"}
+    return topologies.get_topology_desc(f"v5e:{slices[num_devices]}", platform="tpu")
 
 
-def _first_of(topology: topologies.TopologyDescription) -> NamedSharding:
-    mesh = jax.sharding.Mesh(topology.devices[:1], ("device",))
-    return NamedSharding(mesh, PartitionSpec())
+def mesh_of(topology: topologies.TopologyDescription, num_devices: int, num_shards: int) -> Mesh:
+    devices = np.array(topology.devices[:num_devices])
+    return Mesh(devices.reshape(num_devices // num_shards, num_shards), ROWS)
 
 
 class Iteration:
     """The arrays and the programs of an iteration, from shapes alone: nothing is allocated.
 
     Args:
-        sharding: of a device that need not be there; None compiles for this machine.
+        mesh: of devices that need not be there; None compiles for this machine.
     """
 
-    def __init__(self, work: Work, sharding: NamedSharding | None = None):
-        self._placed = lambda tree: jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-        )
-        self._jit = compilation.jit if sharding is None else _jit_for_another_device
+    def __init__(self, work: Work, mesh: Mesh | None = None):
+        self._whole = replicated(mesh)
+        self._mesh = None if mesh is None or mesh.size == 1 else mesh
+        self._jit = compilation.jit if mesh is None else _jit_for_another_device
         self.work, self.config = work, config_of(work)
         shape, optimizer = SHAPES[work.model], self.config.optimizer
 
@@ -178,7 +192,7 @@ class Iteration:
             )
 
         self.graphdef, params, frozen = jax.eval_shape(lambda: partition(network(), optimizer))
-        self.params, self.frozen = self._placed((params, frozen))
+        self.params, self.frozen = self._placed(params), self._placed(frozen)
         self.learner = Learner(
             self.graphdef,
             task_of(work, shape.vocab_size).rules,
@@ -186,23 +200,41 @@ class Iteration:
             optimizer,
             num_iterations=1000,
             remat=work.remat,
+            mesh=self._mesh,
         )
         start = jax.eval_shape(lambda params: self.learner.init(params, 0), self.params)
         self.state = self._placed(start)
+
+    def _placed(self, tree: Any) -> Any:
+        where = jax.tree.map(lambda x: self._whole, tree)
+        if self._mesh is not None:
+            where = shardings(tree, self._mesh)
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            tree,
+            where,
+        )
 
     def programs(self) -> Iterator[tuple[str, Any]]:
         """(name, compiled) of the three programs."""
         work, learner, state = self.work, self.learner, self.state
 
         def respond(params: nnx.State, ids: Any, length: Any, key: Any) -> Any:
-            return rollout(
-                nnx.merge(self.graphdef, params),
-                ids,
-                length,
-                key,
-                rules=learner.rules,
-                compacts_rows=self.config.ppo.num_packed_sizes > 1,
-            )
+            def of_rows(whole: Any, rows: Any) -> Any:
+                params, key = whole
+                ids, length, number = rows
+                return rollout(
+                    nnx.merge(self.graphdef, gather(params)),
+                    ids,
+                    length,
+                    key,
+                    rules=learner.rules,
+                    prompt_number=number,
+                    compacts_rows=self.config.ppo.num_packed_sizes > 1,
+                )
+
+            rows = ids, length, jnp.arange(len(ids))
+            return on_own_rows(of_rows, self._mesh)((params, key), rows)
 
         whole = join(self.params, self.frozen)
         ids, length, score, key = self._placed(

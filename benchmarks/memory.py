@@ -79,9 +79,9 @@ def main() -> None:
 def compute(arguments: Arguments) -> None:
     columns = "reference", "state", "rollout", "prepare", "update", "peak", "checkpoint"
     table = Table("flags", *columns, title="GiB")
-    sharding = h100() if arguments.gpu else None
+    mesh = h100() if arguments.gpu else None
     for name, work in works(arguments):
-        sizes = memory(Iteration(work, sharding))
+        sizes = memory(Iteration(work, mesh))
         table.add_row(name or "none", *(f"{sizes[column] / GIB:.2f}" for column in columns))
     Console(width=110).print(table)
 

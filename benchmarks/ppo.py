@@ -41,6 +41,33 @@ from qwen_env.tokenizer import Tokenizer  # noqa: E402
 
 SHAPES = {
     "random:qwen2.5-0.5b": DecoderConfig.qwen2_5_0_5b(),
+    "random:qwen2.5-1.5b": DecoderConfig(
+        vocab_size=151_936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        head_dim=128,
+    ),
+    "random:qwen2.5-3b": DecoderConfig(
+        vocab_size=151_936,
+        hidden_size=2048,
+        intermediate_size=11_008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        head_dim=128,
+    ),
+    "random:qwen3-8b": DecoderConfig(
+        vocab_size=151_936,
+        hidden_size=4096,
+        intermediate_size=12_288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
     "random:smollm2-135m": DecoderConfig(
         vocab_size=49_152,
         hidden_size=576,

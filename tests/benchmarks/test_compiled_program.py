@@ -11,6 +11,7 @@ from compile_ahead import Iteration, v5e
 from compiled_program import CompiledProgram, Cost
 from ppo import Work
 
+from ppo_jax.mesh import replicated
 from ppo_jax.models.decoder import project
 from ppo_jax.sampling import greatest
 
@@ -96,7 +97,7 @@ def test_what_an_iteration_moves_and_holds_is_no_more_than_it_was() -> None:
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu compiles for the TPU")
 def test_logits_of_a_decode_step_never_reach_the_memory_of_a_tpu() -> None:
     """Of Qwen's vocabulary: the projection is read, and that is all."""
-    device = v5e()
+    device = replicated(v5e())
     vocab_size, hidden_size, rows = 151_936, 896, 256
 
     def placed(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
