@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import numpy as np
 from gymnasium.error import DependencyNotInstalled
 
+from qwen_env.arguments import finite, integer
+from qwen_env.concurrency import call_each
 from qwen_env.errors import InteractionError, UsageError
 from qwen_env.importing import import_attribute
 from qwen_env.rewards.base import describe, is_ctrl_c, place, reward_name
@@ -181,9 +183,43 @@ def ask(interaction: Interaction | ReplyFn, batch: TurnBatch) -> list[Reply]:
     return replies
 
 
-def interaction_name(interaction: Interaction | ReplyFn) -> str:
+class EachTurn:
+    """An interaction that asks a slow function about one turn at a time, several side by side.
+
+    Args:
+        function: of a `Turn`, which returns a `Reply`: a coroutine function (`async def`), or any
+            other, which runs in threads.
+        at_once: the most calls that are under way.
+        timeout: seconds that a call may take.
+    """
+
+    def __init__(
+        self, function: Callable[[Turn], Any], *, at_once: int = 16, timeout: float = 60.0
+    ) -> None:
+        self.function = function
+        self.at_once = integer("at_once", at_once, at_least=1)
+        self.timeout = finite("timeout", timeout)
+        self.__qualname__ = interaction_name(function)  # the name in messages
+
+    def reply(self, batch: TurnBatch) -> list[Reply]:
+        """The function's reply to each turn.
+
+        Raises:
+            InteractionError: it raised, or took too long; names the turn.
+        """
+        replies = call_each(self.function, list(batch), at_once=self.at_once, timeout=self.timeout)
+        for reply, turn in zip(replies, batch, strict=True):
+            if isinstance(reply, BaseException):
+                raise InteractionError(
+                    f"The interaction {self.__qualname__} raised {describe(reply)}{place(reply)}, "
+                    f"for {turn_name(turn)}."
+                ) from reply
+        return replies
+
+
+def interaction_name(interaction: Any) -> str:
     """The name in messages."""
-    return reward_name(interaction)  # type: ignore[arg-type]  # what any callable is called
+    return reward_name(interaction)  # what any callable is called
 
 
 def turn_name(turn: Turn) -> str:

@@ -32,7 +32,6 @@ _CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
 
 
 class _Call(NamedTuple):
-    row: int
     function: Callable[..., Any]
     arguments: Mapping[str, Any]
 
@@ -90,7 +89,7 @@ class Tools:
 
     def reply(self, batch: TurnBatch) -> list[Reply]:
         """The results of all the calls in each turn, in order."""
-        answers: list[list[str | _Call]] = [self._parsed(i, turn) for i, turn in enumerate(batch)]
+        answers = [self._parsed(turn) for turn in batch]
         calls = [part for parts in answers for part in parts if isinstance(part, _Call)]
         results = iter(call_each(_run, calls, at_once=self.at_once, timeout=self.timeout))
         replies = []
@@ -100,13 +99,11 @@ class Tools:
             replies.append(Reply(messages=messages) if messages else Reply(done=True))
         return replies
 
-    def _parsed(self, row: int, turn: Turn) -> list[str | _Call]:
+    def _parsed(self, turn: Turn) -> list[str | _Call]:
         """The calls in a turn, or in the place of one what is wrong with it."""
-        return [
-            self._parsed_call(row, *match.groups()) for match in _CALL.finditer(turn.completion)
-        ]
+        return [self._parsed_call(*match.groups()) for match in _CALL.finditer(turn.completion)]
 
-    def _parsed_call(self, row: int, text: str, end: str) -> str | _Call:
+    def _parsed_call(self, text: str, end: str) -> str | _Call:
         if not end:
             return "Error: the call has no </tool_call> at its end."
         try:
@@ -124,7 +121,7 @@ class Tools:
             inspect.signature(function).bind(**call["arguments"])
         except TypeError as error:
             return f"Error: {call['name']}: {error}."
-        return _Call(row, function, call["arguments"])
+        return _Call(function, call["arguments"])
 
     def _text(self, result: Any) -> str:
         if isinstance(result, BaseException):

@@ -86,7 +86,7 @@ def _by_name(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
         "score": [outcome.reward for outcome in outcomes],
         **_components(outcomes),
         "length_mean": [outcome.info["completion_length"] for outcome in outcomes],
-        "eos_rate": [outcome.info["finish_reason"] != "length" for outcome in outcomes],
+        "eos_rate": [o.info["finish_reason"] not in ("length", "overflow") for o in outcomes],
     }
 
 

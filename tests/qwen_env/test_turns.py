@@ -1,6 +1,8 @@
 """Conversations in the environments: what is asked, said, observed and paid."""
 
+import asyncio
 import pickle
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -9,7 +11,7 @@ from gymnasium.utils.env_checker import check_env
 
 import qwen_env  # noqa: F401  (registers QwenText-v0)
 from qwen_env.errors import InteractionError, UsageError
-from qwen_env.interaction import Reply, TurnBatch
+from qwen_env.interaction import EachTurn, Reply, TurnBatch, ask
 from qwen_env.rewards import RewardBatch
 
 EOS = 0
@@ -281,3 +283,44 @@ def test_an_interaction_by_name():
     env = gym.make("QwenText-v0", **ARGUMENTS | {"interaction": f"{__name__}:counting"})
     env.reset(seed=0)
     assert env.step(EOS)[-1]["turn"] == 1
+
+
+class TestEachTurn:
+    """Slow functions, a call a turn."""
+
+    @staticmethod
+    def batch(count):
+        texts = [str(i) for i in range(count)]
+        columns = [[1]] * count, [[]] * count, [{}] * count
+        return TurnBatch(texts, *columns, [1] * count, [None] * count, [0] * count)
+
+    def test_calls_run_side_by_side(self):
+        async def later(turn):
+            await asyncio.sleep(0.3)
+            return Reply(text=turn.completion)
+
+        def slow(turn):
+            time.sleep(0.3)
+            return Reply(text=turn.completion)
+
+        for function in (later, slow):
+            start = time.perf_counter()
+            replies = ask(EachTurn(function, at_once=32), self.batch(32))
+            assert [reply.text for reply in replies] == [str(i) for i in range(32)]
+            assert time.perf_counter() - start < 4.8, "half of one after the other"
+
+    def test_failures_name_the_function_and_the_turn(self):
+        def third(turn):
+            if turn.completion == "2":
+                raise KeyError("door")
+            return Reply(text="x")
+
+        def late(turn):
+            time.sleep(5)
+
+        with pytest.raises(InteractionError, match=r"third raised KeyError.*, for turn 1 \('2'\)"):
+            ask(EachTurn(third), self.batch(4))
+        with pytest.raises(InteractionError, match=r"late raised TimeoutError: .* more than 0.2 s"):
+            ask(EachTurn(late, timeout=0.2), self.batch(2))
+        with pytest.raises(InteractionError, match="returned None, which is no Reply"):
+            ask(EachTurn(lambda turn: None, timeout=9), self.batch(1))
