@@ -17,7 +17,7 @@ that learns, and what one micro-batch keeps for the backward pass.
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +60,7 @@ runtime_version { major: 12 minor: 8 patch: 0 }
 
 
 GIB = 2**30
+PROGRAMS = "rollout", "prepare", "update"
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class Arguments:
     """Devices that parameters, moments and reference are cut over."""
     remat: bool = False
     """Recompute activations in the backward pass."""
+    programs: tuple[str, ...] = PROGRAMS
+    """Which of an iteration's programs: rollout, prepare, update."""
     dump: Path | None = None
     """Folder for the compiled programs, as text."""
 
@@ -105,7 +108,7 @@ def main() -> None:
     table = Table(*COLUMNS)
     for name, work in works(arguments).items():
         iteration = Iteration(work, mesh)
-        for program, compiled in iteration.programs():
+        for program, compiled in iteration.programs(arguments.programs):
             if arguments.dump is not None:
                 arguments.dump.mkdir(parents=True, exist_ok=True)
                 (arguments.dump / f"{name}_{program}.txt").write_text(compiled.as_text())
@@ -215,8 +218,8 @@ class Iteration:
             where,
         )
 
-    def programs(self) -> Iterator[tuple[str, Any]]:
-        """(name, compiled) of the three programs."""
+    def programs(self, names: Collection[str] = PROGRAMS) -> Iterator[tuple[str, Any]]:
+        """(name, compiled) of those programs that `names` has."""
         work, learner, state = self.work, self.learner, self.state
 
         def respond(params: nnx.State, ids: Any, length: Any, key: Any) -> Any:
@@ -245,13 +248,16 @@ class Iteration:
                 jax.eval_shape(lambda: jax.random.key(0)),
             )
         )
-        yield "rollout", self._jit(respond).lower(whole, ids, length, key).compile()
+        if "rollout" in names:
+            yield "rollout", self._jit(respond).lower(whole, ids, length, key).compile()
         responses = self._placed(jax.eval_shape(respond, whole, ids, length, key))
         scored = (whole, whole["backbone"], state.controls, responses, score)
-        yield "prepare", self._jit(learner.prepare).lower(*scored).compile()
+        if "prepare" in names:
+            yield "prepare", self._jit(learner.prepare).lower(*scored).compile()
         batch = self._placed(jax.eval_shape(learner.prepare, *scored)).batch
-        update = self._jit(learner.update, donate_argnums=0)
-        yield "update", update.lower(state, batch, key, self.frozen).compile()
+        if "update" in names:
+            update = self._jit(learner.update, donate_argnums=0)
+            yield "update", update.lower(state, batch, key, self.frozen).compile()
 
     def least_moved(self) -> int:
         """Bytes of a decode step, all prompts and half of the responses being there."""
