@@ -159,7 +159,7 @@ class Trackio:
 
     def close(self, *, is_whole: bool) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            self._run.finish()
+            self._trackio.finish()  # forgets the run too, else it would finish it again at exit
 
 
 class Wandb:
