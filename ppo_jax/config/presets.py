@@ -98,10 +98,10 @@ PRESETS: dict[str, TrainConfig] = {
             num_prompt_epochs=15, dtype="bfloat16", eval_every=5, eval_size=256, save_every=20
         ),
     ),
-    # The hyperparameters of the reference algorithm, kept as they are. On the real model and answers
-    # of a few tokens its steps are too long: docs/verifiable_task.md shows it. Its discount, 0.99 a
-    # token, makes a score of 1 at the end of 256 tokens worth 0.08 at their beginning; for long
-    # answers use --gamma 1.
+    # The hyperparameters of the reference algorithm, kept as they are. On the real model and short
+    # answers its steps are too long: docs/verifiable_task.md shows it. Its discount, 0.99 a token,
+    # makes a score of 1 at the end of 256 tokens worth 0.08 at their beginning; for long answers use
+    # --gamma 1.
     "qwen2.5-0.5b": TrainConfig(
         task=TaskConfig(
             model="Qwen/Qwen2.5-0.5B",
