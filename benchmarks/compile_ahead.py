@@ -79,6 +79,8 @@ class Arguments:
     """Devices that parameters, moments and reference are cut over."""
     remat: bool = False
     """Recompute activations in the backward pass."""
+    packed_sizes: int = 8
+    """Of the longer work; a branch for each is compiled."""
     programs: tuple[str, ...] = PROGRAMS
     """Which of an iteration's programs: rollout, prepare, update."""
     dump: Path | None = None
@@ -90,7 +92,12 @@ def works(arguments: Arguments) -> dict[str, Work]:
     base = Work(arguments.model, dtype="bfloat16", batch_size=64, remat=arguments.remat)
     short = replace(base, prompt_length=128, response_length=128)
     long = replace(
-        base, batch_size=256, prompt_length=192, response_length=512, epochs=1, packed_sizes=8
+        base,
+        batch_size=256,
+        prompt_length=192,
+        response_length=512,
+        epochs=1,
+        packed_sizes=arguments.packed_sizes,
     )
     at_once = {"h100": (64, 16), "v5e": (16, 4)}[arguments.target]  # rows on a device
     named = {
