@@ -100,7 +100,7 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     # The hyperparameters of the reference algorithm, kept as they are. On the real model and short
     # answers its steps are too long: docs/verifiable_task.md shows it. Its discount, 0.99 a token,
-    # makes a score of 1 at the end of 256 tokens worth 0.08 at their beginning; for long answers use
+    # makes a score of 1 at the end of 256 tokens worth 0.08 at their beginning; long answers want
     # --gamma 1.
     "qwen2.5-0.5b": TrainConfig(
         task=TaskConfig(
