@@ -108,21 +108,21 @@ def train(
     output_dir = output_dir.absolute()
     hosts.check_alike(lambda: facts(config) | {"output_dir": str(output_dir)})
     run = config.run
-    network, task, held_out = assemble(
-        config.task,
-        dtype=run.dtype,
-        param_dtype=run.param_dtype,
-        mesh=make_mesh(run.num_devices, run.num_shards),
-        say=cli.say,
-    )
-    assert held_out is not None  # the prompts are those of the settings
-    hosts.check_alike(
-        lambda: {
-            "prompts": prompts_digest(task.prompts),
-            "held-out prompts": prompts_digest(held_out),
-        }
-    )
     with open_folder(output_dir, config, resume=resume, argv=argv) as folder:
+        network, task, held_out = assemble(
+            config.task,
+            dtype=run.dtype,
+            param_dtype=run.param_dtype,
+            mesh=make_mesh(run.num_devices, run.num_shards),
+            say=cli.say,
+        )
+        assert held_out is not None  # the prompts are those of the settings
+        hosts.check_alike(
+            lambda: {
+                "prompts": prompts_digest(task.prompts),
+                "held-out prompts": prompts_digest(held_out),
+            }
+        )
         if config.task.keep_solvable is not None:
             if not resume:
                 measure(network, task, config, folder.solvable)

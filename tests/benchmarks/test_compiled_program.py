@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from compile_ahead import Iteration, v5e
+from compile_ahead import Iteration, mesh_of, v5e_topology
 from compiled_program import CompiledProgram, Cost
 from ppo import Work
 
@@ -97,7 +97,7 @@ def test_what_an_iteration_moves_and_holds_is_no_more_than_it_was() -> None:
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu compiles for the TPU")
 def test_logits_of_a_decode_step_never_reach_the_memory_of_a_tpu() -> None:
     """Of Qwen's vocabulary: the projection is read, and that is all."""
-    device = replicated(v5e())
+    device = replicated(mesh_of(v5e_topology(1), 1, 1))
     vocab_size, hidden_size, rows = 151_936, 896, 256
 
     def placed(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

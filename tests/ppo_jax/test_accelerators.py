@@ -38,7 +38,7 @@ def test_an_iteration_lowers(num_devices, dtype, make_network, make_test_task, t
     ids = jnp.asarray(first.tokens[:, : task.rules.max_prompt_length])
     how = {"completions_per_prompt": 1, "greedy": False}
     numbers = first.prompt_length, jnp.int32(0)
-    rollout = result(agent.actor._rollout, state.params, ids, *numbers, key, **how)
+    rollout = result(agent.actor._begin, state.params, ids, *numbers, key, **how).rollout
     score = jnp.zeros(4)
     prepared = result(agent._prepare, state.params, agent.reference, state.controls, rollout, score)
     after, _, _ = result(agent._update, state, prepared.batch, key)

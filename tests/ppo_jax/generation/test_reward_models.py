@@ -113,9 +113,11 @@ def test_transformers_and_our_port_give_one_model_the_same_score(
 ) -> None:
     policy = tokenizer if shares_vocabulary else of_words
     finished = batch(policy)
+    without_end = [ids[:-1] for ids in finished.completion_ids]
     cut_off = replace(
         finished,
-        completion_ids=[ids[:-1] for ids in finished.completion_ids],
+        completion_ids=without_end,
+        response_ids=without_end,
         finish_reasons=["length"] * len(finished),
     )
     ours, theirs = (load_training_reward(f"{form}:{folder}", policy) for form in ("flax", "hf"))

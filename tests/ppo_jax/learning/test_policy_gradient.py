@@ -239,7 +239,7 @@ def test_of_a_truncated_policy_too(mdp_task, truncated_task, make_learner):
     assert 3 < task.count < mdp_task.count
     assert p.sum() == pytest.approx(1, abs=1e-6)
     learner = make_learner(task, temperature=TEMPERATURE, top_p=TOP_P)
-    batch, _, metrics, _ = batch_of(learner, task)
+    batch, _, metrics, _, _ = batch_of(learner, task)
     logprobs, ref_logprobs = (
         np.asarray(x, np.float64).sum(-1) for x in (task.logprobs(task.params), task.ref_logprobs)
     )
