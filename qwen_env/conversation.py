@@ -27,13 +27,14 @@ class Conversation:
     """What an episode with an interaction has come to. Immutable: a step that fails is not taken.
 
     `messages` is what was said, from the prompt on; of the policy, the turns that it has ended.
-    `last_reply` is to the last of them. `turn_rewards` has each turn's reward, beside the number of
-    its last token behind the prompt, from 0.
+    `completions` are these turns' texts. `last_reply` is to the last of them. `turn_rewards` has
+    each turn's reward, beside the number of its last token behind the prompt, from 0.
     """
 
     prompt: Prompt
     seed: int
     messages: tuple[Message, ...]
+    completions: tuple[str, ...] = ()
     last_reply: Reply | None = None
     turn_rewards: tuple[tuple[int, float], ...] = ()
 
@@ -83,7 +84,7 @@ class Partner:
         bounds = list(zip(state.tokens, starts, ends, strict=True))
         turns = [tokens[start:end] for tokens, start, end in bounds]
         texts = [
-            tokenizer.decode_after(tokens[:start], tokens[start:end])
+            tokenizer.decode_after(tokens[max(start - _CONTEXT, 0) : start], tokens[start:end])
             for tokens, start, end in bounds
         ]
         said = [
@@ -127,12 +128,16 @@ class Partner:
                 prompt=conversation.prompt,
                 seed=conversation.seed,
                 messages=(*said[i], *new[i]) if fits[i] else said[i],
+                completions=(*conversation.completions, texts[i]),
                 last_reply=replies[i],
                 turn_rewards=(*conversation.turn_rewards, (last[i], float(replies[i].reward))),
             )
             for i, conversation in enumerate(conversations)
         ]
         return after, answers
+
+
+_CONTEXT = 16  # tokens before a turn that may have a say in its text
 
 
 def _text(reply: Reply) -> str:

@@ -113,7 +113,8 @@ class ReplyEncoder:
 
     def _checked(self, ids: Any) -> list[int]:
         try:
-            checked = [integer("an id", i) for i in ids]
+            is_plain = all(type(i) is int for i in ids)
+            checked = list(ids) if is_plain else [integer("an id", i) for i in ids]
         except TypeError:
             raise UsageError(f"its ids are a {type(ids).__name__}; they must be a list") from None
         if not checked:

@@ -313,11 +313,14 @@ class TextTask:
         ]
 
     def _turn_texts(self, episode: Episode) -> list[str]:
-        ids = np.concatenate([episode.prompt.ids, episode.response_ids])
-        first = len(episode.prompt.ids)
+        told = () if episode.conversation is None else episode.conversation.completions
+        ids, first = episode.response_ids, episode.prompt.ids
         return [
-            self.tokenizer.decode_after(ids[: first + start], ids[first + start : first + end])
-            for start, end in episode.turns
+            *told,
+            *(
+                self.tokenizer.decode_after(np.concatenate([first, ids[:start]]), ids[start:end])
+                for start, end in episode.turns[len(told) :]
+            ),
         ]
 
     def _messages(self, episode: Episode, turns: Sequence[str]) -> list[Message]:
