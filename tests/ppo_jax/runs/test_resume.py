@@ -119,6 +119,28 @@ def test_a_signal_ends_the_run_behind_its_iteration(
 
 
 @pytest.mark.slow
+def test_what_is_frozen_is_in_no_checkpoint(
+    flags: list[str], rewards: ModuleType, tmp_path: Path
+) -> None:
+    """It is the model's, which is loaded again."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    short = [*flags, "--freeze-embeddings", "--num-frozen-layers", "1", "--num-iterations", "3"]
+    main([*short, "--output-dir", str(whole)])
+    rewards.calls, rewards.on_call = 0, {4: raises(RuntimeError("no connection"))}
+    with pytest.raises(SystemExit):
+        main([*short, "--output-dir", str(again)])
+    main(["--output-dir", str(again), "--resume"])
+    assert metrics(again) == metrics(whole)
+    for name in ("tokens.jsonl", *(f"final/{file}" for file in MODEL_FILES)):
+        assert (again / name).read_bytes() == (whole / name).read_bytes(), name
+    ours, theirs = state(again, 3), state(whole, 3)
+    assert ours.keys() == theirs.keys()
+    assert not any("embed_tokens" in name or "lower_layers" in name for name in ours)
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+
+
+@pytest.mark.slow
 def test_on_other_numbers_of_devices(flags: list[str], rewards: ModuleType, tmp_path: Path) -> None:
     """On two, bit for bit; begun on two and resumed on one, and then on four, but for rounding."""
     two, again, others = tmp_path / "two", tmp_path / "again", tmp_path / "others"
