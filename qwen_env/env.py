@@ -257,9 +257,7 @@ class QwenTextEnv(gym.Env[Observation, Any]):
             raise ResetNeeded("no episode is under way; call reset() before step().")
         state = mdp.step(before, self._checked(action, before), rules, np)
         reward, info, outcome = 0.0, {}, None
-        partner = self.task.partner
-        ended_turn = mdp.turns_ended(state) > mdp.turns_ended(before)
-        if partner is not None and conversation is not None and ended_turn:
+        if (partner := self.task.partner) and conversation and _ended_turn(before, state):
             (conversation,), answers = partner.answer([conversation], mdp.at(state, None))
             reward, info = conversation.turn_rewards[-1][1], conversation.info()
             if rules.max_turns > 1:
@@ -324,6 +322,10 @@ class QwenTextEnv(gym.Env[Observation, Any]):
     def _text(self, state: mdp.State) -> str:
         text = self.task.text_so_far(state, self._conversation)
         return render_episode(self._prompt.text, text, self._outcome)
+
+
+def _ended_turn(before: mdp.State, after: mdp.State) -> bool:
+    return bool(mdp.turns_ended(after) > mdp.turns_ended(before))
 
 
 def _time_limit_around(env: QwenTextEnv) -> int | None:

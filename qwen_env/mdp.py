@@ -150,8 +150,9 @@ def initial_state(prompt_ids: Array, prompt_length: Array, rules: Rules, xp: Any
 def step(state: State, action: Array, rules: Rules, xp: Any) -> State:
     """Append `action` (int [...]) to every row that is running; other rows stay as they are."""
     action = xp.int32(action)
-    running = is_running(state)
-    slot = state.length * running - ~running  # -1, which matches no position, in other rows
+    stopped = _has_stopped(state)
+    running = ~stopped
+    slot = state.length * running - stopped  # -1, which matches no position, in other rows
     writes = xp.asarray(_positions(rules.max_length)) == slot[..., None]
     length = state.length + running
     is_end = _is_any_of(rules.eos_token_ids, action)
@@ -168,16 +169,16 @@ def step(state: State, action: Array, rules: Rules, xp: Any) -> State:
         ends_episode = ends_turn & (num_turns >= rules.max_turns)
         turn_ended = turn_ended | (ends_turn & ~ends_episode)
     return State(
-        tokens=xp.where(writes, action[..., None], state.tokens),
-        prompt_length=state.prompt_length,
-        length=length,
-        terminated=state.terminated | ends_episode,
-        truncated=state.truncated | (running & is_full & ~is_end),
-        stop_state=stop_state,
-        own=own,
-        turn_start=state.turn_start,
-        num_turns=num_turns,
-        turn_ended=turn_ended,
+        xp.where(writes, action[..., None], state.tokens),
+        state.prompt_length,
+        length,
+        state.terminated | ends_episode,
+        state.truncated | (running & is_full & ~is_end),
+        stop_state,
+        own,
+        state.turn_start,
+        num_turns,
+        turn_ended,
     )
 
 
@@ -233,8 +234,12 @@ def has_ended(state: State) -> Array:
 
 def is_running(state: State) -> Array:
     """bool [...]: the next token is the policy's to choose."""
-    stopped = has_ended(state)
-    return ~(stopped if state.turn_ended is None else stopped | state.turn_ended)
+    return ~_has_stopped(state)
+
+
+def _has_stopped(state: State) -> Array:
+    stopped = state.terminated | state.truncated
+    return stopped if state.turn_ended is None else stopped | state.turn_ended
 
 
 def waits(state: State) -> Array:

@@ -131,17 +131,15 @@ class TextTask:
 
     def observe(self, state: mdp.State) -> dict[str, np.ndarray]:
         """The observation of one state or of a batch: new arrays, which the caller may keep."""
-        return {
+        observation = {
             "input_ids": state.tokens.copy(),
             "attention_mask": mdp.attention_mask(state, np).view(np.int8),
             "length": np.array(state.length)[..., None],
             "prompt_length": np.array(state.prompt_length)[..., None],
-            **(
-                {}
-                if self.partner is None
-                else {"response_mask": mdp.own_mask(state, np).astype(np.int8)}
-            ),
         }
+        if self.partner is not None:
+            observation["response_mask"] = mdp.own_mask(state, np).astype(np.int8)
+        return observation
 
     @cached_property
     def _allowed(self) -> np.ndarray:
@@ -281,7 +279,9 @@ class TextTask:
                 rows=[episode.prompt.row for episode in episodes],
                 finish_reasons=reasons,
                 messages=[*map(self._messages, episodes, turns)],
-                response_ids=[episode.response_ids for episode in episodes],
+                response_ids=()
+                if self.rules.max_turns == 1
+                else [episode.response_ids for episode in episodes],
             ),
         )
         rewards, by_token = scores.values, scores.tokens
@@ -318,7 +318,9 @@ class TextTask:
         return [
             *told,
             *(
-                self.tokenizer.decode_after(np.concatenate([first, ids[:start]]), ids[start:end])
+                self.tokenizer.decode_after(
+                    np.concatenate([first, ids[:start]]) if start else first, ids[start:end]
+                )
                 for start, end in episode.turns[len(told) :]
             ),
         ]
@@ -339,27 +341,27 @@ def episodes_of(
     conversations: Sequence[Conversation | None] | None = None,
 ) -> list[Episode]:
     """The episodes that ended in `state`, a batch of N."""
-    spans = zip(state.prompt_length.tolist(), state.length.tolist(), strict=True)
-    spoke_last = np.zeros(len(prompts), bool) if state.turn_ended is None else state.turn_ended
-    reasons = np.where(
-        state.truncated,
-        np.where(spoke_last, "overflow", "length"),
-        np.where(spoke_last, "done", np.where(mdp.was_stopped(state), "stop", "eos")),
+    talks = conversations or [None] * len(prompts)
+    turn_ended = [False] * len(prompts) if state.turn_ended is None else state.turn_ended.tolist()
+    rows = zip(
+        state.prompt_length.tolist(),
+        state.length.tolist(),
+        state.truncated.tolist(),
+        mdp.was_stopped(state).tolist(),
+        turn_ended,
+        strict=True,
     )
-    said_done = [c is not None and c.was_ended for c in conversations or [None] * len(prompts)]
-    reasons = np.where(state.terminated & said_done, "done", reasons)
-    return [
-        Episode(
-            prompt,
-            state.tokens[i, start:end],
-            reason,
-            None if state.own is None else state.own[i, start:end],
-            None if conversations is None else conversations[i],
-        )
-        for i, (prompt, (start, end), reason) in enumerate(
-            zip(prompts, spans, reasons.tolist(), strict=True)
-        )
-    ]
+    episodes = []
+    for i, (start, end, truncated, stopped, ended) in enumerate(rows):
+        if truncated:
+            reason = "overflow" if ended else "length"
+        elif ended or ((talk := talks[i]) is not None and talk.was_ended):
+            reason = "done"
+        else:
+            reason = "stop" if stopped else "eos"
+        own = None if state.own is None else state.own[i, start:end]
+        episodes.append(Episode(prompts[i], state.tokens[i, start:end], reason, own, talks[i]))
+    return episodes
 
 
 def make_task(

@@ -315,13 +315,17 @@ def _batch_infos(infos: Mapping[int, dict[str, Any]], num_envs: int) -> dict[str
     batch: dict[str, Any] = {}
     for key in dict.fromkeys(key for info in infos.values() for key in info):
         values = {i: info[key] for i, info in infos.items() if key in info}
-        rows, (kind, *others) = list(values), {type(value) for value in values.values()}
+        rows, (kind, *others) = list(values), {*map(type, values.values())}
         if kind is dict and not others:
             batch[key] = _batch_infos(values, num_envs)
         else:
             is_number = kind in (bool, int, float) and not others
-            batch[key] = np.zeros(num_envs, kind) if is_number else np.full(num_envs, None)
-            for i in rows:
-                batch[key][i] = values[i]
-        batch[f"_{key}"] = np.isin(np.arange(num_envs), rows)
+            batch[key] = column = np.zeros(num_envs, kind) if is_number else np.full(num_envs, None)
+            if is_number or kind is str:
+                column[rows] = list(values.values())
+            else:  # a list, which is one value here
+                for i, value in values.items():
+                    column[i] = value
+        batch[f"_{key}"] = mask = np.zeros(num_envs, dtype=bool)
+        mask[rows] = True
     return batch

@@ -64,6 +64,7 @@ class RewardBatch:
         Raises:
             RewardError: a row holds something that cannot be copied.
         """
+        has_replies = self.response_ids is not self.completion_ids
         return RewardBatch(
             prompts=list(self.prompts),
             completions=list(self.completions),
@@ -72,7 +73,7 @@ class RewardBatch:
             rows=[self._copied_row(index) for index in range(len(self))],
             finish_reasons=list(self.finish_reasons),
             messages=[[*map(_copied_message, messages)] for messages in self.messages],
-            response_ids=[np.array(ids) for ids in self.response_ids],
+            response_ids=[np.array(ids) for ids in self.response_ids] if has_replies else (),
         )
 
     def _copied_row(self, index: int) -> dict[str, Any]:
@@ -87,8 +88,8 @@ class RewardBatch:
 
 
 def _copied_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    copied = dict(message)
-    return copied if all(type(x) is str for x in copied.values()) else copy.deepcopy(copied)
+    is_flat = len(message) == 2 and type(message.get("content")) is str  # beside its role
+    return dict(message) if is_flat else copy.deepcopy(dict(message))
 
 
 Numbers = np.ndarray | Sequence[float]  # N of them
