@@ -65,11 +65,14 @@ def tokens_record(
         prompt_ids, ids = episode.prompt.ids.tolist(), episode.response_ids.tolist()
         texts = pieces(tokenizer, [*prompt_ids, *ids])
         steps = slice(len(ids))
+        own = np.ones(len(ids), bool) if episode.own is None else episode.own
+        # Elsewhere a token may be one that the policy cannot choose.
+        new, old = (np.where(own, x.logprobs[place, steps], 0.0) for x in (after, before))
         columns = {
             "logprob": tokens.logprobs[row],
             "entropy": tokens.entropy[row],
             "kl": kl[row],
-            "ratio": np.exp(after.logprobs[place] - before.logprobs[place]),
+            "ratio": np.exp(new - old),
             "value": tokens.values[row],
             "advantage": tokens.advantages[row],
             "reward": tokens.rewards[row],
