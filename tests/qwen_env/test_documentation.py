@@ -110,12 +110,19 @@ def readme_blocks(title):
 
 
 def test_the_environment_of_the_readme_runs(capsys):
-    (example,) = readme_blocks("The environment in ten lines")
+    example, turns = readme_blocks("The environment in ten lines")
     assert len([line for line in example.splitlines() if line]) == 10
     variables: dict = {}
     exec(example, variables)
     assert variables["ended"]
     assert capsys.readouterr().out.endswith(f"]\n {variables['reward']}\n")
+    exec(turns, variables)
+    env = variables["env"]
+    env.reset(seed=0)
+    tokenizer = env.unwrapped.task.tokenizer
+    for token in (*tokenizer.encode(" good"), tokenizer.eos_token_ids[0]):
+        _, reward, terminated, _, info = env.step(token)
+    assert (reward, terminated, info["reply"]) == (1.0, False, " And the music")
 
 
 def test_the_reward_of_the_readme_scores():
