@@ -53,7 +53,8 @@ class WeightedSum:
                 by_token = new if by_token is None else [*map(np.add, by_token, new)]
             components[name] = scores.values
             components |= {f"{name}/{key}": value for key, value in scores.components.items()}
-            accuracies += [value for key, value in scores.components.items() if key == "accuracy"]
+            if "accuracy" in scores.components:
+                accuracies.append(scores.components["accuracy"])
         if len(accuracies) == 1 and "accuracy" not in components:
             components["accuracy"] = accuracies[0]
         if by_token is None:

@@ -17,7 +17,7 @@ from ppo_jax.learning.batch import Batch, Prepared
 from ppo_jax.learning.frozen import partition
 from ppo_jax.learning.learner import Learner, TrainState
 from ppo_jax.mesh import make_mesh, place
-from ppo_jax.models import PolicyValueNetwork, with_separate_critic
+from ppo_jax.models import DecoderConfig, PolicyValueNetwork, with_separate_critic
 from qwen_env import mdp
 
 B, P, T = 4, 5, 6
@@ -156,3 +156,25 @@ def _minibatches(key: jax.Array, ppo: PPOConfig) -> list[np.ndarray]:
 def minibatches() -> Callable[[jax.Array, PPOConfig], list[np.ndarray]]:
     """The rows of each minibatch of each epoch, in the order that the key makes."""
     return _minibatches
+
+
+@pytest.fixture(scope="session")
+def make_tiny_network() -> Callable[..., PolicyValueNetwork]:
+    """A network of seven ids whose probabilities differ, and whose values do too."""
+    config = DecoderConfig(
+        vocab_size=7,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
+
+    def make(seed: int = 0) -> PolicyValueNetwork:
+        network = PolicyValueNetwork(config, rngs=nnx.Rngs(seed))
+        network.backbone.embed_tokens[...] = network.backbone.embed_tokens[...] * 12
+        network.value_head.weight[...] = jnp.linspace(-1, 1, 8)[None]
+        return network
+
+    return make

@@ -21,7 +21,6 @@ from scipy import stats
 from ppo_jax.generation.rollout import Rollout, rollout
 from ppo_jax.learning.batch import make_batch
 from ppo_jax.learning.response_outputs import ResponseOutputs
-from ppo_jax.models import DecoderConfig, PolicyValueNetwork
 from ppo_jax.sampling import pack_bits
 from qwen_env import mdp
 
@@ -30,22 +29,6 @@ BETA = 0.3
 # Three tokens may be chosen, and the first may not end it: 14 responses of 2 or 3 tokens.
 RULES = mdp.Rules(2, 3, 7, (EOS,), forbidden_token_ids=(3, 4, 5, 6), min_new_tokens=1)
 TEMPERATURE = 0.8
-
-
-def tiny_network(vocab_size=7, seed=0):
-    config = DecoderConfig(
-        vocab_size=vocab_size,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=4,
-    )
-    network = PolicyValueNetwork(config, rngs=nnx.Rngs(seed))
-    network.backbone.embed_tokens[...] = network.backbone.embed_tokens[...] * 12
-    network.value_head.weight[...] = jnp.linspace(-1, 1, 8)[None]
-    return network
 
 
 def all_episodes(rules) -> mdp.State:
@@ -167,13 +150,13 @@ TOP_P = 0.9
 
 
 @pytest.fixture(scope="module")
-def mdp_task():
-    return Enumerated(tiny_network(), RULES, TEMPERATURE, BETA)
+def mdp_task(make_tiny_network):
+    return Enumerated(make_tiny_network(), RULES, TEMPERATURE, BETA)
 
 
 @pytest.fixture(scope="module")
-def truncated_task():
-    return Enumerated(tiny_network(seed=2), RULES, TEMPERATURE, BETA, top_p=TOP_P)
+def truncated_task(make_tiny_network):
+    return Enumerated(make_tiny_network(seed=2), RULES, TEMPERATURE, BETA, top_p=TOP_P)
 
 
 @pytest.fixture(scope="module")
@@ -367,8 +350,8 @@ STEPS, RATE, EPSILON = 12, 0.015, 1e5
 
 
 @pytest.fixture(scope="module")
-def bandit():
-    return Enumerated(tiny_network(seed=1), TWO_ARMS)
+def bandit(make_tiny_network):
+    return Enumerated(make_tiny_network(seed=1), TWO_ARMS)
 
 
 @pytest.fixture(scope="module")

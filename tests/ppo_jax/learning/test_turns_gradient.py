@@ -14,7 +14,6 @@ import pytest
 from flax import nnx
 
 from ppo_jax.generation.rollout import Rollout
-from ppo_jax.models import DecoderConfig, PolicyValueNetwork
 from qwen_env import mdp
 
 EOS, PROMPT, T = 0, (2, 1), 5
@@ -101,20 +100,8 @@ def game():
 
 
 @pytest.fixture(scope="module")
-def network():
-    config = DecoderConfig(
-        vocab_size=7,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=4,
-    )
-    network = PolicyValueNetwork(config, rngs=nnx.Rngs(0))
-    network.backbone.embed_tokens[...] = network.backbone.embed_tokens[...] * 12
-    network.value_head.weight[...] = jnp.linspace(-1, 1, 8)[None]
-    return network
+def network(make_tiny_network):
+    return make_tiny_network()
 
 
 def test_the_list_of_episodes_is_complete(game, network):
