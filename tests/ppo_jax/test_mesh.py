@@ -147,6 +147,20 @@ def test_sizes_that_do_not_divide_are_named(make_agent):
         RunConfig(num_devices=4, num_shards=3)
 
 
+def test_an_action_does_not_depend_on_the_shards(make_agent):
+    agents = [make_agent(LARGE, *sizes, **WIDE) for sizes in ((1, 1), (4, 2))]
+    first = agents[0].task.initial_state(agents[0].task.prompts)
+    observation = {
+        "input_ids": first.tokens,
+        "prompt_length": first.prompt_length[:, None],
+        "length": first.length[:, None],
+    }
+    one, cut = (agent.choose_action(observation) for agent in agents)
+    np.testing.assert_array_equal(cut.action, one.action)
+    np.testing.assert_allclose(cut.logprob, one.logprob, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(cut.value, one.value, rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_what_crosses_between_shards(make_agent):
     """Layers are gathered in scans, no weight in the decode loop, and no gradient is summed whole.

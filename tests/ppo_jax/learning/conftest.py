@@ -14,7 +14,7 @@ from flax import nnx
 from ppo_jax.config import OptimizerConfig, PPOConfig
 from ppo_jax.generation.rollout import Rollout
 from ppo_jax.learning.batch import Batch, Prepared
-from ppo_jax.learning.frozen import partition
+from ppo_jax.learning.frozen import join, partition
 from ppo_jax.learning.learner import Learner, TrainState
 from ppo_jax.mesh import make_mesh, place
 from ppo_jax.models import DecoderConfig, PolicyValueNetwork, with_separate_critic
@@ -44,6 +44,7 @@ class CompiledLearner:
         changes: fields of `PPO` and `OPTIMIZER` that are others here.
         num_devices: that the rows are cut over.
         num_shards: that the parameters are cut over.
+        remat: recompute activations in the backward pass.
         optimized: compile as training does. The tests that ask what a setting does go without
             LLVM's optimizer, which takes half of the time.
     """
@@ -56,6 +57,7 @@ class CompiledLearner:
         optimized: bool = False,
         num_devices: int = 1,
         num_shards: int = 1,
+        remat: bool = False,
         **changes: Any,
     ):
         own = {field.name for field in dataclasses.fields(PPOConfig)}
@@ -67,12 +69,13 @@ class CompiledLearner:
             network = with_separate_critic(network)
         self.network = network
         mesh = make_mesh(num_devices, num_shards)
-        graphdef, params, self.frozen = partition(network, self.optimizer)
+        graphdef, params, frozen = partition(network, self.optimizer)
+        reference = other_backbone(nnx.merge(graphdef, params, frozen))
         self.learner = Learner(
-            graphdef, rules, self.ppo, self.optimizer, num_iterations=10, mesh=mesh
+            graphdef, rules, self.ppo, self.optimizer, num_iterations=10, remat=remat, mesh=mesh
         )
         self.start: TrainState = place(self.learner.init(params, seed=0), mesh)
-        self.reference = place(other_backbone(network), mesh)
+        self.frozen, self.reference = place(frozen, mesh), place(reference, mesh)
         options = None if optimized else {"xla_backend_optimization_level": 0}
         self.compile = functools.partial(jax.jit, compiler_options=options)
         self._prepare = self.compile(self.learner.prepare)
@@ -80,8 +83,8 @@ class CompiledLearner:
 
     def prepare(self, rollout: Rollout, score: np.ndarray = SCORE) -> Prepared:
         """Of episodes that the policy at its start wrote; the reference is another network."""
-        start = self.start
-        return self._prepare(start.params, self.reference, start.controls, rollout, score)
+        start, params = self.start, join(self.start.params, self.frozen)
+        return self._prepare(params, self.reference, start.controls, rollout, score)
 
     def update(self, batch: Batch, *, state: TrainState | None = None, seed: int = 0) -> Any:
         """(state, metrics, distributions) after an iteration from `state`, or from the start."""

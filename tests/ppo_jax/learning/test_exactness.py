@@ -102,16 +102,30 @@ def test_devices(plain_update, compiled, finished, batch):
 
 
 @pytest.mark.slow
-def test_shards(compiled, finished, batch):
-    """Two copies of two shards; a separate critic, a moving reference, packed rows, all cut."""
+def test_shards(learner_of, make_network, rules, finished):
+    """Two copies of two shards, with a separate critic, a moving reference, frozen parts, remat and
+    packed rows; computed in bfloat16, they are no further apart than that type is from float32."""
     changes = {"critic": "separate", "ref_ema_decay": 0.9, "num_epochs": 2}
-    one = compiled(**changes)
-    four = compiled(**changes, num_devices=4, num_shards=2, num_packed_sizes=2)
-    prepared, other = one.prepare(finished).batch, four.prepare(finished).batch
-    chex.assert_trees_all_close(other, prepared, rtol=0, atol=2e-6)
-    result = four.update(prepared)
-    assert_same_update(one.update(prepared), result)
+    changes |= {"freeze_embeddings": True, "num_frozen_layers": 1}
+    cuts = {"num_devices": 4, "num_shards": 2, "num_packed_sizes": 2, "remat": True}
+
+    def learners(dtype):
+        network = make_network()
+        network.backbone.dtype = jnp.dtype(dtype)
+        return [learner_of(network, rules, **changes, **cut) for cut in ({}, cuts)]
+
+    one, four = learners("float32")
+    prepared = one.prepare(finished).batch
+    chex.assert_trees_all_close(four.prepare(finished).batch, prepared, rtol=0, atol=2e-6)
+    exact, result = one.update(prepared), four.update(prepared)
+    assert_same_update(exact, result)
     assert result[1]["policy/first_ratio_max_error"] < 1e-5
+    exact, *halved = (
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(state.params))])
+        for state, *_ in (exact, *(learner.update(prepared) for learner in learners("bfloat16")))
+    )
+    rounding = np.linalg.norm(halved[0] - exact)
+    assert 0 < np.linalg.norm(halved[1] - halved[0]) < rounding
 
 
 def test_row_order(plain_update, plain, batch):
