@@ -4,12 +4,20 @@ They compute in float32. A `mask` is True where a token is real; what stands els
 All can be jitted and vmapped and, but for counts, differentiated.
 """
 
-from ppo_jax.algorithm.gae import generalized_advantage_estimation
+from ppo_jax.algorithm.advantages import (
+    AdvantageEstimator,
+    group_advantages,
+    is_in_equal_group,
+    leave_one_out_advantages,
+)
+from ppo_jax.algorithm.gae import generalized_advantage_estimation, length_adaptive_lambda
 from ppo_jax.algorithm.histogram import ADVANTAGE_EDGES, RATIO_EDGES, masked_histogram
 from ppo_jax.algorithm.kl import KlEstimator, adapted_kl_coef, approx_kl, is_clamped, kl_estimate
 from ppo_jax.algorithm.losses import (
     ClipShares,
+    ClipSides,
     PolicyLoss,
+    RatioLevel,
     clip_limits,
     clip_shares,
     clipped_policy_loss,
@@ -30,10 +38,13 @@ from ppo_jax.algorithm.running import RunningMoments, no_moments, updated_moment
 __all__ = [
     "ADVANTAGE_EDGES",
     "RATIO_EDGES",
+    "AdvantageEstimator",
     "Aggregation",
     "ClipShares",
+    "ClipSides",
     "KlEstimator",
     "PolicyLoss",
+    "RatioLevel",
     "RunningMoments",
     "adapted_kl_coef",
     "approx_kl",
@@ -41,8 +52,12 @@ __all__ = [
     "clip_shares",
     "clipped_policy_loss",
     "generalized_advantage_estimation",
+    "group_advantages",
     "is_clamped",
+    "is_in_equal_group",
     "kl_estimate",
+    "leave_one_out_advantages",
+    "length_adaptive_lambda",
     "masked_histogram",
     "masked_mean",
     "masked_var",

@@ -16,7 +16,7 @@ def generalized_advantage_estimation(
     *,
     mask: Shaped[AnyArray, "B T"] | None = None,
     gamma: Scalar = 0.99,
-    gae_lambda: Scalar = 0.95,
+    gae_lambda: Scalar | Real[AnyArray, "B"] = 0.95,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Advantages and returns, by the backward recursion over t = T-1, ..., 0
 
@@ -38,7 +38,8 @@ def generalized_advantage_estimation(
             that action terminated the episode.
         mask: True where a step is real; None means everywhere.
         gamma: discount γ in [0, 1].
-        gae_lambda: λ in [0, 1]; 0 trusts the values (Aₜ = δₜ), 1 the rewards.
+        gae_lambda: λ in [0, 1], one for all or one a row; 0 trusts the values (Aₜ = δₜ), 1 the
+            rewards.
 
     Returns:
         advantages A and returns G, float32 [B, T].
@@ -78,3 +79,9 @@ def generalized_advantage_estimation(
     )
     advantages = zero_invalid(jnp.swapaxes(advantages, 0, 1), mask)
     return advantages, advantages + values
+
+
+def length_adaptive_lambda(length: Real[AnyArray, "B"], alpha: Scalar) -> Float[Array, "B"]:
+    """λ = 1 - 1 / (α l) for a response of l tokens, and 0 where that is below 0: the weights of
+    all temporal differences add up to α l (VAPO, Yue et al. 2025, arXiv:2504.05118)."""
+    return jnp.maximum(1 - 1 / (alpha * jnp.maximum(jnp.asarray(length, jnp.float32), 1)), 0.0)

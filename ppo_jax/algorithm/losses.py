@@ -5,14 +5,17 @@ micro-batches, a minibatch has the same loss and gradient if each micro-batch ge
 minibatch's weights (`masking.token_weights`) and the results are added.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import chex
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float, Real, Shaped
 
 from ppo_jax.algorithm.masking import AnyArray, Scalar, masked_mean, zero_invalid
+
+RatioLevel = Literal["token", "sequence"]
+ClipSides = Literal["one", "both"]
 
 MAX_LOG_RATIO = 20.0
 """A ratio's logarithm is clamped to ± this, as verl does: e²⁰ is 5 · 10⁸, e⁸⁹ no float32."""
@@ -39,9 +42,14 @@ def probability_ratio(
     new_logprobs: Real[AnyArray, "*shape"],
     old_logprobs: Real[AnyArray, "*shape"],
     mask: Shaped[AnyArray, "*shape"],
+    level: RatioLevel = "token",
 ) -> Float[Array, "*shape"]:
-    """ρ = exp(new - old), clamped to exp(± MAX_LOG_RATIO); 1 where `mask` is False."""
-    log_ratio = _log_ratio(new_logprobs, old_logprobs, mask)
+    """ρ = exp(new - old), clamped to exp(± MAX_LOG_RATIO); 1 where `mask` is False.
+
+    At the level "sequence" it is GSPO's (Zheng et al. 2025, arXiv:2507.18071, GSPO-token): every
+    token of a row has exp of the row's mean of new - old, and the gradient of its own ratio.
+    """
+    log_ratio = _log_ratio(new_logprobs, old_logprobs, mask, level)
     return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
@@ -49,8 +57,14 @@ def _log_ratio(
     new_logprobs: Real[AnyArray, "*shape"],
     old_logprobs: Real[AnyArray, "*shape"],
     mask: Shaped[AnyArray, "*shape"],
+    level: RatioLevel,
 ) -> Float[Array, "*shape"]:
-    return zero_invalid(new_logprobs, mask) - zero_invalid(old_logprobs, mask)
+    log_ratio = zero_invalid(new_logprobs, mask) - zero_invalid(old_logprobs, mask)
+    if level == "token":
+        return log_ratio
+    count = jnp.asarray(mask, bool).sum(-1, keepdims=True)
+    mean = log_ratio.sum(-1, keepdims=True) / jnp.maximum(count, 1)
+    return zero_invalid(log_ratio + lax.stop_gradient(mean - log_ratio), mask)
 
 
 def clipped_policy_loss(
@@ -62,6 +76,8 @@ def clipped_policy_loss(
     clip_range: Scalar = 0.2,
     clip_range_high: Scalar | None = None,
     dual_clip: Scalar | None = None,
+    clip_sides: ClipSides = "one",
+    ratio_level: RatioLevel = "token",
     weights: Real[AnyArray, "*shape"] | None = None,
 ) -> PolicyLoss:
     """The clipped surrogate, with ρₜ = exp(new - old), ε = clip_range and ε⁺ = clip_range_high:
@@ -76,6 +92,10 @@ def clipped_policy_loss(
     bounds the loss. The dual clip (arXiv:1912.09729) does, by c = dual_clip: where Aₜ < 0, the
     surrogate is at least c Aₜ. ρₜ itself is clamped, see `probability_ratio`.
 
+    With `clip_sides` "both", a token out of the range counts for nothing, wherever its advantage
+    points: the double-sided mask of SAO (arXiv:2607.07508), for ratios to the probabilities that a
+    token was drawn with.
+
     Args:
         new_logprobs: log-probabilities of the actions under the policy that is being trained.
         old_logprobs: the same under the policy that chose them; data, as are the advantages.
@@ -84,12 +104,15 @@ def clipped_policy_loss(
         clip_range: ε.
         clip_range_high: ε⁺; None makes it ε.
         dual_clip: c, above 1; None leaves the surrogate unbounded below.
+        clip_sides: "one", as above, or "both".
+        ratio_level: see `probability_ratio`.
         weights: see the top of this file.
     """
     chex.assert_equal_shape([new_logprobs, old_logprobs, advantages, mask])
     low, high = clip_limits(clip_range, clip_range_high)
-    ratio = probability_ratio(new_logprobs, old_logprobs, mask)
-    surrogate = _surrogate(ratio, zero_invalid(advantages, mask), low, high, dual_clip)
+    ratio = probability_ratio(new_logprobs, old_logprobs, mask, ratio_level)
+    advantages = zero_invalid(advantages, mask)
+    surrogate = _surrogate(ratio, advantages, low, high, dual_clip, clip_sides)
     return PolicyLoss(
         loss=-masked_mean(surrogate, mask, weights=weights),
         clip_fraction=masked_mean((ratio < low) | (ratio > high), mask, weights=weights),
@@ -105,14 +128,16 @@ def clip_shares(
     clip_range: Scalar = 0.2,
     clip_range_high: Scalar | None = None,
     dual_clip: Scalar | None = None,
+    clip_sides: ClipSides = "one",
+    ratio_level: RatioLevel = "token",
     weights: Real[AnyArray, "*shape"] | None = None,
 ) -> ClipShares:
     """Where `clipped_policy_loss`, given the same, has no gradient."""
     low, high = clip_limits(clip_range, clip_range_high)
-    ratio = probability_ratio(new_logprobs, old_logprobs, mask)
+    ratio = probability_ratio(new_logprobs, old_logprobs, mask, ratio_level)
     advantages = zero_invalid(advantages, mask)
-    surrogate = _surrogate(ratio, advantages, low, high, dual_clip)
-    log_ratio = _log_ratio(new_logprobs, old_logprobs, mask)
+    surrogate = _surrogate(ratio, advantages, low, high, dual_clip, clip_sides)
+    log_ratio = _log_ratio(new_logprobs, old_logprobs, mask, ratio_level)
     return ClipShares(
         active=masked_mean(surrogate != ratio * advantages, mask, weights=weights),
         clamped=masked_mean(jnp.abs(log_ratio) > MAX_LOG_RATIO, mask, weights=weights),
@@ -130,8 +155,11 @@ def _surrogate(
     low: Scalar,
     high: Scalar,
     dual_clip: Scalar | None,
+    sides: ClipSides,
 ) -> Float[Array, "*shape"]:
-    """min(ρ A, clip(ρ) A), and at least c A where A is negative."""
+    """min(ρ A, clip(ρ) A), and at least c A where A is negative; or ρ A in the range alone."""
+    if sides == "both":
+        return jnp.where((ratio < low) | (ratio > high), 0.0, ratio * advantages)
     unclipped, clipped = ratio * advantages, jnp.clip(ratio, low, high) * advantages
     # Not jnp.minimum: where the two are equal, the gradient is the first one's, not a mixture.
     surrogate = jnp.where(unclipped <= clipped, unclipped, clipped)

@@ -12,7 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ppo_jax.algorithm import Aggregation, KlEstimator
+from ppo_jax.algorithm import (
+    AdvantageEstimator,
+    Aggregation,
+    ClipSides,
+    KlEstimator,
+    RatioLevel,
+)
 from ppo_jax.config.fields import (
     Checked,
     Count,
@@ -194,12 +200,24 @@ class PPOConfig(SamplingConfig):
     length_limit: Literal["score", "bootstrap"] = "score"
     """What a response that the length limit cut off earns: its score, or the value of its last
     state."""
+    advantage: AdvantageEstimator = "gae"
+    """What an answer is measured against: the value function, token by token (gae), or, without a
+    value function, the other answers to its prompt (group is GRPO's, leave_one_out RLOO's) or all
+    answers of the batch (reinforce_plus_plus)."""
     gamma: Share = 1.0
     """Discount γ per token."""
     gae_lambda: Share = 0.95
     """λ of generalized advantage estimation."""
-    advantage_whitening: Literal["batch", "minibatch", "none"] = "batch"
-    """Scale advantages to mean 0 and variance 1, over the batch or over each minibatch."""
+    gae_lambda_alpha: Limit | None = None
+    """Make λ of the advantages 1 - 1 / (α l) for a response of l tokens, where this is α, in place
+    of gae_lambda; VAPO takes 0.05 for thousands of tokens."""
+    critic_gae_lambda: Share | None = None
+    """λ of the returns that the value function learns; None makes it that of the advantages."""
+    advantage_whitening: Literal["batch", "minibatch", "none"] | None = None
+    """Scale advantages to mean 0 and variance 1, over the batch or over each minibatch; None makes
+    it batch, or none where a prompt's other answers are the measure."""
+    drop_equal_groups: bool = False
+    """Learn nothing from a prompt whose answers all earned the same score."""
 
     num_epochs: Count = 4
     """Passes over the batch per iteration, unless the KL early stop ends them."""
@@ -211,12 +229,23 @@ class PPOConfig(SamplingConfig):
     """Let short sequences share rows, in programs compiled for this many sizes: with 4, a
     micro-batch that fits into half its rows costs half. Above 1, generation too goes on in fewer
     rows once most have ended. More sizes follow the lengths more closely and compile longer."""
+    old_logprobs: Literal["learner", "rollout"] = "learner"
+    """Whose log-probabilities the ratio is taken to: the learner's, computed again from the whole
+    response, or those that the rollout noted when it drew each token."""
+    importance_cap: LimitAboveOne | None = None
+    """Weigh each token's advantage by its probability for the learner over that of the rollout, but
+    by this at most (truncated importance sampling)."""
+    ratio_level: RatioLevel = "token"
+    """Take the probability ratio of each token, or GSPO's, one for a whole response."""
     loss_aggregation: Aggregation = "token"
     """What counts equally in the mean loss of a minibatch: every token, or every sequence."""
     clip_range: Limit = 0.2
     """Clip the probability ratio to 1 ± this (ε)."""
     clip_range_high: Limit | None = None
     """Clip the ratio to 1 + this from above; None makes it clip_range."""
+    clip_sides: ClipSides = "one"
+    """Clip where a token has moved the way its advantage points (one, PPO's), or leave out every
+    token whose ratio is out of the range (both, SAO's)."""
     dual_clip: LimitAboveOne | None = None
     """Bound the ratio's weight by this where the advantage is negative; None does not bound it."""
     value_clip_range: Limit | None = None
@@ -248,6 +277,7 @@ class PPOConfig(SamplingConfig):
                 "top_k is 1, so every token is certain and there is no gradient to learn from; "
                 "raise top_k, or leave it out."
             )
+        self._check_advantage()
         if self.length_limit == "bootstrap":
             for name, meaning in (("gamma", "counts for nothing"), ("value_coef", "is untrained")):
                 if getattr(self, name) == 0:
@@ -265,7 +295,7 @@ class PPOConfig(SamplingConfig):
                 ("kl_penalty", "kl_target", "ref_ema_decay"),
                 "kl_coef is 0, so the reference model has no influence; raise kl_coef",
             )
-        if self.value_coef == 0:
+        if self.value_coef == 0 and self.has_value_function:
             self._refuse_set(
                 ("critic", "value_clip_range"),
                 "value_coef is 0, so the value function never learns; raise value_coef",
@@ -279,6 +309,63 @@ class PPOConfig(SamplingConfig):
                 f"kl_horizon ({self.kl_horizon}) is below batch_size ({self.batch_size}), so "
                 "kl_coef would change by more than a fifth in one iteration; raise kl_horizon."
             )
+
+    def _check_advantage(self) -> None:
+        if not self.has_value_function:
+            self._refuse_set(
+                (
+                    *("gae_lambda", "gae_lambda_alpha", "critic_gae_lambda", "critic"),
+                    *("value_coef", "value_clip_range", "length_limit"),
+                ),
+                f"advantage is {self.advantage!r}, which has no value function; set it to 'gae'",
+            )
+        if self.compares_answers:
+            self._refuse_set(
+                ("gamma",), f"advantage is {self.advantage!r}, which compares whole answers"
+            )
+        if self.completions_per_prompt == 1 and (self.compares_answers or self.drop_equal_groups):
+            name = "advantage" if self.compares_answers else "drop_equal_groups"
+            raise UsageError(
+                f"{name} is {getattr(self, name)!r}, which compares the answers to a prompt, but "
+                "completions_per_prompt is 1; raise it."
+            )
+        if self.gae_lambda_alpha is not None:
+            self._refuse_set(
+                ("gae_lambda",), "gae_lambda_alpha makes it depend on the length; leave one out"
+            )
+        if self.clip_sides == "both":
+            self._refuse_set(("dual_clip",), "clip_sides is 'both', which leaves nothing to bound")
+            if self.old_logprobs != "rollout":
+                raise UsageError(
+                    "clip_sides is 'both', which is meant for the ratio to what the rollout drew "
+                    "from; set old_logprobs to 'rollout'."
+                )
+        if self.importance_cap is not None:
+            if self.old_logprobs == "rollout":
+                raise UsageError(
+                    f"importance_cap is {self.importance_cap}, but with old_logprobs 'rollout' the "
+                    "ratio itself is to the rollout; leave one of them out."
+                )
+            if self.whitening == "minibatch":
+                raise UsageError(
+                    f"importance_cap is {self.importance_cap}, but advantage_whitening 'minibatch' "
+                    "would scale its weights away; set advantage_whitening to 'batch' or 'none'."
+                )
+
+    @property
+    def has_value_function(self) -> bool:
+        """Whether advantages are measured against values."""
+        return self.advantage == "gae"
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether advantages are measured against the other answers to the prompt."""
+        return self.advantage in ("group", "leave_one_out")
+
+    @property
+    def whitening(self) -> Literal["batch", "minibatch", "none"]:
+        """What `advantage_whitening` comes to."""
+        return self.advantage_whitening or ("none" if self.compares_answers else "batch")
 
     def _refuse_set(self, names: tuple[str, ...], why: str) -> None:
         """Refuse fields that differ from their defaults, since they would change nothing."""
@@ -432,12 +519,15 @@ class TrainConfig:
                 "the limit cut off, but with length_limit 'bootstrap' that score is never paid; "
                 "leave one of them out."
             )
-        if ppo.value_coef == 0:
+        if ppo.value_coef == 0 or not ppo.has_value_function:
+            cause = (
+                "value_coef is 0" if ppo.has_value_function else f"advantage is {ppo.advantage!r}"
+            )
             for name in ("critic_warmup_iterations", "critic_learning_rate"):
                 if getattr(optimizer, name):
                     raise UsageError(
-                        f"{name} is {getattr(optimizer, name)}, but value_coef is 0, so the value "
-                        f"function never learns; raise value_coef, or leave {name} out."
+                        f"{name} is {getattr(optimizer, name)}, but {cause}, so no value function "
+                        f"learns; change that, or leave {name} out."
                     )
         if run.num_iterations is not None:
             optimizer.check_warmups(run.num_iterations)

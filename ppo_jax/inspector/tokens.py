@@ -73,7 +73,7 @@ def tokens_record(
             "entropy": tokens.entropy[row],
             "kl": kl[row],
             "ratio": np.exp(new - old),
-            "value": tokens.values[row],
+            **({} if tokens.values is None else {"value": tokens.values[row]}),
             "advantage": tokens.advantages[row],
             "reward": tokens.rewards[row],
         }

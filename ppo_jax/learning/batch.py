@@ -3,6 +3,7 @@
 Shapes: B batch, T response limit, S = P + T, V vocabulary.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -32,9 +33,9 @@ class Batch(NamedTuple):
     mask: Bool[Array, "B T"]
     sampling_mask: UInt8[Array, "B T V/8"] | None  # what each token was drawn from, if truncated
     logprobs: Float[Array, "B T"]  # of the policy that wrote the responses
-    values: Float[Array, "B T"]
+    values: Float[Array, "B T"] | None  # None, as the returns, without a value function
     advantages: Float[Array, "B T"]
-    returns: Float[Array, "B T"]
+    returns: Float[Array, "B T"] | None
 
 
 class TokenNumbers(NamedTuple):
@@ -43,7 +44,7 @@ class TokenNumbers(NamedTuple):
     logprobs: Float[Array, "B T"]
     ref_logprobs: Float[Array, "B T"]
     entropy: Float[Array, "B T"]
-    values: Float[Array, "B T"]
+    values: Float[Array, "B T"] | None
     rewards: Float[Array, "B T"]
     advantages: Float[Array, "B T"]
 
@@ -71,7 +72,7 @@ def make_batch(
 
         score -> scaled by the deviation of all scores so far, clipped to ± score_clip
               -> given at the last token, less the KL penalty of every token
-              -> whitened -> GAE -> advantages whitened over the batch
+              -> whitened -> GAE, or another estimate -> advantages whitened over the batch
 
     Args:
         score: the reward function's answer for each episode.
@@ -83,9 +84,10 @@ def make_batch(
     state = rollout.state
     mask = mdp.response_mask(state, rollout.logprobs.shape[1], jnp)  # the policy's own tokens
     is_last = jnp.arange(mask.shape[1]) == mdp.response_length(state)[:, None] - 1
-    logprobs, ref_logprobs, values = (
-        jnp.where(mask, x, 0.0) for x in (old.logprobs, ref_logprobs, old.values)
+    of_rollout, of_learner, ref_logprobs = (
+        jnp.where(mask, x, 0.0) for x in (rollout.logprobs, old.logprobs, ref_logprobs)
     )
+    logprobs = of_rollout if config.old_logprobs == "rollout" else of_learner
     moments = algorithm.updated_moments(controls.score_moments, score)
 
     def scaled(x: Array) -> Array:
@@ -114,19 +116,22 @@ def make_batch(
     reward_sum = paid.sum(-1).mean()
     if config.whiten_rewards:
         paid = algorithm.masked_whiten(paid, mask, shift_mean=False)
-    advantages, returns = algorithm.generalized_advantage_estimation(
-        paid,
-        values,
-        is_last & ~bootstraps[:, None],
-        old.last_value,
-        mask=mask,
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
+    values, advantages, returns = _advantages(
+        paid, old, mask, is_last & ~bootstraps[:, None], config
     )
+    learnt = mask
+    if config.completions_per_prompt > 1:
+        is_equal = algorithm.is_in_equal_group(score, config.completions_per_prompt)
+        if config.drop_equal_groups:
+            learnt &= ~is_equal[:, None]
+    if config.whitening == "batch":
+        advantages = algorithm.masked_whiten(advantages, learnt)
+    if config.importance_cap is not None:
+        weight = jnp.minimum(jnp.exp(of_learner - of_rollout), config.importance_cap)
+        advantages *= weight
     kl = jnp.where(mask, logprobs - ref_logprobs, 0.0)
     mean_kl = kl.sum(-1).mean()
     clamped = algorithm.is_clamped(logprobs, ref_logprobs, config.kl_penalty)
-    gap = jnp.abs(rollout.logprobs - logprobs)
     metrics: Metrics = {
         "objective/score": score.mean(),
         "objective/score_std": score.std(),
@@ -135,18 +140,22 @@ def make_batch(
         "objective/kl_clamped_fraction": algorithm.masked_mean(clamped, mask),
         "objective/reward": reward_sum,
         "policy/entropy": algorithm.masked_mean(old.entropy, mask),
-        "value/mean": algorithm.masked_mean(values, mask),
-        "value/explained_variance": _explained_variance(values, returns, mask),
         "rollout/length_mean": mask.sum(-1).mean(),
         "rollout/eos_rate": state.terminated.mean(),
-        "rollout/logprob_gap_max": jnp.where(mask, gap, 0.0).max(),
+        "rollout/logprob_gap_max": jnp.abs(of_rollout - of_learner).max(),
+        "rollout/kl": algorithm.approx_kl(of_rollout, of_learner, mask, "k3"),
     }
+    if values is not None and returns is not None:
+        metrics["value/mean"] = algorithm.masked_mean(values, mask)
+        metrics["value/explained_variance"] = _explained_variance(values, returns, mask)
+    if config.completions_per_prompt > 1:
+        metrics["objective/equal_groups_fraction"] = is_equal.mean()
     if state.num_turns is not None:
         metrics["rollout/turns_mean"] = state.num_turns.mean()
         metrics["rollout/overflow_rate"] = (state.truncated & ~mdp.was_cut_off(state)).mean()
-    whitened = algorithm.masked_whiten(advantages, mask)
+    whitened = algorithm.masked_whiten(advantages, learnt)
     distributions: Distributions = {
-        "advantage": algorithm.masked_histogram(whitened, mask, algorithm.ADVANTAGE_EDGES),
+        "advantage": algorithm.masked_histogram(whitened, learnt, algorithm.ADVANTAGE_EDGES),
         "kl_by_position": _mean_by_position(kl, mask),
         "entropy_by_position": _mean_by_position(old.entropy, mask),
     }
@@ -154,11 +163,11 @@ def make_batch(
         tokens=state.tokens,
         prompt_length=state.prompt_length,
         length=state.length,
-        mask=mask,
+        mask=learnt,
         sampling_mask=rollout.sampling_mask,
         logprobs=logprobs,
         values=values,
-        advantages=whitened if config.advantage_whitening == "batch" else advantages,
+        advantages=advantages,
         returns=returns,
     )
     kl_coef = controls.kl_coef
@@ -176,9 +185,47 @@ def make_batch(
         entropy=jnp.where(mask, old.entropy, 0.0),
         values=values,
         rewards=paid,
-        advantages=batch.advantages,
+        advantages=advantages,
     )
     return Prepared(batch, Controls(kl_coef, moments), metrics, distributions, tokens)
+
+
+def _advantages(
+    rewards: Float[Array, "B T"],
+    old: ResponseOutputs,
+    mask: Bool[Array, "B T"],
+    terminated: Bool[Array, "B T"],
+    config: PPOConfig,
+) -> tuple[Float[Array, "B T"] | None, Float[Array, "B T"], Float[Array, "B T"] | None]:
+    """Values, advantages and returns, as `config.advantage` says."""
+    estimate = partial(
+        algorithm.generalized_advantage_estimation,
+        rewards,
+        terminated=terminated,
+        mask=mask,
+        gamma=config.gamma,
+    )
+    if old.values is None or old.last_value is None:
+        if not config.compares_answers:  # the sum of the rewards to come
+            advantages, _ = estimate(
+                jnp.zeros_like(rewards), last_value=jnp.zeros(len(mask)), gae_lambda=1.0
+            )
+            return None, advantages, None
+        of_episodes = {
+            "group": algorithm.group_advantages,
+            "leave_one_out": algorithm.leave_one_out_advantages,
+        }[config.advantage](rewards.sum(-1), config.completions_per_prompt)
+        return None, jnp.where(mask, of_episodes[:, None], 0.0), None
+    values = jnp.where(mask, old.values, 0.0)
+    gae_lambda: float | Array = config.gae_lambda
+    if config.gae_lambda_alpha is not None:
+        gae_lambda = algorithm.length_adaptive_lambda(mask.sum(-1), config.gae_lambda_alpha)
+    advantages, returns = estimate(values, last_value=old.last_value, gae_lambda=gae_lambda)
+    if config.critic_gae_lambda is not None:
+        _, returns = estimate(
+            values, last_value=old.last_value, gae_lambda=config.critic_gae_lambda
+        )
+    return values, advantages, returns
 
 
 def _explained_variance(

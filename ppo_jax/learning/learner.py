@@ -24,7 +24,7 @@ from ppo_jax.config import OptimizerConfig, PPOConfig
 from ppo_jax.generation.rollout import Rollout
 from ppo_jax.learning.batch import Batch, Controls, Prepared, make_batch
 from ppo_jax.learning.frozen import NOTHING, join
-from ppo_jax.learning.loss import AVERAGED, MinibatchSums, ppo_loss
+from ppo_jax.learning.loss import MinibatchSums, averaged, ppo_loss
 from ppo_jax.learning.metrics import Distributions, Metrics
 from ppo_jax.learning.optimizer import (
     Params,
@@ -105,8 +105,8 @@ class Learner:
         )
 
         def ref_logprobs(params: Params, rows: Any, layout: Layout | None) -> Array:
-            """Over all ids that the rules allow, and alone, so that no values are computed."""
-            return self.response_outputs(params, *rows, layout=layout).logprobs
+            """Over all ids that the rules allow."""
+            return self.response_outputs(params, *rows, layout=layout, with_values=False).logprobs
 
         def outputs(params: Params, rows: Any, layout: Layout | None) -> ResponseOutputs:
             return self.response_outputs(params, *rows, layout=layout)
@@ -152,7 +152,7 @@ class Learner:
             order = jax.random.permutation(jax.random.fold_in(key, epoch), len(batch.length))
             rows = order.reshape(num_minibatches, -1)[part]
             minibatch = jax.tree.map(lambda x: x[rows], batch)
-            if config.advantage_whitening == "minibatch":
+            if config.whitening == "minibatch":
                 advantages = algorithm.masked_whiten(minibatch.advantages, minibatch.mask)
                 minibatch = minibatch._replace(advantages=advantages)
             gradients, sums, ratio_max_error = self.gradients(carry.params, minibatch, frozen)
@@ -210,7 +210,7 @@ class Learner:
             num_applied=jnp.zeros((), jnp.int32),
             first_ratio_max_error=jnp.zeros((), jnp.float32),
             ratios=jnp.zeros(len(algorithm.RATIO_EDGES) - 1, jnp.int32),
-            sums=dict.fromkeys((*AVERAGED, "policy/grad_norm"), jnp.zeros((), jnp.float32)),
+            sums=dict.fromkeys((*averaged(config), "policy/grad_norm"), jnp.zeros((), jnp.float32)),
         )
         end = jax.lax.while_loop(is_running, one_minibatch, start)
         count = jnp.maximum(end.num_seen - end.num_nonfinite, 1)
@@ -283,7 +283,11 @@ class Learner:
         return gradients, sums, ratio_max_error
 
     def response_outputs(
-        self, params: Params, *written: Any, layout: Layout | None = None
+        self,
+        params: Params,
+        *written: Any,
+        layout: Layout | None = None,
+        with_values: bool | None = None,
     ) -> ResponseOutputs:
         """What `learning.response_outputs` says of rows, with this learner's settings."""
         return response_outputs(
@@ -291,6 +295,7 @@ class Learner:
             *written,
             rules=self.rules,
             sampling=self.config.sampling,
+            with_values=self.config.has_value_function if with_values is None else with_values,
             stop_value_gradient=self.config.critic == "stopped",
             remat=self.remat,
             layout=layout,

@@ -13,22 +13,19 @@ from ppo_jax.config import PPOConfig
 from ppo_jax.learning.batch import Batch
 from ppo_jax.learning.response_outputs import ResponseOutputs
 
-AVERAGED = (
-    "policy/loss",
-    "policy/clip_fraction",
-    "policy/clip_active_fraction",
-    "policy/clamped_fraction",
-    "policy/approx_kl",
-    "value/loss",
-)
-"""The metrics of a minibatch, which are averaged over those of an iteration."""
+
+def averaged(config: PPOConfig) -> tuple[str, ...]:
+    """The metrics of a minibatch, which are averaged over those of an iteration."""
+    policy = ("loss", "clip_fraction", "clip_active_fraction", "clamped_fraction", "approx_kl")
+    of_values = ("value/loss",) if config.has_value_function else ()
+    return (*(f"policy/{name}" for name in policy), *of_values)
 
 
 class MinibatchSums(NamedTuple):
     """Sums over tokens, by their weights: those of the parts add up to those of the minibatch."""
 
     loss: Float[Array, ""]
-    metrics: dict[str, Array]  # AVERAGED
+    metrics: dict[str, Array]  # see `averaged`
     stop_kl: Float[Array, ""]  # what the KL early stop looks at
     ratios: Int[Array, "bins"]  # a count, not weighted
 
@@ -52,21 +49,30 @@ def ppo_loss(
         "clip_range": config.clip_range,
         "clip_range_high": config.clip_range_high,
         "dual_clip": config.dual_clip,
+        "clip_sides": config.clip_sides,
+        "ratio_level": config.ratio_level,
         "weights": weights,
     }
     policy = algorithm.clipped_policy_loss(*arguments, **settings)
     shares = algorithm.clip_shares(*arguments, **settings)
-    value_loss = algorithm.value_loss(
-        new.values,
-        batch.returns,
-        mask,
-        old_values=None if config.value_clip_range is None else batch.values,
-        clip_range=config.value_clip_range,
-        weights=weights,
-    )
+    metrics = {
+        "policy/loss": policy.loss,
+        "policy/clip_fraction": policy.clip_fraction,
+        "policy/clip_active_fraction": shares.active,
+        "policy/clamped_fraction": shares.clamped,
+    }
+    if new.values is not None and batch.returns is not None:
+        metrics["value/loss"] = algorithm.value_loss(
+            new.values,
+            batch.returns,
+            mask,
+            old_values=None if config.value_clip_range is None else batch.values,
+            clip_range=config.value_clip_range,
+            weights=weights,
+        )
     loss = algorithm.total_loss(
         policy.loss,
-        value_loss,
+        metrics.get("value/loss", 0.0),
         algorithm.masked_mean(new.entropy, mask, weights=weights),
         value_coef=config.value_coef,
         entropy_coef=config.entropy_coef,
@@ -75,15 +81,8 @@ def ppo_loss(
     def kl(estimator: algorithm.KlEstimator) -> Array:
         return algorithm.approx_kl(batch.logprobs, new.logprobs, mask, estimator, weights=weights)
 
+    metrics["policy/approx_kl"] = kl("k3")
     ratio = algorithm.probability_ratio(new.logprobs, batch.logprobs, mask)
-    metrics = {
-        "policy/loss": policy.loss,
-        "policy/clip_fraction": policy.clip_fraction,
-        "policy/clip_active_fraction": shares.active,
-        "policy/clamped_fraction": shares.clamped,
-        "policy/approx_kl": kl("k3"),
-        "value/loss": value_loss,
-    }
     sums = MinibatchSums(
         loss=loss,
         metrics=metrics,

@@ -23,8 +23,8 @@ class ResponseOutputs(NamedTuple):
 
     logprobs: Float[Array, "B T"]  # of the tokens chosen, under the sampling distribution
     entropy: Float[Array, "B T"]  # of the sampling distribution
-    values: Float[Array, "B T"]  # of the state before each token
-    last_value: Float[Array, "B"]  # of the state after the last token
+    values: Float[Array, "B T"] | None  # of the state before each token
+    last_value: Float[Array, "B"] | None  # of the state after the last token
 
 
 def response_outputs(
@@ -37,6 +37,7 @@ def response_outputs(
     *,
     rules: mdp.Rules,
     sampling: Sampling,
+    with_values: bool = True,
     stop_value_gradient: bool = False,
     remat: bool = False,
     layout: Layout | None = None,
@@ -49,6 +50,7 @@ def response_outputs(
         sampling_mask: the ids that each token was drawn from, as `rollout` recorded them.
         own: the tokens that the policy chose; the others, replies, are only read, and what is said
             of them means nothing. None means all.
+        with_values: compute values as well.
         stop_value_gradient: keep the gradient of the values out of the backbone.
         layout: rows that the sequences share; None leaves each in its own (`learning.packing`).
     """
@@ -67,9 +69,12 @@ def response_outputs(
         return hidden[before], hidden[packed.start + length - 1]
 
     hidden, last = hidden_states(network.backbone)
-    value_hidden, last = (hidden, last) if network.critic is None else hidden_states(network.critic)
-    if stop_value_gradient:
-        value_hidden, last = jax.lax.stop_gradient((value_hidden, last))
+    values = last_value = None
+    if with_values:
+        states = (hidden, last) if network.critic is None else hidden_states(network.critic)
+        if stop_value_gradient:
+            states = jax.lax.stop_gradient(states)
+        values, last_value = map(network.value_head, states)
     if own is None:
         own = step < (length - prompt_length)[:, None]
         number = jnp.broadcast_to(step, chosen.shape)
@@ -88,10 +93,7 @@ def response_outputs(
         temperature=sampling.temperature,
     )
     return ResponseOutputs(
-        logprobs.reshape(batch, num_steps),
-        entropy.reshape(batch, num_steps),
-        network.value_head(value_hidden),
-        network.value_head(last),
+        logprobs.reshape(batch, num_steps), entropy.reshape(batch, num_steps), values, last_value
     )
 
 

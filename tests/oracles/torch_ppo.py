@@ -127,7 +127,7 @@ class TorchPPO:
                 math.nan if is_constant else (1 - unexplained / variance).item()
             ),
         }
-        if ppo.advantage_whitening == "batch":
+        if ppo.whitening == "batch":
             advantages = whitened(advantages, mask)
         if ppo.kl_target is not None:
             error = np.clip(kl / ppo.kl_target - 1, -0.2, 0.2)
@@ -208,7 +208,7 @@ class TorchPPO:
         advantages, returns, old_values = (
             batch[name] for name in ("advantages", "returns", "values")
         )
-        if ppo.advantage_whitening == "minibatch":
+        if ppo.whitening == "minibatch":
             advantages = whitened(advantages, mask)
         log_ratio = torch.where(mask, new - batch["logprobs"], 0.0)
         ratio = log_ratio.clamp(-20, 20).exp()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppo_jax.algorithm import clip_shares, clipped_policy_loss, probability_ratio
+from ppo_jax.algorithm import clip_shares, clipped_policy_loss, probability_ratio, token_weights
 
 SHAPE = (6, 8)
 quick = settings(deadline=None, max_examples=40, derandomize=True)
@@ -187,3 +187,52 @@ def test_garbage_reaches_neither_value_nor_gradient():
     result = value_and_gradient(np.resize([np.nan, np.inf, -np.inf, 1e30], SHAPE))
     chex.assert_tree_all_finite(result)
     chex.assert_trees_all_equal(result, value_and_gradient(np.zeros(SHAPE)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_ratio_of_the_whole_sequence_agrees_with_gspo(seed):
+    """verl's `compute_policy_loss_gspo`: the mean log-ratio of a row, detached, and each token's
+    own gradient; then the mean over rows of their means."""
+    new, old, advantages, mask = random_batch(seed)
+    mask[:, 0] = True
+    theirs = torch.tensor(new, requires_grad=True)
+    m = torch.tensor(mask)
+    log_ratio = torch.where(m, theirs - torch.tensor(old), 0.0)
+    of_rows = (log_ratio.sum(1) / m.sum(1)).detach()[:, None]
+    ratio = (of_rows + theirs - theirs.detach()).exp()
+    a = torch.tensor(advantages)
+    surrogate = torch.minimum(ratio * a, ratio.clamp(1 - 0.1, 1 + 0.2) * a)
+    expected = -(torch.where(m, surrogate, 0.0).sum(1) / m.sum(1)).mean()
+    expected.backward()
+
+    def loss(new):
+        return clipped_policy_loss(
+            new,
+            old,
+            advantages,
+            mask,
+            clip_range=0.1,
+            clip_range_high=0.2,
+            ratio_level="sequence",
+            weights=token_weights(mask, "sequence"),
+        ).loss
+
+    np.testing.assert_allclose(loss(new), expected.item(), rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(loss)(jnp.asarray(new))
+    np.testing.assert_allclose(gradient, theirs.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_both_sides_leave_out_what_is_out_of_range():
+    """SAO's weights: the ratio inside of the range, 0 outside, whatever the advantage."""
+    new, old, advantages, mask = random_batch(0, spread=2.0)
+    settings = {"clip_range": 0.5, "clip_range_high": 1.0, "clip_sides": "both"}
+    ratio = np.exp(new.astype(np.float64) - old)
+    weight = np.where((ratio < 0.5) | (ratio > 2.0), 0, ratio) * mask
+    value, gradient = jax.value_and_grad(
+        lambda x: clipped_policy_loss(x, old, advantages, mask, **settings).loss
+    )(jnp.asarray(new))
+    np.testing.assert_allclose(value, -(weight * advantages)[mask].mean(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, -weight * advantages / mask.sum(), rtol=1e-4, atol=1e-8)
+    outside = ((weight == 0) & mask).sum() / mask.sum()
+    shares = clip_shares(new, old, advantages, mask, **settings)
+    np.testing.assert_allclose(shares.active, outside, rtol=1e-5)

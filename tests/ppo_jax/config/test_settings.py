@@ -227,6 +227,51 @@ def test_values_that_cannot_be(changes: dict[str, dict[str, Any]], words: str) -
             r"critic_warmup_iterations \+ warmup_iterations \(2 \+ 3\) must be below "
             r"num_iterations \(5\)",
         ),
+        ({"ppo": {"advantage": "group"}}, r"advantage is 'group'.*completions_per_prompt is 1"),
+        (
+            {"ppo": {"drop_equal_groups": True}},
+            r"drop_equal_groups is True.*completions_per_prompt is 1",
+        ),
+        (
+            {"ppo": {"advantage": "reinforce_plus_plus", "critic": "separate"}},
+            r"critic is 'separate', but advantage is 'reinforce_plus_plus'",
+        ),
+        (
+            {"ppo": {"advantage": "reinforce_plus_plus", "length_limit": "bootstrap"}},
+            r"length_limit is 'bootstrap', but advantage is 'reinforce_plus_plus'",
+        ),
+        (
+            {"ppo": {"advantage": "reinforce_plus_plus", "critic_gae_lambda": 1.0}},
+            r"critic_gae_lambda is 1.0, but advantage",
+        ),
+        (
+            {"ppo": {"advantage": "leave_one_out", "completions_per_prompt": 2, "gamma": 0.9}},
+            r"gamma is 0.9, but advantage is 'leave_one_out'",
+        ),
+        (
+            {"ppo": {"gae_lambda": 0.5, "gae_lambda_alpha": 0.1}},
+            r"gae_lambda is 0.5, but gae_lambda_alpha",
+        ),
+        ({"ppo": {"clip_sides": "both"}}, r"clip_sides is 'both'.*old_logprobs"),
+        (
+            {"ppo": {"clip_sides": "both", "old_logprobs": "rollout", "dual_clip": 3.0}},
+            r"dual_clip is 3.0, but clip_sides is 'both'",
+        ),
+        (
+            {"ppo": {"importance_cap": 2.0, "old_logprobs": "rollout"}},
+            r"importance_cap is 2.0.*old_logprobs",
+        ),
+        (
+            {"ppo": {"importance_cap": 2.0, "advantage_whitening": "minibatch"}},
+            r"importance_cap is 2.0.*advantage_whitening",
+        ),
+        (
+            {
+                "ppo": {"advantage": "reinforce_plus_plus"},
+                "optimizer": {"critic_learning_rate": 0.001},
+            },
+            r"critic_learning_rate is 0.001, but advantage is 'reinforce_plus_plus'",
+        ),
     ],
 )
 def test_contradictions_name_both_settings(changes: dict[str, dict[str, Any]], both: str) -> None:

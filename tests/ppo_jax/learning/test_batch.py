@@ -127,7 +127,7 @@ def test_equals_a_numpy_loop(changes):
     for array in batch:
         assert array is None or np.isfinite(np.asarray(array)).all()
     np.testing.assert_array_equal(batch.mask, MASK)
-    expected = whitened(advantages) if config.advantage_whitening == "batch" else advantages
+    expected = whitened(advantages) if config.whitening == "batch" else advantages
     np.testing.assert_allclose(np.asarray(batch.advantages)[MASK], expected, atol=2e-5)
     np.testing.assert_allclose(np.asarray(batch.returns)[MASK], returns, atol=2e-5)
     np.testing.assert_allclose(metrics["objective/reward"], paid, atol=1e-5)
