@@ -35,10 +35,11 @@ from ppo_jax.models import PolicyValueNetwork, with_separate_critic
 from ppo_jax.models.decoder import last_hidden
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
+from qwen_env.episodes import Episode, Outcome
 from qwen_env.errors import RunError, UsageError
 from qwen_env.prompt_order import prompt_indices
 from qwen_env.prompts import Prompt
-from qwen_env.task import Episode, Outcome, TextTask
+from qwen_env.task import TextTask
 
 # What a key is used for is folded into it, so that no two uses share a stream.
 _ROLLOUT, _SHUFFLE, _EVALUATE, _ACT = range(4)

@@ -16,7 +16,7 @@ from ppo_jax.models.loading import read_max_length
 from qwen_env.errors import UsageError
 from qwen_env.prompts import PromptDataset, PromptEncoder, load_prompts
 from qwen_env.task import TextTask, make_task
-from qwen_env.tasks import NamedTask, load_named_task
+from qwen_env.tasks import NamedTask, has_one_turn, load_named_task
 from qwen_env.tokenizer import load_tokenizer
 
 
@@ -44,7 +44,7 @@ def assemble(
         prompts: instead of those that `settings` or their task name: whatever the environment takes
             as prompts.
         reward: instead of the one that `settings` or their task name: a function of a
-            `RewardBatch`, or the name of one.
+            `RewardBatch`, or the name of one. A task's interaction stays its own.
         dtype: the type that the network computes in.
         param_dtype: the type that its parameters are kept in.
         mesh: that they are cut over.
@@ -55,7 +55,9 @@ def assemble(
         gymnasium.error.DependencyNotInstalled: an optional package is missing.
     """
     both_given = prompts is not None and reward is not None
-    named = None if settings.task is None or both_given else load_named_task(settings.task)
+    named: NamedTask | None = None
+    if settings.task is not None and not (both_given and has_one_turn(settings.task)):
+        named = load_named_task(settings.task)
     if prompts is None and named is None and settings.prompts is None:
         raise UsageError(
             "There are no prompts; name them, such as --prompts my_prompts.jsonl, or a task."
@@ -101,10 +103,11 @@ def assemble(
     reward = load_training_reward(reward, tokenizer, settings.gold_reward)
     network = load_pretrained(settings.model, dtype=dtype, param_dtype=param_dtype, mesh=mesh)
     longest = max(len(prompt.ids) for dataset in (prompts, held_out or ()) for prompt in dataset)
+    as_named = NamedTask("", prompts, held_out, reward) if named is None else named
     task = make_task(
         tokenizer=tokenizer,
+        task=replace(as_named, reward=reward),
         prompts=prompts,
-        reward=reward,
         max_prompt_length=settings.max_prompt_length or longest,
         max_new_tokens=settings.max_new_tokens,
         vocab_size=network.config.vocab_size,
@@ -115,23 +118,10 @@ def assemble(
         chat_template_kwargs=settings.template_arguments,
         prompt_overflow=settings.prompt_overflow,
         missing_eos_penalty=settings.missing_eos_penalty,
-        interaction=_interaction(settings, named),
-        max_turns=settings.max_turns or (1 if named is None else named.max_turns),
+        interaction=settings.interaction,
+        max_turns=settings.max_turns,
     )
-    if named is not None:
-        task = replace(task, answer_of=named.answer_of)
     return Assembly(network, task, held_out)
-
-
-def _interaction(settings: TaskConfig, named: NamedTask | None) -> Any:
-    if named is None or named.interaction is None:
-        return settings.interaction
-    if settings.interaction is not None:
-        raise UsageError(
-            f"interaction is {settings.interaction!r}, but the task {named.name} has one of its "
-            "own; leave one of the two out."
-        )
-    return named.interaction
 
 
 def _set_apart(prompts: PromptDataset, name: str) -> tuple[PromptDataset, PromptDataset]:

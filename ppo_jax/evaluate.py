@@ -35,8 +35,9 @@ from ppo_jax.mesh import make_mesh
 from ppo_jax.runs.progress import counting
 from ppo_jax.runs.trained import TrainedRun, named_run
 from qwen_env import pocket
+from qwen_env.episodes import Outcome
 from qwen_env.errors import UsageError
-from qwen_env.task import Outcome, TextTask
+from qwen_env.task import TextTask
 
 PROG = "ppo-evaluate"
 

@@ -11,11 +11,12 @@ from gymnasium.wrappers import TimeLimit
 from qwen_env import mdp
 from qwen_env.arguments import integer, one_of
 from qwen_env.conversation import Conversation
+from qwen_env.episodes import Outcome, episodes_of
 from qwen_env.errors import UsageError
 from qwen_env.prompt_order import PromptSampler
 from qwen_env.prompts import Prompt
 from qwen_env.rendering import LiveText, picture, render_episode
-from qwen_env.task import Outcome, episodes_of, make_task, takes_task_arguments
+from qwen_env.task import make_task, takes_task_arguments
 
 Observation = dict[str, Any]  # of arrays; `spaces.Dict` is typed like this
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen_env.episodes import Outcome
 from qwen_env.printing import printable
-from qwen_env.task import Outcome
 
 
 def render_episode(prompt: str, completion: str, outcome: Outcome | None) -> str:

@@ -1,4 +1,4 @@
-"""A text task: prompts, the rules of the MDP, and what a finished episode is worth.
+"""A text task: prompts, the rules of the MDP, and a reward.
 
 Everything that the single and the vector environment share, and nothing that changes from step to
 step.
@@ -16,75 +16,23 @@ from gymnasium import spaces
 from qwen_env import mdp, pocket
 from qwen_env.arguments import finite, integer, one_of, texts, token_ids
 from qwen_env.conversation import Conversation, Partner
+from qwen_env.episodes import Episode, Outcome, outcomes_of, reward_batch
 from qwen_env.errors import UsageError
 from qwen_env.interaction import load_interaction
 from qwen_env.prompt_order import PromptOrder
 from qwen_env.prompts import Overflow, Prompt, PromptDataset, PromptEncoder, load_prompts
 from qwen_env.replies import ReplyEncoder
-from qwen_env.rewards import RewardBatch, RewardFn, load_reward, score
+from qwen_env.rewards import RewardFn, load_reward, score
 from qwen_env.rewards.sentiment import pocket_sentiment
 from qwen_env.stop_strings import StopStrings, make_stop_strings
 from qwen_env.tasks import load_named_task
 from qwen_env.tokenizer import Tokenizer, load_tokenizer
-from qwen_env.tokenizer.chat import Message
 from qwen_env.tokenizer.token_bytes import special_tokens, token_bytes
 
 _RESET_OPTIONS = ("prompt", "messages", "prompt_index")
 
 _DEFAULT_PROMPT_LENGTH = 32
 _ANY_LENGTH = 2**30  # leaves room for a response in an int32
-
-
-@dataclass(frozen=True)
-class Episode:
-    """A finished episode: the tokens behind the prompt, and how it ended.
-
-    `finish_reason` is "eos" (by an end-of-sequence id), "stop" (by a stop string), "length" (cut
-    off at the limit), "done" (by the interaction's word) or "overflow" (a reply had no room). `own`
-    says which tokens the policy chose; None means all.
-    """
-
-    prompt: Prompt
-    response_ids: np.ndarray
-    finish_reason: str
-    own: np.ndarray | None = None
-    conversation: Conversation | None = None
-
-    @property
-    def completion_ids(self) -> np.ndarray:
-        """The tokens as they were chosen."""
-        return self.response_ids if self.own is None else self.response_ids[self.own]
-
-    @property
-    def turn_rewards(self) -> Sequence[tuple[int, float]]:
-        """As `Conversation` has them."""
-        return () if self.conversation is None else self.conversation.turn_rewards
-
-    @property
-    def turns(self) -> list[tuple[int, int]]:
-        """Where each turn begins and ends in `response_ids`."""
-        if self.own is None:
-            return [(0, len(self.response_ids))]
-        edges = np.flatnonzero(np.diff(self.own, prepend=False, append=False)).tolist()
-        return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What an episode earned at its end, and what its turns earned. `info` is that of its last
-    step."""
-
-    last_reward: float
-    info: dict[str, Any]
-    turn_rewards: Sequence[tuple[int, float]] = ()  # as `Conversation` has them
-    token_rewards: Sequence[float] | None = (
-        None  # of the policy's tokens, if `last_reward` is theirs
-    )
-
-    @property
-    def reward(self) -> float:
-        """In all."""
-        return self.last_reward + sum(reward for _, reward in self.turn_rewards)
 
 
 @dataclass(frozen=True)
@@ -266,102 +214,9 @@ class TextTask:
         Raises:
             RewardError: the reward function raised, or its answer cannot be a reward.
         """
-        turns = [self._turn_texts(episode) for episode in episodes]
-        completions = ["\n".join(texts) for texts in turns]
-        reasons = [episode.finish_reason for episode in episodes]
-        scores = score(
-            self.reward,
-            RewardBatch(
-                prompts=[episode.prompt.text for episode in episodes],
-                completions=completions,
-                prompt_ids=[episode.prompt.ids for episode in episodes],
-                completion_ids=[episode.completion_ids for episode in episodes],
-                rows=[episode.prompt.row for episode in episodes],
-                finish_reasons=reasons,
-                messages=[*map(self._messages, episodes, turns)],
-                response_ids=()
-                if self.rules.max_turns == 1
-                else [episode.response_ids for episode in episodes],
-            ),
-        )
-        rewards, by_token = scores.values, scores.tokens
-        components = {"score": rewards, **scores.components}
-        if self.missing_eos_penalty:
-            was_cut = np.isin(reasons, ("length", "overflow"))
-            penalties = np.where(was_cut, -self.missing_eos_penalty, 0.0)
-            components["missing_eos_penalty"] = penalties
-            rewards = rewards + penalties
-            for row, penalty in zip(by_token or (), penalties, strict=by_token is not None):
-                row[-1] += penalty
-        if self.partner is not None:
-            of_turns = [sum(reward for _, reward in e.turn_rewards) for e in episodes]
-            components["turn_rewards"] = np.array(of_turns)
-        columns = {name: values.tolist() for name, values in components.items()}
-        return [
-            Outcome(
-                reward,
-                {
-                    "completion": completions[i],
-                    "completion_length": len(episodes[i].completion_ids),
-                    "finish_reason": reasons[i],
-                    "reward_components": {name: column[i] for name, column in columns.items()},
-                },
-                episodes[i].turn_rewards,
-                None if by_token is None else by_token[i].tolist(),
-            )
-            for i, reward in enumerate(rewards.tolist())
-        ]
-
-    def _turn_texts(self, episode: Episode) -> list[str]:
-        told = () if episode.conversation is None else episode.conversation.completions
-        ids, first = episode.response_ids, episode.prompt.ids
-        return [
-            *told,
-            *(
-                self.tokenizer.decode_after(
-                    np.concatenate([first, ids[:start]]) if start else first, ids[start:end]
-                )
-                for start, end in episode.turns[len(told) :]
-            ),
-        ]
-
-    def _messages(self, episode: Episode, turns: Sequence[str]) -> list[Message]:
-        """The whole conversation, with a turn at its end that was cut off."""
-        if episode.conversation is not None:
-            said = list(episode.conversation.messages)
-            num_ended = len(episode.conversation.turn_rewards)
-        else:
-            said, num_ended = self.prompt_encoder.messages_of(episode.prompt), 0
-        return said + [{"role": "assistant", "content": text} for text in turns[num_ended:]]
-
-
-def episodes_of(
-    prompts: Sequence[Prompt],
-    state: mdp.State,
-    conversations: Sequence[Conversation | None] | None = None,
-) -> list[Episode]:
-    """The episodes that ended in `state`, a batch of N."""
-    talks = conversations or [None] * len(prompts)
-    turn_ended = [False] * len(prompts) if state.turn_ended is None else state.turn_ended.tolist()
-    rows = zip(
-        state.prompt_length.tolist(),
-        state.length.tolist(),
-        state.truncated.tolist(),
-        mdp.was_stopped(state).tolist(),
-        turn_ended,
-        strict=True,
-    )
-    episodes = []
-    for i, (start, end, truncated, stopped, ended) in enumerate(rows):
-        if truncated:
-            reason = "overflow" if ended else "length"
-        elif ended or ((talk := talks[i]) is not None and talk.was_ended):
-            reason = "done"
-        else:
-            reason = "stop" if stopped else "eos"
-        own = None if state.own is None else state.own[i, start:end]
-        episodes.append(Episode(prompts[i], state.tokens[i, start:end], reason, own, talks[i]))
-    return episodes
+        batch = reward_batch(episodes, self.prompt_encoder)
+        scores = score(self.reward, batch)
+        return outcomes_of(episodes, batch, scores, self.missing_eos_penalty)
 
 
 def make_task(

@@ -14,11 +14,12 @@ from qwen_env import mdp
 from qwen_env.arguments import integer, one_of
 from qwen_env.conversation import Conversation
 from qwen_env.env import Observation
+from qwen_env.episodes import Outcome, episodes_of
 from qwen_env.errors import UsageError
 from qwen_env.prompt_order import PromptSampler
 from qwen_env.prompts import Prompt
 from qwen_env.rendering import picture, render_episode
-from qwen_env.task import Outcome, episodes_of, make_task, takes_task_arguments
+from qwen_env.task import make_task, takes_task_arguments
 
 
 class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):

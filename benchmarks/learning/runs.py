@@ -19,8 +19,8 @@ from ppo_jax.config import TrainConfig, preset
 from ppo_jax.generation.episode_metrics import evaluation_means
 from ppo_jax.sampling import Sampling, truncation
 from qwen_env import mdp
+from qwen_env.episodes import Episode, Outcome
 from qwen_env.pocket import grammar
-from qwen_env.task import Episode, Outcome
 
 Record = dict[str, Any]
 

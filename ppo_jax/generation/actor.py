@@ -20,9 +20,10 @@ from ppo_jax.models.heads import PolicyValueNetwork
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
 from qwen_env.conversation import Answers, Conversation
+from qwen_env.episodes import Episode, Outcome, episodes_of
 from qwen_env.errors import UsageError
 from qwen_env.prompts import Prompt
-from qwen_env.task import Episode, Outcome, TextTask, episodes_of
+from qwen_env.task import TextTask
 
 
 @dataclass(frozen=True)

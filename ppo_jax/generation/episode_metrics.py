@@ -8,8 +8,8 @@ import numpy as np
 from ppo_jax.generation.actor import Experience
 from ppo_jax.generation.intervals import Interval, mean_interval, share_interval
 from ppo_jax.generation.repeated_answers import majority, pass_at
+from qwen_env.episodes import Episode, Outcome
 from qwen_env.prompts import Prompt
-from qwen_env.task import Episode, Outcome
 
 ACCURACY = "accuracy"
 """The component of a reward that says whether an answer is right: 1, or else 0."""

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from qwen_env.episodes import Episode, Outcome
 from qwen_env.errors import UsageError
-from qwen_env.task import Episode, Outcome
 from qwen_env.tokenizer import Tokenizer
 from qwen_env.tokenizer.token_bytes import special_tokens, token_bytes
 

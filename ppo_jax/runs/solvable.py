@@ -21,11 +21,12 @@ from ppo_jax.hosts import on_first
 from ppo_jax.mesh import make_mesh, place, replicate
 from ppo_jax.models import PolicyValueNetwork
 from ppo_jax.runs.progress import counting
+from qwen_env.episodes import Episode
 from qwen_env.errors import UsageError
 from qwen_env.files import read_json
 from qwen_env.prompts import PromptDataset
 from qwen_env.rewards.base import reward_name
-from qwen_env.task import Episode, TextTask
+from qwen_env.task import TextTask
 
 Rates = dict[int, float]
 """The share of right answers, by the prompt's number in its source."""

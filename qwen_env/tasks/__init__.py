@@ -5,6 +5,6 @@ ppo-train --task "reasoning_gym:chain_sum?min_terms=3&max_terms=4" --model ...
 """
 
 from qwen_env.tasks.base import NamedTask
-from qwen_env.tasks.loading import load_named_task
+from qwen_env.tasks.loading import has_one_turn, load_named_task
 
-__all__ = ["NamedTask", "load_named_task"]
+__all__ = ["NamedTask", "has_one_turn", "load_named_task"]

@@ -57,6 +57,11 @@ def load_named_task(spec: Any) -> NamedTask:
     return _TASKS[name](part, _options(spec, query))
 
 
+def has_one_turn(spec: str) -> bool:
+    """Whether the task that `spec` names is known, unread, to bring no interaction."""
+    return spec.strip().partition("?")[0].partition(":")[0] in _OF_ONE_TURN
+
+
 def _options(spec: str, query: str) -> dict[str, str]:
     """The options behind the question mark, unquoted as in an address.
 
@@ -108,6 +113,7 @@ _TASKS: dict[str, Callable[[str, Mapping[str, str]], NamedTask]] = {
     "guess_the_number": _guess_the_number,
     "calculator": _calculator,
 }
+_OF_ONE_TURN = ("gsm8k", "reasoning_gym")
 
 
 def _import(module: str, attribute: str) -> NamedTask:

@@ -14,6 +14,7 @@ from ppo_jax.config import PRESETS, RunConfig, TaskConfig, TrainConfig, preset
 from qwen_env import pocket
 from qwen_env.errors import UsageError
 from qwen_env.rewards import RewardBatch
+from qwen_env.tasks.guess_the_number import GuessTheNumber
 
 
 def length(batch: RewardBatch) -> np.ndarray:
@@ -41,6 +42,31 @@ def test_given_prompts_and_rewards_replace_those_of_the_settings() -> None:
     assert [prompt.text for prompt in task.prompts] == prompts
     assert held_out is None
     assert task.reward is length
+
+
+def test_a_task_keeps_its_interaction() -> None:
+    """Whatever takes the place of its prompts and its reward."""
+    settings = TaskConfig(task="guess_the_number?low=1&high=7")
+    for given in (
+        {},
+        {"prompts": ["Guess"]},
+        {"reward": length},
+        {"prompts": ["A"], "reward": length},
+    ):
+        _, task, _ = assemble(settings, **given)  # type: ignore[arg-type]
+        assert task.rules.max_turns == 3
+        assert task.partner is not None and task.partner.interaction == GuessTheNumber(1, 7)
+    assert assemble(replace(settings, max_turns=5)).task.rules.max_turns == 5
+    with pytest.raises(UsageError, match="guess_the_number has an interaction of its own"):
+        assemble(replace(settings, interaction="mine:function"))
+
+
+def test_questions_that_nobody_asks_are_not_read() -> None:
+    settings = TaskConfig(task="gsm8k:no/such/folder")
+    task = assemble(settings, prompts=["The plot"], reward=length).task
+    assert task.partner is None and task.rules.max_turns == 1
+    with pytest.raises(UsageError, match="no such file"):
+        assemble(settings, prompts=["The plot"])
 
 
 def test_without_a_limit_the_longest_prompt_is_the_limit(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from ppo_jax.generation.episode_metrics import (
     user_message,
 )
 from ppo_jax.generation.intervals import mean_interval, share_interval, wilson_interval
+from qwen_env.episodes import Episode, Outcome
 from qwen_env.prompts import Prompt
-from qwen_env.task import Episode, Outcome
 
 
 def ids(*rows: list[int]) -> list[np.ndarray]:

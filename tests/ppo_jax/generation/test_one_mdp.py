@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 import qwen_env  # noqa: F401  (registers QwenText-v0)
 from ppo_jax.generation.rollout import rollout
 from qwen_env import mdp
+from qwen_env.episodes import episodes_of
 from qwen_env.rewards import RewardBatch
-from qwen_env.task import episodes_of, make_task
+from qwen_env.task import make_task
 
 ROWS = 4
 # Examples are whole rollouts, so that looking for a smaller one would take minutes.

@@ -18,7 +18,7 @@ from ppo_jax.learning.response_outputs import response_outputs
 from ppo_jax.models import load_pretrained, save_pretrained
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
-from qwen_env.task import episodes_of
+from qwen_env.episodes import episodes_of
 
 
 def compile_rollout(network, task, *, prompts=None, **options):

@@ -13,8 +13,8 @@ from ppo_jax.inspector.tokens import NUMBERS, pieces, rows_to_keep, tokens_recor
 from ppo_jax.learning.batch import TokenNumbers
 from ppo_jax.learning.inspection import Look
 from qwen_env import pocket
+from qwen_env.episodes import Episode, Outcome
 from qwen_env.prompts import Prompt
-from qwen_env.task import Episode, Outcome
 from qwen_env.tokenizer import load_tokenizer
 
 

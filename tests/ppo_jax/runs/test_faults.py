@@ -37,9 +37,9 @@ from ppo_jax.learning.learner import TrainState
 from ppo_jax.models import PolicyValueNetwork
 from ppo_jax.runs.folder import RunFolder
 from ppo_jax.runs.run import Run
+from qwen_env.episodes import Episode, Outcome
 from qwen_env.errors import UserFacingError
 from qwen_env.prompts import Prompt
-from qwen_env.task import Episode, Outcome
 from qwen_env.tokenizer import Tokenizer
 
 ITERATIONS = 3
