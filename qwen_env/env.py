@@ -147,9 +147,10 @@ class QwenTextEnv(gym.Env[Observation, Any]):
       sentiment.
     - `task=None`: prompts and the reward that verifies the answers, by one name: `"gsm8k"`, or
       `"gsm8k:FOLDER_OR_FILE"`; `"reasoning_gym:NAME"`, a task of that package with options as in
-      `"reasoning_gym:chain_sum?min_terms=3&max_terms=4&size=2000"`; `"guess_the_number"` and
-      `"calculator"`, which have an interaction as well; or `"package.module:callable"`, which makes
-      a `qwen_env.tasks.NamedTask`; or such a task itself. `prompts` may name others whose rows have
+      `"reasoning_gym:chain_sum?min_terms=3&max_terms=4&size=2000"`; `"guess_the_number"`,
+      `"calculator"` and `"textarena:GAME"`, a game of that package with options likewise, which
+      have an interaction as well; or `"package.module:callable"`, which makes a
+      `qwen_env.tasks.NamedTask`; or such a task itself. `prompts` may name others whose rows have
       the same columns, such as its `held_out`; `reward` must be left out.
     - `max_prompt_length=None`: the longest prompt, in tokens. Default: 32, or the longest that a
       `task` has.

@@ -97,7 +97,8 @@ class TaskConfig(ResponseConfig):
     task: str | None = None
     """A task by name, which brings prompts, held-out prompts, and the reward that verifies the
     answers: "gsm8k", "gsm8k:FOLDER_OR_FILE", "reasoning_gym:NAME" with options as in
-    "reasoning_gym:chain_sum?min_terms=3&size=2000", or "package.module:callable"."""
+    "reasoning_gym:chain_sum?min_terms=3&size=2000", "textarena:GAME", "guess_the_number",
+    "calculator", or "package.module:callable"."""
     prompts: str | None = str(pocket.TRAIN_PROMPTS)
     """Prompts to train on: a .jsonl file whose objects hold "prompt" (text) or "messages" (a
     chat)."""

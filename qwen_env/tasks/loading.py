@@ -13,8 +13,8 @@ from qwen_env.tasks.base import NamedTask, perhaps
 
 FORMS = (
     "'gsm8k', 'gsm8k:FOLDER_OR_FILE', 'reasoning_gym:NAME', with options as in "
-    "'reasoning_gym:chain_sum?min_terms=3&size=2000', 'guess_the_number', 'calculator', or "
-    "'package.module:callable'"
+    "'reasoning_gym:chain_sum?min_terms=3&size=2000', 'textarena:GAME', 'guess_the_number', "
+    "'calculator', or 'package.module:callable'"
 )
 
 
@@ -29,6 +29,7 @@ def load_named_task(spec: Any) -> NamedTask:
             - `"reasoning_gym:NAME"`: see `qwen_env.tasks.reasoning_gym`; options may follow:
               `"reasoning_gym:chain_sum?min_terms=3&max_terms=4&size=2000"`, written as in an
               address (an & within a value is %26, a + is %2B);
+            - `"textarena:GAME"`, with options likewise: see `qwen_env.tasks.textarena`;
             - `"guess_the_number"`, with options as in `"guess_the_number?low=1&high=7"`: see
               `qwen_env.tasks.guess_the_number`;
             - `"calculator"` or `"calculator?digits=3"`: see `qwen_env.tasks.calculator`;
@@ -95,6 +96,12 @@ def _reasoning_gym(part: str, options: Mapping[str, str]) -> NamedTask:
     return reasoning_gym_from_text(part, options)
 
 
+def _textarena(part: str, options: Mapping[str, str]) -> NamedTask:
+    from qwen_env.tasks.textarena import textarena_from_text
+
+    return textarena_from_text(part, options)
+
+
 def _guess_the_number(part: str, options: Mapping[str, str]) -> NamedTask:
     from qwen_env.tasks.guess_the_number import guess_the_number_from_text
 
@@ -110,6 +117,7 @@ def _calculator(part: str, options: Mapping[str, str]) -> NamedTask:
 _TASKS: dict[str, Callable[[str, Mapping[str, str]], NamedTask]] = {
     "gsm8k": _gsm8k,
     "reasoning_gym": _reasoning_gym,
+    "textarena": _textarena,
     "guess_the_number": _guess_the_number,
     "calculator": _calculator,
 }

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from qwen_env.errors import UsageError, reason
-from qwen_env.tokenizer.watchdog import TooMuch, watched
+from qwen_env.watchdog import TooMuch, watched
 
 Message = Mapping[str, Any]
 

@@ -53,7 +53,7 @@ def test_a_task_keeps_its_interaction() -> None:
         {"reward": length},
         {"prompts": ["A"], "reward": length},
     ):
-        _, task, _ = assemble(settings, **given)  # type: ignore[arg-type]
+        _, task, _ = assemble(settings, **given)
         assert task.rules.max_turns == 3
         assert task.partner is not None and task.partner.interaction == GuessTheNumber(1, 7)
     assert assemble(replace(settings, max_turns=5)).task.rules.max_turns == 5

@@ -27,6 +27,7 @@ def use_vader():
         ("transformers", "torch", lambda: load_reward("hf:folder")),
         ("vaderSentiment.vaderSentiment", "vaderSentiment", use_vader),
         ("reasoning_gym", "reasoning-gym", lambda: load_named_task("reasoning_gym:chain_sum")),
+        ("textarena", "textarena", lambda: load_named_task("textarena:GuessTheNumber-v0")),
         ("datasets", "datasets", lambda: load_named_task("gsm8k")),
     ],
 )

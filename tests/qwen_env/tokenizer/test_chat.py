@@ -8,8 +8,9 @@ import textwrap
 import pytest
 import transformers
 
+from qwen_env import watchdog
 from qwen_env.errors import UsageError
-from qwen_env.tokenizer import load_tokenizer, watchdog
+from qwen_env.tokenizer import load_tokenizer
 
 USER = [{"role": "user", "content": "hi"}]
 DRAFT = [*USER, {"role": "assistant", "content": "The plot was "}]

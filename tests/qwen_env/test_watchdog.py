@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from qwen_env.tokenizer import watchdog
-from qwen_env.tokenizer.watchdog import TooLarge, TooLong, TooMuch, watched
+from qwen_env import watchdog
+from qwen_env.watchdog import TooLarge, TooLong, TooMuch, watched
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_ctrl_c_ends_a_block():
 def test_a_forked_child_has_a_watchdog_too():
     code = """
         import os
-        from qwen_env.tokenizer import watchdog
+        from qwen_env import watchdog
         watchdog.SECONDS = 0.2
         with watchdog.watched():
             pass
