@@ -123,6 +123,8 @@ class Work:
     """Do not train the embeddings, nor an output projection that is tied to them."""
     num_frozen_layers: int = 0
     """Do not train so many of the lowest layers."""
+    lora_rank: int | None = None
+    """Train adapters of this rank; None trains the model itself."""
     critic: Literal["shared", "separate"] = "shared"
     """The value function's backbone: the policy's, or one of its own."""
     iterations: int = 5
@@ -221,6 +223,7 @@ def config_of(work: Work) -> TrainConfig:
             learning_rate=1e-6,
             freeze_embeddings=work.freeze_embeddings,
             num_frozen_layers=work.num_frozen_layers,
+            lora_rank=work.lora_rank,
         ),
         run=RunConfig(remat=work.remat),
     )

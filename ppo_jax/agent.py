@@ -33,6 +33,7 @@ from ppo_jax.learning.optimizer import Params
 from ppo_jax.mesh import make_mesh, place, replicate, replicated, shardings
 from ppo_jax.models import PolicyValueNetwork, with_separate_critic
 from ppo_jax.models.decoder import last_hidden
+from ppo_jax.models.lora import has_adapters
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
 from qwen_env.episodes import Episode, Outcome
@@ -94,7 +95,7 @@ class PPOAgent:
                 "(critic/model.safetensors); set critic to 'separate', or remove that file."
             )
         mesh = make_mesh(config.run.num_devices, config.run.num_shards)
-        graphdef, params, frozen = partition(network, config.optimizer)
+        graphdef, params, frozen = partition(network, config.optimizer, config.run.seed)
         self.task = task
         self.config = config
         self.num_iterations = num_iterations
@@ -209,18 +210,19 @@ class PPOAgent:
     @property
     def state_bytes_per_device(self) -> int:
         """Of parameters, moments and reference; all devices keep the same number."""
-        kept = self.state, self.frozen, self._initial_backbone
-        shapes = ((x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(kept))
+        kept = jax.tree.leaves((self.state, self.frozen, self._initial_backbone))
+        kept = {id(x): x for x in kept}.values()  # frozen, a policy and its critic may be one
+        shapes = ((x.sharding.shard_shape(x.shape), x.dtype) for x in kept)
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
     @property
     def network(self) -> PolicyValueNetwork:
         """The policy as it is now, on the state's own arrays: the next update consumes them.
 
-        Where some of the layers are frozen, the layers are a copy.
+        Where some of the layers are frozen, the layers are a copy; not where there are adapters.
         """
         network: PolicyValueNetwork = nnx.merge(self.learner.graphdef, self.params)
-        if network.backbone.lower_layers is not None:
+        if network.backbone.lower_layers is not None and not has_adapters(network):
             network.backbone.join_layers()
         return network
 

@@ -412,9 +412,25 @@ class OptimizerConfig(Checked):
     """Do not train the token embeddings (nor the output projection, where the two are tied)."""
     num_frozen_layers: Natural = 0
     """Do not train this many of the lowest layers."""
+    lora_rank: Count | None = None
+    """Train low-rank adapters (LoRA) of this rank and the value head, and nothing else; None trains
+    the model itself."""
+    lora_alpha: Rate | None = None
+    """Scale the adapters by this over lora_rank; None makes it twice lora_rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Linear layers that get adapters, such as q_proj v_proj; none named means all of them."""
     max_nonfinite_updates: Count = 5
     """Stop the run after this many losses or gradients in a row that were not finite; each is
     skipped."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("lora_alpha", "lora_targets"):
+            if self.lora_rank is None and (value := getattr(self, name)):
+                raise UsageError(
+                    f"{name} is {value!r}, but there are no adapters; set lora_rank, or leave "
+                    f"{name} out."
+                )
 
     def check_warmups(self, num_iterations: int) -> None:
         """Refuse warm-ups that would last for a whole run.

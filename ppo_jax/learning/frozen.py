@@ -1,42 +1,70 @@
 """What never learns, kept apart: it needs no gradients, no moments, and no copy for the reference.
 
+With adapters, that is all of the backbones: the reference is the policy whose adapters are as they
+were, which changes nothing.
+
 The state that training changes holds what learns. The rest is on the device once, shared by the
 policy and the reference model, and no checkpoint holds it: it is in the model that the run began
 with.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 from flax import nnx
 
 from ppo_jax.config import OptimizerConfig
 from ppo_jax.learning.optimizer import Params
-from ppo_jax.models import PolicyValueNetwork
+from ppo_jax.models import PolicyValueNetwork, RewardModel
+from ppo_jax.models.lora import add_adapters, merged
+from qwen_env.errors import UsageError
+
+Network = TypeVar("Network", PolicyValueNetwork, RewardModel)
 
 NOTHING: Params = nnx.State({})
 """Where everything learns."""
 
 
 def partition(
-    network: PolicyValueNetwork, config: OptimizerConfig
-) -> tuple[nnx.GraphDef[PolicyValueNetwork], Params, Params]:
+    network: Network, config: OptimizerConfig, seed: int = 0
+) -> tuple[nnx.GraphDef[Network], Params, Params]:
     """The network without its arrays, those that learn, and those that are frozen for good.
 
     Embeddings and the lowest layers of the policy may be frozen; where only some of its layers are,
-    they get a stack of their own. A critic's own backbone learns whatever the policy does.
+    they get a stack of their own. A critic's own backbone learns whatever the policy does. With
+    `lora_rank` both backbones are frozen, and get adapters that learn; those that the network has
+    already are merged into it.
+
+    Args:
+        seed: of the adapters.
+
+    Raises:
+        UsageError: no layer has the name of one of `lora_targets`, or all layers are frozen.
     """
     count, all_layers = config.num_frozen_layers, network.config.num_hidden_layers
+    network = nnx.merge(*nnx.split(merged(network)))  # a module of its own, on the same arrays
     if 0 < count < all_layers:
-        whole, arrays = nnx.split(network)
-        network = nnx.merge(whole, arrays)  # a module of its own, on the same arrays
         network.backbone.split_layers(count)
     names = {"lower_layers"}
     if config.freeze_embeddings:
         names.add("embed_tokens")
     if count == all_layers:
         names.add("layers")
+    if config.lora_rank is not None:
+        rank, alpha = config.lora_rank, config.lora_alpha or 2 * config.lora_rank
+        if count == all_layers:
+            raise UsageError(
+                f"num_frozen_layers is {count}, so no layer is left for the adapters of lora_rank "
+                f"{rank}; lower it, or leave one of them out."
+            )
+        for i, backbone in enumerate((network.backbone, getattr(network, "critic", None))):
+            if backbone is not None:
+                key = jax.random.fold_in(jax.random.key(seed), i)
+                add_adapters(backbone, rank, alpha, config.lora_targets, key)
 
     def is_frozen(path: tuple[Any, ...], _: Any) -> bool:
+        if config.lora_rank is not None:
+            return path[0] in ("backbone", "critic") and "adapter" not in path
         return path[0] == "backbone" and path[1] in names
 
     graphdef, params = nnx.split(network)

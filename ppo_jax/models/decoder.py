@@ -5,7 +5,6 @@ biases on q, k and v; Qwen3 has none, and normalises q and k over each head. The
 `DecoderLayer` whose arrays carry a leading L axis; training and prefill scan over it, so compile
 time does not grow with depth.
 
-Weights are stored `[out, in]`, as Hugging Face stores them and as XLA:CPU multiplies them fastest.
 Norms, softmax and rotary angles are computed in float32 whatever the compute type.
 
 Shapes: B batch, Q query positions, S key positions, D hidden, F MLP width, H heads, K KV heads,
@@ -22,34 +21,9 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from ppo_jax.mesh import gather
 from ppo_jax.models.attention import KeyValue, attend, written
 from ppo_jax.models.config import DecoderConfig
+from ppo_jax.models.linear import INITIALIZER_STD, PRODUCT, Linear
 from ppo_jax.models.operations import broadcast, embed, swiglu
 from ppo_jax.models.rope import Rotary, rotary_angles, rotate
-
-INITIALIZER_STD = 0.02
-
-
-class Linear(nnx.Module):
-    """y = x Wᵀ (+ b), with W stored `[out, in]`, or `[in, out]` after `transpose`."""
-
-    def __init__(
-        self, in_size: int, out_size: int, *, bias: bool, rngs: nnx.Rngs, param_dtype: DTypeLike
-    ):
-        shape = (out_size, in_size)
-        self.weight = nnx.Param(
-            INITIALIZER_STD * jax.random.normal(rngs.params(), shape, param_dtype)
-        )
-        self.bias = nnx.Param(jnp.zeros((out_size,), param_dtype)) if bias else None
-        self.is_transposed = False
-
-    def transpose(self) -> None:
-        """Lay W out for products with few rows, which XLA:CPU then computes twice as fast."""
-        self.weight = nnx.Param(self.weight[...].T)
-        self.is_transposed = True
-
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        equation = "...i,io->...o" if self.is_transposed else "...i,oi->...o"
-        y = jnp.einsum(equation, x, self.weight[...].astype(x.dtype))
-        return y if self.bias is None else y + broadcast(self.bias[...], y.shape, y.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -215,15 +189,16 @@ class Decoder(nnx.Module):
         mask = causal & (number[:, :, None] == number[:, None, :]) & (number > 0)[:, None, :]
         positions = jnp.maximum(mask.sum(-1) - 1, 0)
         rotary = rotary_angles(positions, self.config)
-        graphdef: nnx.GraphDef[DecoderLayer] = nnx.graphdef(self.layers)
-
-        def apply_layer(x: Array, layer: nnx.State[str, Any]) -> tuple[Array, KeyValue]:
-            return nnx.merge(graphdef, gather(layer, self.dtype))(x, rotary, mask)
-
-        policy = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        apply_layer = jax.checkpoint(apply_layer, prevent_cse=False, policy=policy)
+        policy = None if remat else jax.checkpoint_policies.save_only_these_names(PRODUCT)
         x, key_values = self.embed(input_ids), []
-        for stack in self._stacks():
+        for graphdef, stack in self._stacks():
+
+            def apply_layer(
+                x: Array, layer: nnx.State[str, Any], graphdef: Any = graphdef
+            ) -> tuple[Array, KeyValue]:
+                return nnx.merge(graphdef, gather(layer, self.dtype))(x, rotary, mask)
+
+            apply_layer = jax.checkpoint(apply_layer, prevent_cse=False, policy=policy)
             x, key_value = jax.lax.scan(apply_layer, x, stack)
             key_values.append(key_value)
         together: KeyValue = jax.tree.map(lambda *parts: jnp.concatenate(parts), *key_values)
@@ -242,22 +217,24 @@ class Decoder(nnx.Module):
     def join_layers(self) -> None:
         """Undo `split_layers`."""
         graphdef = nnx.graphdef(self.layers)
-        joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *self._stacks())
+        stacks = [stack for _, stack in self._stacks()]
+        joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
         self.lower_layers, self.layers = None, nnx.merge(graphdef, joined)
 
-    def _stacks(self) -> list[nnx.State[str, Any]]:
-        return [nnx.state(x) for x in (self.lower_layers, self.layers) if x is not None]
+    def _stacks(self) -> list[tuple[nnx.GraphDef[DecoderLayer], nnx.State[str, Any]]]:
+        return [nnx.split(x) for x in (self.lower_layers, self.layers) if x is not None]
 
     def unstacked_layers(self) -> list[DecoderLayer]:
-        """The L layers apart, for a decode loop: sliced and laid out once, not at every token."""
-        graphdef = nnx.graphdef(self.layers)
+        """The L layers apart, for a decode loop: sliced, merged with their adapters and laid out
+        once, not at every token."""
         unstacked = [
             nnx.merge(graphdef, gather(jax.tree.map(lambda array, index=i: array[index], stack)))
-            for stack in self._stacks()
+            for graphdef, stack in self._stacks()
             for i in range(len(jax.tree.leaves(stack)[0]))
         ]
         for _, module in nnx.iter_graph(unstacked):
             if isinstance(module, Linear):
+                module.merge_adapter()
                 module.transpose()
         return unstacked
 

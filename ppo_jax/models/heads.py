@@ -72,7 +72,7 @@ class PolicyValueNetwork(nnx.Module):
 
 
 def with_separate_critic(network: PolicyValueNetwork) -> PolicyValueNetwork:
-    """The network with a backbone for its values alone: at first, a copy of the policy's."""
+    """The network with a backbone for its values alone: at first, on the policy's own arrays."""
     if network.critic is not None:
         return network
     backbone, dtype = nnx.state(network.backbone), network.backbone.dtype
@@ -81,7 +81,7 @@ def with_separate_critic(network: PolicyValueNetwork) -> PolicyValueNetwork:
             network.config, rngs=nnx.Rngs(0), dtype=dtype, separate_critic=True
         )
     )
-    critic = {name: jax.tree.map(jnp.copy, x) for name, x in backbone.items() if name != "lm_head"}
+    critic = {name: x for name, x in backbone.items() if name != "lm_head"}
     params = nnx.State({**nnx.state(network), "critic": nnx.State(critic)})
     merged: PolicyValueNetwork = nnx.merge(nnx.graphdef(shaped), params)
     return merged
