@@ -211,8 +211,9 @@ class PPOAgent:
     def state_bytes_per_device(self) -> int:
         """Of parameters, moments and reference; all devices keep the same number."""
         kept = jax.tree.leaves((self.state, self.frozen, self._initial_backbone))
-        kept = {id(x): x for x in kept}.values()  # frozen, a policy and its critic may be one
-        shapes = ((x.sharding.shard_shape(x.shape), x.dtype) for x in kept)
+        # Where they are frozen, a critic's arrays are the policy's.
+        arrays = {id(x): x for x in kept}.values()
+        shapes = ((x.sharding.shard_shape(x.shape), x.dtype) for x in arrays)
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
     @property

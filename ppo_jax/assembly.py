@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ppo_jax.config import TaskConfig
 from ppo_jax.generation.reward_models import load_training_reward
 from ppo_jax.models import PolicyValueNetwork, load_pretrained
-from ppo_jax.models.loading import read_max_length
+from ppo_jax.models.loading import read_max_length, tokenizer_place
 from qwen_env.errors import UsageError
 from qwen_env.prompts import PromptDataset, PromptEncoder, load_prompts
 from qwen_env.task import TextTask, make_task
@@ -68,7 +68,7 @@ def assemble(
         raise UsageError(
             "There is no reward; name one, such as --reward my_rewards:my_function, or a task."
         )
-    tokenizer = load_tokenizer(settings.model)
+    tokenizer = load_tokenizer(tokenizer_place(settings.model))
     encoder = PromptEncoder(
         tokenizer,
         # No prompt can be longer, so that no line is tokenised to its end in vain.

@@ -25,6 +25,7 @@ from ppo_jax.config import (
 )
 from ppo_jax.config.fields import Checked, Count, Natural
 from ppo_jax.mesh import make_mesh
+from ppo_jax.models.loading import refuse_adapter
 from ppo_jax.runs.config_file import facts, read_config
 from ppo_jax.runs.folder import open_folder
 from ppo_jax.runs.run import PROG, Run, prompts_digest
@@ -108,6 +109,8 @@ def train(
     output_dir = output_dir.absolute()
     hosts.check_alike(lambda: facts(config) | {"output_dir": str(output_dir)})
     run = config.run
+    if config.optimizer.lora_rank is not None:
+        refuse_adapter(config.task.model)
     with open_folder(output_dir, config, resume=resume, argv=argv) as folder:
         network, task, held_out = assemble(
             config.task,

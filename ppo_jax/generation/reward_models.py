@@ -9,6 +9,7 @@ from gymnasium.error import DependencyNotInstalled
 
 from ppo_jax.compilation import jit
 from ppo_jax.models import load_reward_model
+from ppo_jax.models.loading import tokenizer_place
 from qwen_env.errors import UsageError, UserFacingError
 from qwen_env.rewards import RewardBatch, RewardError, RewardFn, Scores, load_reward, score
 from qwen_env.rewards.addresses import shown
@@ -67,7 +68,7 @@ class FlaxReward:
     def __init__(self, folder: str, policy_tokenizer: Tokenizer):
         self.__qualname__ = f"flax:{folder}"  # the name in messages
         model = load_reward_model(folder)
-        self._tokenizer = load_tokenizer(folder)
+        self._tokenizer = load_tokenizer(tokenizer_place(folder))
         # JAX clamps an index that is out of range: the scores would be wrong, and nothing said.
         if self._tokenizer.vocab_size > model.config.vocab_size:
             raise UsageError(

@@ -11,6 +11,7 @@ Shapes: B batch, Q query positions, S key positions, D hidden, F MLP width, H he
 G = H / K query heads per KV head, N head size, V vocabulary, L layers.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -189,17 +190,17 @@ class Decoder(nnx.Module):
         mask = causal & (number[:, :, None] == number[:, None, :]) & (number > 0)[:, None, :]
         positions = jnp.maximum(mask.sum(-1) - 1, 0)
         rotary = rotary_angles(positions, self.config)
+
+        def apply_layer(
+            graphdef: nnx.GraphDef[DecoderLayer], x: Array, layer: nnx.State[str, Any]
+        ) -> tuple[Array, KeyValue]:
+            return nnx.merge(graphdef, gather(layer, self.dtype))(x, rotary, mask)
+
         policy = None if remat else jax.checkpoint_policies.save_only_these_names(PRODUCT)
         x, key_values = self.embed(input_ids), []
         for graphdef, stack in self._stacks():
-
-            def apply_layer(
-                x: Array, layer: nnx.State[str, Any], graphdef: Any = graphdef
-            ) -> tuple[Array, KeyValue]:
-                return nnx.merge(graphdef, gather(layer, self.dtype))(x, rotary, mask)
-
-            apply_layer = jax.checkpoint(apply_layer, prevent_cse=False, policy=policy)
-            x, key_value = jax.lax.scan(apply_layer, x, stack)
+            layer = jax.checkpoint(partial(apply_layer, graphdef), prevent_cse=False, policy=policy)
+            x, key_value = jax.lax.scan(layer, x, stack)
             key_values.append(key_value)
         together: KeyValue = jax.tree.map(lambda *parts: jnp.concatenate(parts), *key_values)
         return self.norm(x), together

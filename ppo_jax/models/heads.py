@@ -81,8 +81,9 @@ def with_separate_critic(network: PolicyValueNetwork) -> PolicyValueNetwork:
             network.config, rngs=nnx.Rngs(0), dtype=dtype, separate_critic=True
         )
     )
-    critic = {name: x for name, x in backbone.items() if name != "lm_head"}
-    params = nnx.State({**nnx.state(network), "critic": nnx.State(critic)})
+    # Variables of its own, or they would be one parameter.
+    own = jax.tree.map(lambda x: x, {n: x for n, x in backbone.items() if n != "lm_head"})
+    params = nnx.State({**nnx.state(network), "critic": nnx.State(own)})
     merged: PolicyValueNetwork = nnx.merge(nnx.graphdef(shaped), params)
     return merged
 

@@ -44,7 +44,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         equation = "...i,io->...o" if self.is_transposed else "...i,oi->...o"
-        y = jnp.einsum(equation, x, self.weight[...].astype(x.dtype))
+        y: Array = jnp.einsum(equation, x, self.weight[...].astype(x.dtype))
         if self.adapter is not None:
             y = y + self.adapter(x)
         y = checkpoint_name(y, PRODUCT)
@@ -62,8 +62,8 @@ class Adapter(nnx.Module):
 
     def __init__(
         self,
-        lora_A: Float[Array, "*layers rank in"],  # noqa: N803  (as in the paper, and in peft)
-        lora_B: Float[Array, "*layers out rank"],  # noqa: N803
+        lora_A: Float[Array, "*layers rank in"],
+        lora_B: Float[Array, "*layers out rank"],
         scale: float,
     ):
         self.lora_A, self.lora_B = nnx.Param(lora_A), nnx.Param(lora_B)
@@ -77,4 +77,6 @@ class Adapter(nnx.Module):
     def product(self, dtype: DTypeLike) -> Float[Array, "*layers out in"]:
         """float32 s B A, multiplied in `dtype`."""
         a, b = self.lora_A[...].astype(dtype), self.lora_B[...].astype(dtype)
-        return self.scale * jnp.einsum("...or,...ri->...oi", b, a, preferred_element_type=jnp.float32)
+        return self.scale * jnp.einsum(
+            "...or,...ri->...oi", b, a, preferred_element_type=jnp.float32
+        )

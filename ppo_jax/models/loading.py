@@ -9,7 +9,7 @@ import mmap
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,41 +19,20 @@ from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
 from ppo_jax.mesh import from_host
+from ppo_jax.models.adapter_folder import ADAPTER_CONFIG, AdaptedTensors, base_of, is_adapter
 from ppo_jax.models.config import DecoderConfig
 from ppo_jax.models.gguf import GGUFTensors
 from ppo_jax.models.heads import PolicyValueNetwork, RewardModel
 from ppo_jax.models.safetensors_folder import SafetensorsFolder, read_config
 from ppo_jax.models.tensor_names import HEAD, TABLE, tensor_names
+from ppo_jax.models.tensor_source import TensorSource
 from qwen_env.errors import UsageError
+from qwen_env.files import expand
 from qwen_env.hub import resolve
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 
 Network = TypeVar("Network", PolicyValueNetwork, RewardModel)
-
-
-class TensorSource(Protocol):
-    """Tensors by Hugging Face name, wherever they come from."""
-
-    @property
-    def config(self) -> DecoderConfig: ...
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-
-    def read(self, name: str, out: np.ndarray, /) -> None:
-        """Fill `out`, a contiguous array of the tensor's shape, in its own type."""
-
-    def are_equal(self, first: str, second: str, /) -> bool:
-        """Whether two tensors are stored alike, to the last bit."""
-
-    @property
-    def where(self) -> str:
-        """How messages call the place of the tensors."""
-
-    @property
-    def config_where(self) -> str:
-        """How messages call the place of the config."""
 
 
 def load_pretrained(
@@ -67,7 +46,8 @@ def load_pretrained(
 
     Args:
         folder_or_hub_id_or_gguf: a folder in Hugging Face layout, a hub id such as
-            `Qwen/Qwen2.5-0.5B`, or a `.gguf` file.
+            `Qwen/Qwen2.5-0.5B`, or a `.gguf` file; or an adapter as `peft` writes it, which is
+            merged into its base model.
         dtype: the compute type.
         param_dtype: the type the parameters are kept in.
         mesh: that they are cut over as they are read, so that no device ever has all of them.
@@ -87,9 +67,7 @@ def load_pretrained(
         make = functools.partial(PolicyValueNetwork, separate_critic=has_critic)
         return _load(make, _settle_tying(source), dtype, param_dtype, mesh)
 
-    if str(folder_or_hub_id_or_gguf).endswith(".gguf"):
-        return load(GGUFTensors(folder_or_hub_id_or_gguf))
-    return _load_folder(folder_or_hub_id_or_gguf, load)
+    return _load_source(folder_or_hub_id_or_gguf, load)
 
 
 def load_reward_model(
@@ -107,7 +85,41 @@ def load_reward_model(
         # Made from a language model, the file may still hold what that wrote tokens with.
         return _load(RewardModel, _Plan(source, source.config, spare=(HEAD,)), dtype, param_dtype)
 
-    return _load_folder(folder_or_hub_id, load)
+    return _load_source(folder_or_hub_id, load)
+
+
+def base_model_of(folder_or_hub_id_or_gguf: str | Path) -> str | None:
+    """The name or path of an adapter's base model; None for a model.
+
+    Errors as in `load_pretrained`.
+    """
+    if str(folder_or_hub_id_or_gguf).endswith(".gguf"):
+        return None
+    folder = resolve(folder_or_hub_id_or_gguf, allow_patterns=[ADAPTER_CONFIG])
+    return base_of(folder) if is_adapter(folder) else None
+
+
+def refuse_adapter(base_model: str | Path) -> None:
+    """Check that new adapters can be added to a model.
+
+    Raises:
+        UsageError: it has an adapter already; or as in `load_pretrained`.
+    """
+    if (base := base_model_of(base_model)) is not None:
+        raise UsageError(
+            f"{base_model} is an adapter of {base}, and an adapter of an adapter could not be "
+            "loaded elsewhere; merge it into its model first, or leave lora_rank out."
+        )
+
+
+def tokenizer_place(folder_or_hub_id_or_gguf: str | Path) -> str | Path:
+    """What holds a model's tokenizer: itself or, for an adapter without one, its base model.
+
+    Errors as in `load_pretrained`.
+    """
+    base = base_model_of(folder_or_hub_id_or_gguf)
+    has_own = (expand(folder_or_hub_id_or_gguf) / "tokenizer.json").exists()
+    return folder_or_hub_id_or_gguf if base is None or has_own else base
 
 
 def read_max_length(folder_or_hub_id_or_gguf: str | Path) -> int:
@@ -115,10 +127,10 @@ def read_max_length(folder_or_hub_id_or_gguf: str | Path) -> int:
 
     Errors as in `load_pretrained`.
     """
-    if str(folder_or_hub_id_or_gguf).endswith(".gguf"):
-        return GGUFTensors(folder_or_hub_id_or_gguf).config.max_length
-    folder = resolve(folder_or_hub_id_or_gguf, allow_patterns=["config.json"])
-    return read_config(folder).max_length
+    name = base_model_of(folder_or_hub_id_or_gguf) or folder_or_hub_id_or_gguf
+    if str(name).endswith(".gguf"):
+        return GGUFTensors(name).config.max_length
+    return read_config(resolve(name, allow_patterns=["config.json"])).max_length
 
 
 class _Plan(NamedTuple):
@@ -148,9 +160,13 @@ def _settle_tying(source: TensorSource) -> _Plan:
     return _Plan(source, dataclasses.replace(config, tie_word_embeddings=False))
 
 
-def _load_folder(folder_or_hub_id: str | Path, load: Callable[[TensorSource], Network]) -> Network:
-    """What `load` makes of a folder: of one version of it, for a run may replace it meanwhile."""
-    folder = resolve(folder_or_hub_id, allow_patterns=HUB_PATTERNS)
+def _load_source(name: str | Path, load: Callable[[TensorSource], Network]) -> Network:
+    """What `load` makes of a model: of one version of it, for a run may replace it meanwhile."""
+    if str(name).endswith(".gguf"):
+        return load(GGUFTensors(name))
+    folder = resolve(name, allow_patterns=HUB_PATTERNS)
+    if is_adapter(folder):
+        return load(AdaptedTensors(folder, _base_tensors(folder)))
     while True:
         version = _version(folder)
         try:
@@ -161,6 +177,25 @@ def _load_folder(folder_or_hub_id: str | Path, load: Callable[[TensorSource], Ne
         else:
             if _version(folder) == version:
                 return network
+
+
+def _base_tensors(adapter: Path) -> TensorSource:
+    base = base_of(adapter)
+    if base.endswith(".gguf"):
+        return GGUFTensors(base)
+    try:
+        folder = resolve(base, allow_patterns=HUB_PATTERNS)
+    except UsageError as error:
+        raise UsageError(
+            f"The base model of the adapter {adapter} cannot be read: {error} Or set "
+            f"base_model_name_or_path in {adapter / ADAPTER_CONFIG} to where it is."
+        ) from error
+    if is_adapter(folder):
+        raise UsageError(
+            f"The base model of the adapter {adapter}, {base}, is an adapter as well; merge that "
+            "into its model first (merge_and_unload of the peft package)."
+        )
+    return SafetensorsFolder(folder)
 
 
 def _version(folder: Path) -> tuple[int, ...]:

@@ -11,11 +11,10 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from ppo_jax.models.decoder import Decoder
-from ppo_jax.models.heads import PolicyValueNetwork, RewardModel
 from ppo_jax.models.linear import Adapter, Linear
 from qwen_env.errors import UsageError
 
-Network = TypeVar("Network", PolicyValueNetwork, RewardModel)
+Network = TypeVar("Network", bound=nnx.Module)
 
 
 def add_adapters(
@@ -57,7 +56,7 @@ def linear_layers(decoder: Decoder) -> Iterator[tuple[str, Linear]]:
             yield ".".join(map(str, path)), module
 
 
-def has_adapters(network: Network) -> bool:
+def has_adapters(network: nnx.Module) -> bool:
     """Whether a linear layer has one."""
     return any(isinstance(module, Adapter) for _, module in nnx.iter_graph(network))
 

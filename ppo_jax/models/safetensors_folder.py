@@ -1,14 +1,16 @@
-"""The tensors of a folder in Hugging Face layout, read one at a time."""
+"""The tensors of a folder in Hugging Face layout, read one at a time; and files of tensors."""
 
 import json
 import reprlib
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from ppo_jax.models.config import DecoderConfig
 from ppo_jax.models.config_json import config_from_json
@@ -17,7 +19,6 @@ from qwen_env.files import is_file, json_error, read_text, unique_keys
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"
 
 OWN_FILES = {"value_head.": "critic/value_head.safetensors", "critic.": f"critic/{WEIGHTS}"}
 """Where tensors are that no Hugging Face class knows, by what their names here begin with: in a
@@ -45,29 +46,27 @@ class _Stored(NamedTuple):
     size: int  # in bytes
 
 
-class SafetensorsFolder:
-    """The weights of a folder, one file or many with an index.
-
-    Those of the value head and of a separate critic have `value_head.` and `critic.` before their
-    own name.
+class SafetensorsFiles:
+    """Tensors of some files, read one at a time.
 
     Raises:
-        UsageError: a file is missing, damaged, or outside the folder; two hold the same tensor; the
-            config is not of a model that this port computes; or there is an adapter.
+        UsageError: a file is missing or damaged, or two hold the same tensor.
     """
 
-    def __init__(self, folder: Path):
-        self.where = str(folder)
-        self.config_where = str(folder / "config.json")
-        self.config = read_config(folder)
+    def __init__(self) -> None:
         self._stored: dict[str, _Stored] = {}
-        for path in _weight_files(folder):
-            self._add(path)
-        for files in (OWN_FILES, _FORMER_FILES):
-            for prefix, file in files.items():
-                if (folder / file).exists():
-                    self._add(folder / file, prefix)
-        self.shapes = {name: tensor.shape for name, tensor in self._stored.items()}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def add(self, path: Path, prefix: str = "") -> None:
+        """All tensors of a file, with `prefix` before their names."""
+        for tensor in _read_header(path):
+            name = prefix + tensor.name
+            if name in self._stored:
+                raise UsageError(
+                    f"tensor {name!a} is in {self._stored[name].path} and in {path}; remove "
+                    "the file that is not of this model."
+                )
+            self._stored[name], self.shapes[name] = tensor, tensor.shape
 
     def read(self, name: str, out: np.ndarray) -> None:
         """Fill `out`, a contiguous array of the tensor's shape, in its own type."""
@@ -96,15 +95,29 @@ class SafetensorsFolder:
             sizes = [min(_CHUNK, a.size - start) for start in range(0, a.size, _CHUNK)]
             return all(file_a.read(size) == file_b.read(size) for size in sizes)
 
-    def _add(self, path: Path, prefix: str = "") -> None:
-        for tensor in _read_header(path):
-            name = prefix + tensor.name
-            if name in self._stored:
-                raise UsageError(
-                    f"tensor {name!a} is in {self._stored[name].path} and in {path}; remove "
-                    "the file that is not of this model."
-                )
-            self._stored[name] = tensor
+
+class SafetensorsFolder(SafetensorsFiles):
+    """The weights of a model's folder, one file or many with an index.
+
+    Those of the value head and of a separate critic have `value_head.` and `critic.` before their
+    own name.
+
+    Raises:
+        UsageError: as above, or a file is outside the folder, or the config is not of a model that
+            this port computes.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.where = str(folder)
+        self.config_where = str(folder / "config.json")
+        self.config = read_config(folder)
+        for path in _weight_files(folder):
+            self.add(path)
+        for files in (OWN_FILES, _FORMER_FILES):
+            for prefix, file in files.items():
+                if (folder / file).exists():
+                    self.add(folder / file, prefix)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -118,7 +131,7 @@ def _weight_files(folder: Path) -> list[Path]:
             + (f", only {pickled[0]}, and pickled weights are never loaded" if pickled else "")
             + "; save the model with transformers' save_pretrained to make one."
         )
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UsageError(f"{index} has no weight_map; download it again.")
     for file in weight_map.values():
@@ -151,22 +164,31 @@ def _read_header(path: Path) -> list[_Stored]:
     return stored
 
 
+def write_tensors(
+    tensors: dict[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, in a folder that is made if it is not there."""
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+    path.chmod(0o644)  # safetensors writes for the owner alone
+
+
 def read_config(folder: Path) -> DecoderConfig:
     """The architecture of the model in a folder.
 
     Raises:
-        UsageError: there is no config, or an adapter; or as `config_from_json`.
+        UsageError: there is no config; or as `config_from_json`.
     """
-    if (folder / ADAPTER).exists():
-        raise UsageError(
-            f"{folder} holds an adapter ({ADAPTER}), which is not applied here; merge it into "
-            "its model first (merge_and_unload of the peft package) and save that."
-        )
     path = folder / "config.json"
-    return config_from_json(_read_json(path), str(path))
+    return config_from_json(read_json(path), str(path))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in one of the JSON files of a model.
+
+    Raises:
+        UsageError: there is no such file, or it holds something else.
+    """
     if not is_file(path):
         raise UsageError(
             f"{path.parent} has no {path.name}; a model is a folder in Hugging Face layout "

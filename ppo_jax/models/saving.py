@@ -1,7 +1,8 @@
 """Models to folders in Hugging Face layout, which transformers and vLLM load as they are.
 
 The value head and the backbone of a separate critic, which no class of theirs knows, are in a
-subfolder, `critic/`.
+subfolder, `critic/`. A network with adapters is written as the model that they make, and they
+alone, for `peft`, to another, `adapter/`.
 """
 
 from collections.abc import Iterator
@@ -11,12 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from ppo_jax.files import replacing_folder, write_json
+from ppo_jax.models.adapter_folder import save_adapter
 from ppo_jax.models.config_json import config_to_json
 from ppo_jax.models.heads import PolicyValueNetwork, RewardModel
-from ppo_jax.models.safetensors_folder import OWN_FILES, WEIGHTS
+from ppo_jax.models.lora import has_adapters, merged
+from ppo_jax.models.safetensors_folder import OWN_FILES, WEIGHTS, write_tensors
 from ppo_jax.models.tensor_names import tensor_names
 from qwen_env.errors import UsageError
 from qwen_env.tokenizer import Tokenizer
@@ -37,6 +39,7 @@ def save_pretrained(
     tokenizer: Tokenizer | None = None,
     *,
     generation: Generation | None = None,
+    base_model: str | None = None,
 ) -> None:
     """Write a folder that `load_pretrained` and `transformers.AutoModelForCausalLM` both load.
 
@@ -48,24 +51,30 @@ def save_pretrained(
             configs.
         generation: what transformers and vLLM shall use unless told otherwise, written to
             `generation_config.json`.
+        base_model: the name or path of the model that the adapters were trained on, if there are
+            any.
 
     Raises:
         UsageError: `folder` is a file, or holds something that is not a model.
         RunError: it cannot be written.
     """
     with _replacing(Path(folder)) as new:
-        _save_model(network, "ForCausalLM", new, tokenizer, generation)
+        _save_model(network, "ForCausalLM", new, tokenizer, generation, base_model)
 
 
 def save_reward_model(
-    model: RewardModel, folder: str | Path, tokenizer: Tokenizer | None = None
+    model: RewardModel,
+    folder: str | Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    base_model: str | None = None,
 ) -> None:
     """Write a folder that `load_reward_model` and `AutoModelForSequenceClassification` load.
 
-    Folders are replaced as in `save_pretrained`.
+    Folders are replaced, and adapters written, as in `save_pretrained`.
     """
     with _replacing(Path(folder)) as new:
-        _save_model(model, "ForSequenceClassification", new, tokenizer)
+        _save_model(model, "ForSequenceClassification", new, tokenizer, base_model=base_model)
 
 
 def _save_model(
@@ -74,7 +83,11 @@ def _save_model(
     folder: Path,
     tokenizer: Tokenizer | None,
     generation: Generation | None = None,
+    base_model: str | None = None,
 ) -> None:
+    if has_adapters(network):
+        save_adapter(network, folder / "adapter", base_model)
+        network = merged(network)
     config = config_to_json(network.config, head)
     if isinstance(network, RewardModel):
         config |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
@@ -99,7 +112,7 @@ def _save_model(
     config["dtype"] = str(tensors[WEIGHTS]["model.norm.weight"].dtype)
     write_json(folder / "config.json", config)
     for file, content in tensors.items():
-        _save(content, folder / file)
+        write_tensors(content, folder / file)
 
 
 def _sampling_defaults(generation: Generation) -> dict[str, Any]:
@@ -112,12 +125,6 @@ def _sampling_defaults(generation: Generation) -> dict[str, Any]:
         "top_p": 1.0 if generation.top_p is None else generation.top_p,
         **({} if limit is None else {"max_new_tokens": limit}),
     }
-
-
-def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors writes for the owner alone
 
 
 @contextmanager

@@ -312,7 +312,13 @@ class Run:
             graphdef, arrays = nnx.split(network)
             network = nnx.merge(graphdef, jax.tree.map(hosts.fetch, arrays))
         hosts.on_first(
-            lambda: save_pretrained(network, folder, task.tokenizer, generation=generation)
+            lambda: save_pretrained(
+                network,
+                folder,
+                task.tokenizer,
+                generation=generation,
+                base_model=config.task.model,
+            )
         )
 
     def _where_saved(self) -> str:
