@@ -82,3 +82,11 @@ def test_the_table_of_arrays_is_as_the_code_says():
 
 def is_array(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, AbstractArray)
+
+
+@of_pages
+def test_every_test_that_is_named_is_there(page):
+    names = set(re.findall(r"\btest_\w+(?!\w*\.py)", " ".join(code_in(page))))
+    names -= {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert names <= set(re.findall(r"def (test_\w+)", tests))
