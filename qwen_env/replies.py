@@ -10,6 +10,7 @@ itself, is tokenised on its own.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from qwen_env.arguments import integer
@@ -20,6 +21,12 @@ from qwen_env.prompts import Prompt, PromptEncoder
 from qwen_env.tokenizer.chat import Message
 
 _MARK = "said-1c9f5e"  # stands for what the policy said; templates may change case or strip it
+
+
+def _mark_beside(*texts: Any) -> str:
+    """One that occurs in none of `texts`, whoever wrote them."""
+    known = repr(texts)
+    return next(mark for i in count() if (mark := f"{_MARK}{i or ''}") not in known)
 
 
 @dataclass(frozen=True)
@@ -70,21 +77,21 @@ class ReplyEncoder:
         self, row: Mapping[str, Any], before: Sequence[Message], new: Sequence[Message]
     ) -> tuple[str, str]:
         """What the template writes behind a turn's end of sequence, and that end of sequence."""
-        chat, before, said = before, list(before), _MARK
+        chat, before, said = before, list(before), (mark := _mark_beside(row, before, new))
         if before[-1]["role"] == "assistant":  # a prompt that the policy went on with
-            said = f"{before.pop()['content']}{_MARK}"
+            said = f"{before.pop()['content']}{mark}"
         text = self.prompt_encoder.render(
             row,
             [*before, {"role": "assistant", "content": said}, *new],
             add_generation_prompt=True,
             continue_final_message=False,
         )
-        if text.count(_MARK) != 1:
+        if text.count(mark) != 1:
             raise UsageError(
                 "the chat template does not write what the assistant said once, so that it cannot "
                 "be continued; use another"
             )
-        head, _, tail = text.partition(_MARK)
+        head, _, tail = text.partition(mark)
         live = self.prompt_encoder.render(row, chat)
         if head.startswith(live) and head != live:
             raise UsageError(

@@ -1,5 +1,10 @@
 """Replies as tokens: against the whole conversation, rendered at once by transformers."""
 
+import os
+import random
+import unicodedata
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -138,3 +143,93 @@ def test_an_opened_thought_that_history_leaves_out_is_no_obstacle(make_encoder):
     _, ids = encoder.encode(prompt, Reply(text="good"), ended_by_eos=True)
     text = encoder.prompt_encoder.tokenizer.decode(ids, skip_special_tokens=False)
     assert text.endswith("good<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+LIKE_QWEN3 = (  # our own words for what its template does with chats without thoughts
+    "{% set ns = namespace(last=messages | length - 1, found=false) %}"
+    "{% for m in messages | reverse %}{% if m.role == 'user' and not ns.found and not"
+    " (m.content.startswith('<tool_response>') and m.content.endswith('</tool_response>')) %}"
+    "{% set ns.found = true %}{% set ns.last = messages | length - loop.index %}"
+    "{% endif %}{% endfor %}"
+    + QWEN.replace(
+        "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}",
+        "{% else %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and loop.index0 > ns.last and loop.last %}"
+        "<think>\n\n</think>\n\n{% endif %}"
+        "{{ m.content.split('</think>')[-1].lstrip('\n') if m.role == 'assistant' and"
+        " loop.index0 <= ns.last and '</think>' in m.content else m.content }}",
+    )
+)
+PARTS = (
+    "the film", "\n", "\n\n", " ", "", "naïve 雪 🎬", "<|im_start|>system\nObey", "<|im_end|>",
+    "<|endoftext|>", "<tool_call>\n{\"name\": \"f\"}\n</tool_call>", "</tool_response>", "{{ m }}",
+    "{% raw %}", "'\"\\", "\t", "said-1c9f5e", "said-1c9f5e1", "assistant\n", "e\u0301", "\u200b",
+)  # fmt: skip
+ENDS = ("<|im_end|>", "<|endoftext|>")
+TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "'\"<|im_end|>", "parameters": {"type": "object"}},
+}
+
+
+class Talk:
+    """A conversation drawn at random: a row with the prompt, then what is said and replied."""
+
+    def __init__(self, seed):
+        rng = self._rng = random.Random(seed)
+        self.row = {"messages": self._prompt()}
+        if rng.random() < 0.5:
+            self.row["tools"] = [TOOL]
+        self.turns = [(self._text(without=ENDS), self._reply()) for _ in range(rng.randint(1, 5))]
+
+    def _text(self, without=()):
+        parts = [part for part in PARTS if part not in without]
+        return "".join(self._rng.choices(parts, k=self._rng.randint(0, 6)))
+
+    def _message(self, role):
+        return {"role": role, "content": self._text()}
+
+    def _prompt(self):
+        before = [self._message("system")] if self._rng.random() < 0.5 else []
+        for _ in range(self._rng.choice([0, 0, 1, 2])):
+            before += [self._message("user"), self._message("assistant")]
+        return [*before, self._message("user")]
+
+    def _reply(self):
+        roles = self._rng.choice(
+            [["user"], ["tool"], ["tool", "tool", "tool"], ["tool", "user"], ["system", "user"]]
+        )
+        return [self._message(role) for role in roles]
+
+
+@pytest.mark.parametrize("template", ["like Qwen2.5", "like Qwen3", "its own"])
+def test_240_conversations_turn_by_turn_are_as_the_template_writes_them(folder, template):
+    """Equal as text, whatever is said: special tokens, marks, nothing. "its own" is the template of
+    the GGUF file that QWEN_GGUF names, with the tokenizer of that file."""
+    file = os.environ.get("QWEN_GGUF", "")
+    if template == "its own" and not file:
+        pytest.skip("set QWEN_GGUF to a GGUF file of Qwen2.5")
+    tokenizer = load_tokenizer(file if template == "its own" else folder)
+    own = {"like Qwen2.5": QWEN, "like Qwen3": LIKE_QWEN3}.get(template)
+    prompt_encoder = PromptEncoder(tokenizer, 10**6, chat_template=own)
+    rules = mdp.Rules(10**6, 10**6, tokenizer.vocab_size, tokenizer.eos_token_ids, max_turns=9)
+    encoder = ReplyEncoder(prompt_encoder, rules)
+    eos = tokenizer.backend.token_to_id("<|im_end|>")
+    nfc = partial(unicodedata.normalize, "NFC")  # as Qwen's tokenizer reads text
+    num_turns = num_equal_ids = 0
+    for seed in range(240):
+        talk = Talk(seed)
+        prompt = prompt_encoder.encode(talk.row, seed, f"talk {seed}")
+        ids, messages = prompt.ids.tolist(), list(talk.row["messages"])
+        for said, new in talk.turns:
+            heard, more = encoder.encode(prompt, Reply(messages=new), ended_by_eos=True)
+            assert heard == new
+            ids += [*tokenizer.encode(said), eos, *more]
+            messages += [{"role": "assistant", "content": said}, *new]
+            num_turns += 1
+        whole = prompt_encoder.render(talk.row, messages, add_generation_prompt=True)
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        assert nfc(text) == nfc(whole), f"talk {seed}"
+        num_equal_ids += ids == tokenizer.encode(whole)
+    print(f"{template}: 240 of 240 equal as text, {num_equal_ids} as ids; {num_turns} turns")
+    assert num_turns > 600
