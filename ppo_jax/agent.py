@@ -29,6 +29,7 @@ from ppo_jax.learning.frozen import join, partition
 from ppo_jax.learning.inspection import look
 from ppo_jax.learning.learner import Learner, TrainState
 from ppo_jax.learning.metrics import fetch
+from ppo_jax.learning.nonfinite import check_finite
 from ppo_jax.learning.optimizer import Params
 from ppo_jax.mesh import make_mesh, place, replicate, replicated, shardings
 from ppo_jax.models import PolicyValueNetwork, with_separate_critic
@@ -37,7 +38,7 @@ from ppo_jax.models.lora import has_adapters
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
 from qwen_env.episodes import Episode, Outcome
-from qwen_env.errors import RunError, UsageError
+from qwen_env.errors import UsageError
 from qwen_env.prompt_order import prompt_indices
 from qwen_env.prompts import Prompt
 from qwen_env.task import TextTask
@@ -52,10 +53,6 @@ class Choice(NamedTuple):
     action: np.ndarray  # int32 [...]
     logprob: np.ndarray  # float32 [...]
     value: np.ndarray  # float32 [...]
-
-
-class TooManyNonfiniteUpdates(RunError):
-    """Loss or gradient was not finite too many times in a row, and nothing was learnt from them."""
 
 
 class PPOAgent:
@@ -338,12 +335,7 @@ class PPOAgent:
                 "memory/state_bytes_per_device": self.state_bytes_per_device,
             }
             yield experience, metrics
-            if (in_a_row := int(self.state.nonfinite_in_a_row)) >= limit:
-                raise TooManyNonfiniteUpdates(
-                    f"The loss or its gradient was not finite in {in_a_row} updates in a row, up "
-                    f"to iteration {self.iteration}; look at the rewards, or start another run "
-                    "with a lower learning_rate."
-                )
+            check_finite(self.state, limit, "rewards")
 
     def _warn_of_endless_turns(self, experience: Experience) -> None:
         costs = any(reward < 0 for o in experience.outcomes for _, reward in o.turn_rewards)

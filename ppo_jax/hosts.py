@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import jax
+from flax import nnx
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
@@ -37,6 +38,7 @@ from qwen_env.errors import (
 )
 
 Tree = TypeVar("Tree")
+Network = TypeVar("Network", bound=nnx.Module)
 Item = TypeVar("Item")
 
 JOIN_WITHIN = 180  # seconds that processes may start apart
@@ -236,6 +238,16 @@ def fetch(tree: Tree) -> Tree:
         return fetched
     gathered: Tree = multihost_utils.process_allgather(tree, tiled=True)
     return gathered
+
+
+def whole(network: Network) -> Network:
+    """A network whose arrays every process has all of, so that the first one can write it."""
+    if _count() == 1:
+        return network
+    graphdef, arrays = nnx.split(network)
+    # One at a time, since some devices may not hold them all.
+    merged: Network = nnx.merge(graphdef, jax.tree.map(fetch, arrays))
+    return merged
 
 
 def is_everywhere(error: BaseException) -> bool:

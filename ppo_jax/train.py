@@ -28,7 +28,8 @@ from ppo_jax.mesh import make_mesh
 from ppo_jax.models.loading import refuse_adapter
 from ppo_jax.runs.config_file import facts, read_config
 from ppo_jax.runs.folder import open_folder
-from ppo_jax.runs.run import PROG, Run, prompts_digest
+from ppo_jax.runs.ppo import PPOTrainer, prompts_digest
+from ppo_jax.runs.run import Run
 from ppo_jax.runs.solvable import kept, measure, read_rates
 from ppo_jax.runs.trained import model_in
 
@@ -84,7 +85,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainConfig]:
     if known.resume:
         base = read_config(folder.expanduser())
     default = Arguments(folder, base.task, base.ppo, base.optimizer, base.run, preset=name)
-    arguments = flags.parse(default, argv, prog=PROG)
+    arguments = flags.parse(default, argv, prog=PPOTrainer.prog)
     arguments = replace(
         arguments,
         output_dir=arguments.output_dir.expanduser(),
@@ -135,4 +136,4 @@ def train(
             task = replace(task, prompts=prompts)
         agent = PPOAgent(network, task, config)
         del network  # where some of its layers are frozen, the agent has copies of all of them
-        Run(agent, folder, held_out).go(resume=resume)
+        Run(PPOTrainer(agent, held_out), folder).go(resume=resume)

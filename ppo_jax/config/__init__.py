@@ -2,12 +2,16 @@
 
 from ppo_jax.config.presets import PRESETS, preset
 from ppo_jax.config.settings import (
+    AdamWConfig,
     DevicesConfig,
+    ModelConfig,
     OptimizerConfig,
     PPOConfig,
     ResponseConfig,
     RunConfig,
+    RunSettings,
     SamplingConfig,
+    SessionConfig,
     TaskConfig,
     TrackerName,
     TrainConfig,
@@ -17,12 +21,16 @@ from ppo_jax.config.settings import (
 
 __all__ = [
     "PRESETS",
+    "AdamWConfig",
     "DevicesConfig",
+    "ModelConfig",
     "OptimizerConfig",
     "PPOConfig",
     "ResponseConfig",
     "RunConfig",
+    "RunSettings",
     "SamplingConfig",
+    "SessionConfig",
     "TaskConfig",
     "TrackerName",
     "TrainConfig",

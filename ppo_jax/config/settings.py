@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_type_hints, overload
 
 from ppo_jax.algorithm import (
     AdvantageEstimator,
@@ -44,17 +44,11 @@ TrackerName = Literal["trackio", "wandb", "mlflow"]
 
 
 @dataclass(frozen=True)
-class ResponseConfig(Checked):
-    """Which model answers, and how it is asked."""
+class ModelConfig(Checked):
+    """Which model, and how it is written to."""
 
     model: str = str(pocket.POLICY_FOLDER)
     """The model: a folder in Hugging Face layout, a hub id, or a .gguf file."""
-    max_new_tokens: Count = pocket.MAX_NEW_TOKENS
-    """Longest response, in tokens."""
-    min_new_tokens: Natural = 0
-    """Forbid the end-of-sequence token before a response has this many tokens."""
-    stop: tuple[str, ...] = ()
-    """Texts that end a response as soon as it contains one of them, such as "</answer>"."""
     chat: bool = False
     """Wrap each prompt in the tokenizer's chat template, as a user's message."""
     system_prompt: str | None = None
@@ -66,11 +60,6 @@ class ResponseConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.template_arguments  # refuses what is none
-        if self.min_new_tokens > self.max_new_tokens:
-            raise UsageError(
-                f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens "
-                f"({self.max_new_tokens}); lower it."
-            )
 
     @property
     def template_arguments(self) -> dict[str, Any]:
@@ -88,6 +77,26 @@ class ResponseConfig(Checked):
                     "as enable_thinking=false or language='\"English\"'."
                 )
         return arguments
+
+
+@dataclass(frozen=True)
+class ResponseConfig(ModelConfig):
+    """Which model answers, and how it is asked."""
+
+    max_new_tokens: Count = pocket.MAX_NEW_TOKENS
+    """Longest response, in tokens."""
+    min_new_tokens: Natural = 0
+    """Forbid the end-of-sequence token before a response has this many tokens."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response as soon as it contains one of them, such as "</answer>"."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UsageError(
+                f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens "
+                f"({self.max_new_tokens}); lower it."
+            )
 
 
 @dataclass(frozen=True)
@@ -381,14 +390,11 @@ class PPOConfig(SamplingConfig):
 
 
 @dataclass(frozen=True)
-class OptimizerConfig(Checked):
+class AdamWConfig(Checked):
     """AdamW and its schedule."""
 
     learning_rate: Rate = 1e-5
     """Peak learning rate."""
-    critic_learning_rate: Rate | None = None
-    """Peak learning rate of the value head, and of its backbone if separate; None makes it
-    learning_rate."""
     schedule: Schedule = "linear"
     """How the learning rate falls over the run: not at all, to zero linearly, or to zero along a
     cosine."""
@@ -405,9 +411,6 @@ class OptimizerConfig(Checked):
     """Decoupled weight decay of the matrices; norms and biases have none."""
     max_grad_norm: Limit = 1.0
     """Clip gradients to this global norm."""
-    critic_warmup_iterations: Natural = 0
-    """First iterations in which only the value function learns, at the peak learning rate; the
-    schedule begins after them."""
     freeze_embeddings: bool = False
     """Do not train the token embeddings (nor the output projection, where the two are tied)."""
     num_frozen_layers: Natural = 0
@@ -422,6 +425,8 @@ class OptimizerConfig(Checked):
     max_nonfinite_updates: Count = 5
     """Stop the run after this many losses or gradients in a row that were not finite; each is
     skipped."""
+
+    _warmups: ClassVar[Sequence[str]] = ("warmup_iterations",)  # one after the other
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -438,18 +443,35 @@ class OptimizerConfig(Checked):
         Raises:
             UsageError: names the warm-up.
         """
-        if self.critic_warmup_iterations >= num_iterations:
-            raise UsageError(
-                f"critic_warmup_iterations ({self.critic_warmup_iterations}) must be below "
-                f"num_iterations ({num_iterations}); otherwise the policy would never learn."
-            )
-        names = ("critic_warmup_iterations", "warmup_iterations")  # one after the other
-        warmups = {name: getattr(self, name) for name in names if getattr(self, name)}
+        warmups = {name: getattr(self, name) for name in self._warmups if getattr(self, name)}
         if sum(warmups.values()) >= num_iterations:
             raise UsageError(
                 f"{' + '.join(warmups)} ({' + '.join(map(str, warmups.values()))}) must be below "
                 f"num_iterations ({num_iterations}); otherwise the learning rate would never fall."
             )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(AdamWConfig):
+    """AdamW and its schedule, for a policy and its critic."""
+
+    critic_learning_rate: Rate | None = None
+    """Peak learning rate of the value head, and of its backbone if separate; None makes it
+    learning_rate."""
+    critic_warmup_iterations: Natural = 0
+    """First iterations in which only the value function learns, at the peak learning rate; the
+    schedule begins after them."""
+
+    _warmups: ClassVar[Sequence[str]] = ("critic_warmup_iterations", "warmup_iterations")
+
+    def check_warmups(self, num_iterations: int) -> None:
+        """Likewise, of the critic's warm-up too."""
+        if self.critic_warmup_iterations >= num_iterations:
+            raise UsageError(
+                f"critic_warmup_iterations ({self.critic_warmup_iterations}) must be below "
+                f"num_iterations ({num_iterations}); otherwise the policy would never learn."
+            )
+        super().check_warmups(num_iterations)
 
 
 @dataclass(frozen=True)
@@ -472,13 +494,9 @@ class DevicesConfig(Checked):
 
 
 @dataclass(frozen=True)
-class RunConfig(DevicesConfig):
-    """How long, how often, with what precision, on what."""
+class SessionConfig(DevicesConfig):
+    """How often, with what precision, on what."""
 
-    num_iterations: Count | None = None
-    """Iterations in all; None makes num_prompt_epochs passes over the prompts."""
-    num_prompt_epochs: Count = 3
-    """Passes over the training prompts, where num_iterations is None."""
     seed: Seed = 0
     """Seed of every random choice."""
     dtype: ComputeType = "float32"
@@ -490,9 +508,7 @@ class RunConfig(DevicesConfig):
     """Recompute activations in the backward pass instead of keeping them: slower, with less
     memory."""
     eval_every: Count = 10
-    """Iterations between evaluations on the held-out prompts."""
-    eval_size: Count = 64
-    """Held-out prompts per evaluation."""
+    """Iterations between evaluations on what is held out."""
     save_every: Count = 25
     """Iterations between checkpoints."""
     keep_checkpoints: Count = 2
@@ -500,6 +516,18 @@ class RunConfig(DevicesConfig):
     log_to: tuple[TrackerName, ...] = ()
     """Trackers to log to as well: trackio, wandb, mlflow. The run folder's own records and
     tensorboard/ are always written."""
+
+
+@dataclass(frozen=True)
+class RunConfig(SessionConfig):
+    """How long, how often, with what precision, on what."""
+
+    num_iterations: Count | None = None
+    """Iterations in all; None makes num_prompt_epochs passes over the prompts."""
+    num_prompt_epochs: Count = 3
+    """Passes over the training prompts, where num_iterations is None."""
+    eval_size: Count = 64
+    """Held-out prompts per evaluation."""
     inspect_size: Natural = 8
     """Training episodes whose tokens, and all that PPO knows of each, are kept at the first
     iteration and at each evaluation for ppo-inspect, in tokens.jsonl: about 200 bytes a token of a
@@ -563,16 +591,31 @@ class TrainConfig:
         return iterations
 
 
-def as_json(config: TrainConfig) -> dict[str, dict[str, Any]]:
-    """What `config.json` of a run folder holds."""
+class RunSettings(Protocol):
+    """The settings of a run of any kind: a frozen dataclass of groups."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def run(self) -> SessionConfig: ...
+
+    @property
+    def optimizer(self) -> AdamWConfig: ...
+
+
+Config = TypeVar("Config", bound=RunSettings)
+
+
+def as_json(config: RunSettings) -> dict[str, dict[str, Any]]:
+    """What `config.json` of a run folder holds: the fields of each group of settings."""
     return dataclasses.asdict(config)
 
 
-def from_json(content: dict[str, dict[str, Any]]) -> TrainConfig:
-    """The inverse of `as_json`."""
-    return TrainConfig(
-        task=TaskConfig(**content["task"]),
-        ppo=PPOConfig(**content["ppo"]),
-        optimizer=OptimizerConfig(**content["optimizer"]),
-        run=RunConfig(**content["run"]),
-    )
+@overload
+def from_json(content: Mapping[str, Any]) -> TrainConfig: ...
+@overload
+def from_json(content: Mapping[str, Any], kind: type[Config]) -> Config: ...
+def from_json(content: Mapping[str, Any], kind: type[Any] = TrainConfig) -> Any:
+    """The inverse of `as_json`, for a dataclass of groups of settings."""
+    groups = get_type_hints(kind)
+    return kind(**{name: group(**content[name]) for name, group in groups.items()})

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +36,24 @@ import orbax.checkpoint as ocp
 
 from ppo_jax.files import PARTIAL, disk_errors, sync, sync_folder, write_json
 from ppo_jax.hosts import is_first, on_first, together
-from ppo_jax.learning.learner import TrainState
 from ppo_jax.runs.checksums import checksums
 from qwen_env.errors import RunError, UsageError
 
 Notes = dict[str, Any]
 """What else a run keeps in a checkpoint; JSON."""
+
+
+class TrainingState(Protocol):
+    """What training changes: a pytree of arrays."""
+
+    @property
+    def iteration(self) -> Any: ...
+
+    @property
+    def nonfinite_in_a_row(self) -> Any: ...
+
+
+State = TypeVar("State", bound=TrainingState)
 
 _FORMAT = 4  # goes up when a checkpoint holds something else than before
 _SMALL = 2**16  # bytes; files beyond that hold arrays, which have checksums of their own
@@ -68,7 +80,7 @@ class Checkpoints:
         """Iterations that were saved, ascending."""
         return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
 
-    def save(self, state: TrainState, notes: Notes) -> None:
+    def save(self, state: TrainingState, notes: Notes) -> None:
         """Save under the state's iteration, if that is not saved already, and remove the oldest.
 
         Raises:
@@ -87,8 +99,8 @@ class Checkpoints:
                 shutil.rmtree(self.folder / str(iteration), ignore_errors=True)
 
     def restore(
-        self, state: TrainState, say: Callable[[str], None] = print, *, only: int | None = None
-    ) -> tuple[TrainState, Notes] | None:
+        self, state: State, say: Callable[[str], None] = print, *, only: int | None = None
+    ) -> tuple[State, Notes] | None:
         """The latest undamaged checkpoint, or None where none was ever saved.
 
         Args:
@@ -322,7 +334,7 @@ def _portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
     yield portion
 
 
-def _by_name(state: TrainState) -> dict[str, jax.Array]:
+def _by_name(state: Any) -> dict[str, jax.Array]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 

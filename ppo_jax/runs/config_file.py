@@ -13,14 +13,15 @@ import shlex
 from collections.abc import Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
-from ppo_jax.config import TrainConfig, as_json, from_json
+from ppo_jax.config import RunSettings, TrainConfig, as_json, from_json
 from ppo_jax.files import atomic, write_json
 from qwen_env.errors import UsageError
 from qwen_env.rewards.addresses import HIDDEN, redacted
 
 Settings = dict[str, dict[str, Any]]
+Config = TypeVar("Config", bound=RunSettings)
 
 _MAY_CHANGE = {
     "num_iterations",
@@ -36,8 +37,12 @@ _MAY_CHANGE = {
 _PACKAGES = {"ppo_jax": "qwen-ppo-jax", "jax": "jax", "jaxlib": "jaxlib", "flax": "flax"}
 
 
-def read_config(folder: Path) -> TrainConfig:
-    """The settings of the run in `folder`.
+@overload
+def read_config(folder: Path) -> TrainConfig: ...
+@overload
+def read_config(folder: Path, kind: type[Config]) -> Config: ...
+def read_config(folder: Path, kind: type[Any] = TrainConfig) -> Any:
+    """The settings of the run in `folder`, of which `kind` it must be.
 
     Raises:
         UsageError: there is no run, or its settings cannot be read.
@@ -48,7 +53,7 @@ def read_config(folder: Path) -> TrainConfig:
             f"{folder} holds no run to resume (no config.json); leave out --resume to start one."
         )
     try:
-        return from_json(_read(path))
+        return from_json(_read(path), kind)
     except KeyError as error:
         raise UsageError(f"{path} has no field {error}; another version wrote it.") from error
     except (ValueError, TypeError, RecursionError) as error:
@@ -56,7 +61,7 @@ def read_config(folder: Path) -> TrainConfig:
         raise UsageError(f"{path} is not the config of a run of this version: {why}.") from error
 
 
-def write_config(folder: Path, config: TrainConfig, argv: Sequence[str]) -> None:
+def write_config(folder: Path, config: RunSettings, argv: Sequence[str]) -> None:
     """Write the settings; what an earlier start or resumption wrote beside them stays.
 
     Args:
@@ -73,7 +78,7 @@ def write_config(folder: Path, config: TrainConfig, argv: Sequence[str]) -> None
         write_json(partial, content)
 
 
-def settings(config: TrainConfig) -> Settings:
+def settings(config: RunSettings) -> Settings:
     """The settings as JSON gives them back."""
     written: Settings = json.loads(json.dumps(as_json(config)))
     return {
@@ -85,19 +90,19 @@ def settings(config: TrainConfig) -> Settings:
     }
 
 
-def facts(config: TrainConfig) -> dict[str, Any]:
+def facts(config: RunSettings) -> dict[str, Any]:
     """What the processes of a run must have alike: settings, and versions of packages."""
     named = {name: value for fields in settings(config).values() for name, value in fields.items()}
     return named | _versions()
 
 
-def check_same(folder: Path, config: TrainConfig) -> None:
+def check_same(folder: Path, config: RunSettings) -> None:
     """Check the settings that a run is to be resumed with against those in its folder.
 
     Raises:
         UsageError: they differ in one that must not change within a run.
     """
-    for name, old, new in _changes(settings(read_config(folder)), settings(config)):
+    for name, old, new in _changes(settings(read_config(folder, type(config))), settings(config)):
         raise UsageError(
             f"{folder} holds a run with {name} = {old!r}, not {new!r}; resume it without that "
             "flag, or start another run in another --output-dir."
@@ -112,7 +117,7 @@ def check_same(folder: Path, config: TrainConfig) -> None:
 
 
 def check_unedited(
-    folder: Path, checkpoint: Settings, config: TrainConfig, argv: Sequence[str]
+    folder: Path, checkpoint: Settings, config: RunSettings, argv: Sequence[str]
 ) -> None:
     """Check the settings in `config.json` against those that a checkpoint was made with.
 

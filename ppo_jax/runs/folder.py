@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 
 from ppo_jax.algorithm import clip_limits
-from ppo_jax.config import TrainConfig
+from ppo_jax.config import RunSettings, TrainConfig
 from ppo_jax.files import PARTIAL, disk_errors, locked, sweep
 from ppo_jax.hosts import is_first, on_first, together
 from ppo_jax.runs.config_file import (
@@ -74,7 +74,7 @@ class RunFolder:
     """
 
     def __init__(
-        self, folder: Path, config: TrainConfig, *, resume: bool, argv: Sequence[str] = ()
+        self, folder: Path, config: RunSettings, *, resume: bool, argv: Sequence[str] = ()
     ):
         self.path = folder
         self.checkpoints = folder / "checkpoints"
@@ -201,12 +201,12 @@ class RunFolder:
         self._append(_TOKENS, [record])
 
     def last_samples(self) -> list[Record]:
-        """The sampled completions of the last evaluation that is on record."""
+        """Those of the last evaluation that is on record."""
         samples: list[Record] = []
         with self._going_on(self.path / _SAMPLES):
             samples = self._records[_SAMPLES].read()
         last = max((s["iteration"] for s in samples), default=0)
-        return [s for s in samples if s["iteration"] == last and s["decoding"] == "sampled"]
+        return [s for s in samples if s["iteration"] == last]
 
     def evaluated_after(self, iteration: int) -> bool:
         """Whether an evaluation of a later iteration is on record."""
@@ -222,7 +222,7 @@ class RunFolder:
         """Draw `curves.png` anew."""
         path = self.path / "curves.png"
         with self._going_on(path), disk_errors(path):
-            plot_curves(read_records(self.path), path)
+            plot_curves(read_records(self.path, type(self._config)), path)
         return path
 
     def close(self, *, is_whole: bool = True) -> None:
@@ -328,7 +328,7 @@ class GuestFolder(RunFolder):
 
 @contextmanager
 def open_folder(
-    folder: Path, config: TrainConfig, *, resume: bool, argv: Sequence[str] = ()
+    folder: Path, config: RunSettings, *, resume: bool, argv: Sequence[str] = ()
 ) -> Iterator[RunFolder]:
     """The folder of a run, locked within the block; all processes open it, and the first writes.
 
@@ -370,19 +370,21 @@ def _check_seen_by_all(folder: Path) -> None:
                 marker.unlink(missing_ok=True)
 
 
-def read_records(folder: Path) -> Records:
-    """What the curves of the run in `folder` are drawn from.
+def read_records(folder: Path, kind: type[RunSettings] = TrainConfig) -> Records:
+    """What the curves of the run in `folder`, with settings of that kind, are drawn from.
 
     Raises:
         UsageError: there is no run, or its config or its records cannot be read.
     """
-    ppo = read_config(folder).ppo
-    low, high = clip_limits(ppo.clip_range, ppo.clip_range_high)
-    return Records(
+    config = read_config(folder, kind)
+    records = Records(
         metrics=RecordFile(folder / _METRICS).read(),
         distributions=RecordFile(folder / _DISTRIBUTIONS).read(),
-        clip_limits=(float(low), float(high)),
     )
+    if not isinstance(config, TrainConfig):
+        return records
+    low, high = clip_limits(config.ppo.clip_range, config.ppo.clip_range_high)
+    return records._replace(clip_limits=(float(low), float(high)))
 
 
 def read_samples(folder: Path) -> list[Record]:

@@ -11,8 +11,9 @@ from flax import nnx
 
 import qwen_env  # noqa: F401  (registers QwenText-v0)
 from ppo_jax import agent as agent_module
-from ppo_jax.agent import PPOAgent, TooManyNonfiniteUpdates
+from ppo_jax.agent import PPOAgent
 from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TrainConfig
+from ppo_jax.learning.nonfinite import TooManyNonfiniteUpdates
 from ppo_jax.models import with_separate_critic
 from ppo_jax.sampling import sampling_logits, truncation
 from qwen_env import mdp

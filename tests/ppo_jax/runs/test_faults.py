@@ -36,6 +36,7 @@ from ppo_jax.learning.batch import Controls
 from ppo_jax.learning.learner import TrainState
 from ppo_jax.models import PolicyValueNetwork
 from ppo_jax.runs.folder import RunFolder
+from ppo_jax.runs.ppo import PPOTrainer
 from ppo_jax.runs.run import Run
 from qwen_env.episodes import Episode, Outcome
 from qwen_env.errors import UserFacingError
@@ -244,7 +245,7 @@ def go(
         run_folder = RunFolder(folder, CONFIG, resume=resume)
         with run_folder.locked():
             agent: Any = ScriptedAgent(network, tokenizer)
-            Run(agent, run_folder, agent.task.prompts).go(resume=resume)
+            Run(PPOTrainer(agent, agent.task.prompts), run_folder).go(resume=resume)
 
     return go
 

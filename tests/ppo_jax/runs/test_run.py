@@ -7,18 +7,19 @@ from typing import Any
 import pytest
 
 from ppo_jax.files import folder_digest
-from ppo_jax.runs.run import ALIKE, Run
+from ppo_jax.runs.ppo import ALIKE, PPOTrainer
+from ppo_jax.runs.run import Run
 from qwen_env.errors import UsageError
 
 
 def test_scores_that_are_all_alike_are_said_once() -> None:
     said: list[str] = []
-    run: Any = SimpleNamespace(
-        num_alike=0, told_alike=False, progress=SimpleNamespace(say=said.append)
-    )
+    trainer: Any = SimpleNamespace(_num_alike=0, _told_alike=False)
 
     def iterate(score: float, spread: float) -> None:
-        Run._warn_of_scores_alike(run, {"objective/score": score, "objective/score_std": spread})
+        metrics = {"objective/score": score, "objective/score_std": spread}
+        if (remark := PPOTrainer.remark(trainer, metrics)) is not None:
+            said.append(remark)
 
     for _ in range(ALIKE - 1):
         iterate(0.5, 0.0)
@@ -46,7 +47,7 @@ def resumed(tmp_path: Path) -> Any:
         state=state,
         said=said,
         progress=SimpleNamespace(say=said.append),
-        agent=SimpleNamespace(iteration=6),
+        iteration=6,
         folder=SimpleNamespace(best=best, evaluated_after=lambda iteration: False),
     )
 
