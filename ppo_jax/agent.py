@@ -79,11 +79,6 @@ class PPOAgent:
     ):
         if num_iterations is None:
             num_iterations = config.total_iterations(len(task.prompts))
-        if (count := config.optimizer.num_frozen_layers) > network.config.num_hidden_layers:
-            raise UsageError(
-                f"num_frozen_layers is {count}, but the model has only "
-                f"{network.config.num_hidden_layers} layers (num_hidden_layers); lower it."
-            )
         if config.ppo.critic == "separate":
             network = with_separate_critic(network)
         elif network.critic is not None:

@@ -34,6 +34,16 @@ def inspect() -> None:
     _start("ppo_jax.inspect")
 
 
+def sft() -> None:
+    """`ppo-sft`"""
+    _start("ppo_jax.sft")
+
+
+def reward_model() -> None:
+    """`ppo-reward-model`"""
+    _start("ppo_jax.reward_model")
+
+
 def _start(module: str) -> None:
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # otherwise it is ignored, as in the background

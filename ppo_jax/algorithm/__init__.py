@@ -34,6 +34,12 @@ from ppo_jax.algorithm.masking import (
 )
 from ppo_jax.algorithm.rewards import token_rewards
 from ppo_jax.algorithm.running import RunningMoments, no_moments, updated_moments
+from ppo_jax.algorithm.supervised import (
+    bradley_terry_loss,
+    calibration_error,
+    centred_head,
+    cross_entropy,
+)
 
 __all__ = [
     "ADVANTAGE_EDGES",
@@ -48,9 +54,13 @@ __all__ = [
     "RunningMoments",
     "adapted_kl_coef",
     "approx_kl",
+    "bradley_terry_loss",
+    "calibration_error",
+    "centred_head",
     "clip_limits",
     "clip_shares",
     "clipped_policy_loss",
+    "cross_entropy",
     "generalized_advantage_estimation",
     "group_advantages",
     "is_clamped",

@@ -11,7 +11,7 @@ from ppo_jax.config.settings import (
 )
 from qwen_env.errors import UsageError
 
-_DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 PRESETS: dict[str, TrainConfig] = {
     # The embedded task on a CPU, in a couple of minutes.
@@ -24,8 +24,8 @@ PRESETS: dict[str, TrainConfig] = {
     "smollm2": TrainConfig(
         task=TaskConfig(
             model="HuggingFaceTB/SmolLM2-135M-Instruct",
-            prompts=str(_DATA / "film_openings.jsonl"),
-            eval_prompts=str(_DATA / "film_openings_heldout.jsonl"),
+            prompts=str(DATA / "film_openings.jsonl"),
+            eval_prompts=str(DATA / "film_openings_heldout.jsonl"),
             reward="qwen_env.rewards.sentiment:vader_compound",
             max_prompt_length=24,
             max_new_tokens=24,

@@ -13,20 +13,20 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from ppo_jax.config import OptimizerConfig
+from ppo_jax.config import AdamWConfig
 from ppo_jax.learning.optimizer import Params
 from ppo_jax.models import PolicyValueNetwork, RewardModel
 from ppo_jax.models.lora import add_adapters, merged
 from qwen_env.errors import UsageError
 
-Network = TypeVar("Network", PolicyValueNetwork, RewardModel)
+Network = TypeVar("Network", bound=PolicyValueNetwork | RewardModel)
 
 NOTHING: Params = nnx.State({})
 """Where everything learns."""
 
 
 def partition(
-    network: Network, config: OptimizerConfig, seed: int = 0
+    network: Network, config: AdamWConfig, seed: int = 0
 ) -> tuple[nnx.GraphDef[Network], Params, Params]:
     """The network without its arrays, those that learn, and those that are frozen for good.
 
@@ -39,9 +39,15 @@ def partition(
         seed: of the adapters.
 
     Raises:
-        UsageError: no layer has the name of one of `lora_targets`, or all layers are frozen.
+        UsageError: no layer has the name of one of `lora_targets`, or more layers are to be frozen
+            than there are, or all of those that would get adapters.
     """
     count, all_layers = config.num_frozen_layers, network.config.num_hidden_layers
+    if count > all_layers:
+        raise UsageError(
+            f"num_frozen_layers is {count}, but the model has only {all_layers} layers "
+            "(num_hidden_layers); lower it."
+        )
     network = nnx.merge(*nnx.split(merged(network)))  # a module of its own, on the same arrays
     if 0 < count < all_layers:
         network.backbone.split_layers(count)

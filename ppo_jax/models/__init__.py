@@ -1,7 +1,12 @@
 """Qwen2, Qwen3 and Llama in Flax NNX: decoder, policy with value head, reward model; files."""
 
 from ppo_jax.models.config import DecoderConfig, Llama3Scaling, YarnScaling
-from ppo_jax.models.heads import PolicyValueNetwork, RewardModel, with_separate_critic
+from ppo_jax.models.heads import (
+    PolicyValueNetwork,
+    RewardModel,
+    as_reward_model,
+    with_separate_critic,
+)
 from ppo_jax.models.loading import load_pretrained, load_reward_model
 from ppo_jax.models.saving import Generation, save_pretrained, save_reward_model
 
@@ -12,6 +17,7 @@ __all__ = [
     "PolicyValueNetwork",
     "RewardModel",
     "YarnScaling",
+    "as_reward_model",
     "load_pretrained",
     "load_reward_model",
     "save_pretrained",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,19 @@ class RewardModel(nnx.Module):
         """float32 scores of right-padded sequences."""
         hidden, _ = self.backbone(input_ids, attention_mask)
         return self.score(last_hidden(hidden, jnp.sum(attention_mask, axis=-1)))
+
+
+def as_reward_model(policy: PolicyValueNetwork, seed: int) -> RewardModel:
+    """A reward model on a policy's backbone, whose arrays it shares; its head is random."""
+    config, dtype = policy.config, policy.backbone.dtype
+    shaped = nnx.eval_shape(lambda: RewardModel(config, rngs=nnx.Rngs(0), dtype=dtype))
+    std = 1 / math.sqrt(config.hidden_size + 1)
+    weight = std * jax.random.normal(jax.random.key(seed), (1, config.hidden_size))
+    backbone = {name: x for name, x in nnx.state(policy.backbone).items() if name != "lm_head"}
+    score = nnx.State({"weight": nnx.Param(weight)})
+    params: nnx.State[str, Any] = nnx.State({"backbone": nnx.State(backbone), "score": score})
+    merged: RewardModel = nnx.merge(nnx.graphdef(shaped), params)
+    return merged
 
 
 def _without_projection(config: DecoderConfig) -> DecoderConfig:

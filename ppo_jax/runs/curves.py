@@ -71,6 +71,35 @@ PANELS: Sequence[Panel] = (
         "KL, nats a response",
         _GAIN,
     ),
+    # Supervised learning.
+    LinePanel(
+        "Loss",
+        "nats",
+        (Line("train/loss", "training", BLUE), Line("eval/loss", "held out", ORANGE, "o-")),
+    ),
+    LinePanel(
+        "Accuracy on pairs",
+        "share of pairs (band: 95 %)",
+        (
+            Line("train/accuracy", "training", BLUE),
+            Line("eval/accuracy", "held out", ORANGE, "o-", trials="eval/num_pairs"),
+        ),
+        (None, 1.0),
+    ),
+    LinePanel(
+        "Calibration error, held out",
+        "probability",
+        (Line("eval/calibration_error", style="o-", color=ORANGE),),
+        (0, None),
+    ),
+    LinePanel(
+        "Scores",
+        "mean of a batch",
+        (Line("train/chosen", "chosen", GREEN), Line("train/rejected", "rejected", ORANGE)),
+    ),
+    LinePanel("Entropy of the answers' tokens", "nats", _one("train/entropy"), (0, None)),
+    LinePanel("Learning rate", "", _one("train/learning_rate"), (0, None)),
+    LinePanel("Gradient norm, before clipping", "norm", _one("train/grad_norm"), (0, None)),
     # How far the policy has gone, and how fast it goes.
     LinePanel("Score less KL penalty", _SCORE, _one("objective/reward")),
     LinePanel("KL from the reference model", "nats a response", _one("objective/kl")),

@@ -34,7 +34,7 @@ class PPOTrainer:
         held_out: prompts; `eval_size` of them are answered at every evaluation.
     """
 
-    prog = "ppo-train"
+    prog, title = "ppo-train", "PPO"
 
     def __init__(self, agent: PPOAgent, held_out: PromptDataset):
         self._agent, task = agent, agent.config.task

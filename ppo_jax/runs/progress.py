@@ -24,7 +24,9 @@ from rich.text import Text
 from ppo_jax.hosts import is_first
 from qwen_env.printing import printable
 
-_WATCHED = (  # behind the score and its components
+_WATCHED = (  # those that there are, behind the score and its components
+    ("loss", "train/loss", ".4f"),
+    ("accuracy", "train/accuracy", ".3f"),
     ("KL", "objective/kl", ".2f"),
     ("entropy", "policy/entropy", ".2f"),
     ("length", "rollout/length_mean", ".1f"),
@@ -66,13 +68,14 @@ class Progress:
     def __init__(
         self,
         total: int,
+        title: str = "PPO",
         *,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._console = console or stderr_console()
         self.done = 0
-        self._total, self._clock = total, clock
+        self._total, self._title, self._clock = total, title, clock
         self._numbers = ""
         self._doing_since: float | None = None  # instead of showing numbers
         self._speed = ""
@@ -132,7 +135,9 @@ class Progress:
             if name != "gold_std"
         ]
         watched = (("score", "objective/score", "+.3f"), *components[:_COMPONENTS], *_WATCHED)
-        self._numbers = "  ".join(f"{name} {metrics[key]:{form}}" for name, key, form in watched)
+        self._numbers = "  ".join(
+            f"{name} {metrics[key]:{form}}" for name, key, form in watched if key in metrics
+        )
         self._doing_since = None
         self._speed = f"{metrics['throughput/tokens_per_s']:,.0f} tokens/s"
         is_due = now - self._last_line >= _QUIET_SECONDS or self.done == self._total
@@ -149,7 +154,8 @@ class Progress:
             f"{name} {means[f'sampled/{name}']:{_form(name, 3)}}"
             f" (greedy {means[f'greedy/{name}']:{_form(name, 3)}})"
             for name in ("score", *_accuracy_first(components))
-        )
+            if names
+        ) or "  ".join(f"{name} {x:.4f}" for name, x in means.items() if "num_" not in name)
         width = len(str(self._total))
         self.say(f"held out after {iteration:>{width}}: {numbers}")
 
@@ -189,7 +195,7 @@ class Progress:
         first.add_column(justify="right", no_wrap=True)
         bar = ProgressBar(total=self._total, completed=self.done, complete_style="cyan")
         right = "  ".join(filter(None, (self._speed, self._left())))
-        first.add_row(f"PPO {self._count()}", bar, right)
+        first.add_row(f"{self._title} {self._count()}", bar, right)
         numbers = self._numbers
         if self._doing_since is not None:
             numbers += f" {_time(self._clock() - self._doing_since)}"

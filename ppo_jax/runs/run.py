@@ -63,6 +63,10 @@ class Trainer(Protocol):
     def prog(self) -> str:
         """The command that resumes the run."""
 
+    @property
+    def title(self) -> str:
+        """In a word or two, what goes on."""
+
     def learn(self) -> Iterator[dict[str, Record]]:
         """Iterate until all is done; yields each iteration's records: `"metrics"` and, where there
         are any, `"distributions"` and `"tokens"`.
@@ -108,7 +112,7 @@ class Run:
         self.trainer, self.folder, self.config = trainer, folder, trainer.config.run
         self.checkpoints = Checkpoints(folder.checkpoints, self.config.keep_checkpoints)
         hosts.on_first(self.checkpoints.sweep)
-        self.progress = Progress(trainer.num_iterations)
+        self.progress = Progress(trainer.num_iterations, trainer.title)
         self.state = RunState(
             settings=settings(trainer.config),
             model_digest=trainer.model_digest,
