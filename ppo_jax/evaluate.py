@@ -33,7 +33,7 @@ from ppo_jax.generation.episode_metrics import (
 from ppo_jax.generation.intervals import Interval, share_interval
 from ppo_jax.mesh import make_mesh
 from ppo_jax.runs.progress import counting
-from ppo_jax.runs.trained import TrainedRun, named_run
+from ppo_jax.runs.trained import TrainedRun, model_in, named_run
 from qwen_env import pocket
 from qwen_env.episodes import Outcome
 from qwen_env.errors import UsageError
@@ -155,7 +155,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainedRun | None]:
     """
     run = named_run(argv)
     if run is None:
-        return flags.parse(Arguments(), argv, prog=PROG), None
+        arguments = flags.parse(Arguments(), argv, prog=PROG)
+        task = replace(arguments.task, model=model_in(arguments.task.model))
+        return replace(arguments, task=task), None
     theirs = dataclasses.asdict(run.config.task) | {"prompts": None, "max_prompt_length": None}
     default = Arguments(
         task=EvaluatedTask(**theirs), sampling=part_of(run.config.ppo, SamplingConfig)

@@ -22,7 +22,7 @@ from ppo_jax.config import DevicesConfig, ResponseConfig, SamplingConfig, TaskCo
 from ppo_jax.config.fields import Checked, Seed, part_of
 from ppo_jax.generation.actor import Actor
 from ppo_jax.mesh import make_mesh
-from ppo_jax.runs.trained import TrainedRun, named_run
+from ppo_jax.runs.trained import TrainedRun, model_in, named_run
 from qwen_env.errors import UsageError
 from qwen_env.rewards import RewardBatch
 
@@ -79,9 +79,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainedRun | None]:
             sampling=part_of(run.config.ppo, SamplingConfig),
         )
     arguments = flags.parse(default, argv, prog=PROG)
-    if run is not None:
-        response = replace(arguments.response, model=run.model)
-        arguments = replace(arguments, response=response)
+    model = model_in(arguments.response.model) if run is None else run.model
+    arguments = replace(arguments, response=replace(arguments.response, model=model))
     for name, value in dataclasses.asdict(arguments.sampling).items():
         if arguments.greedy and value != getattr(default.sampling, name):
             raise UsageError(f"greedy and {name} exclude each other; leave one of them out.")

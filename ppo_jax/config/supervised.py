@@ -63,7 +63,7 @@ class SupervisedConfig(Checked):
 class PreferenceLossConfig(SupervisedConfig):
     """How it is learnt."""
 
-    num_epochs: Count = 1
+    num_epochs: Count = 3
     """Passes over the data, where num_iterations is None."""
     centring_coef: Factor = 0.01
     """Weight of (r⁺ + r⁻)² in the loss, which keeps the mean score near 0: pairs say nothing of
@@ -89,13 +89,18 @@ class SFTConfig:
         UsageError: two settings contradict each other; it names both and the way out.
     """
 
-    data: CompletionsConfig = field(default_factory=CompletionsConfig)
+    completions: CompletionsConfig = field(default_factory=CompletionsConfig)
     learning: SupervisedConfig = field(default_factory=SupervisedConfig)
-    optimizer: AdamWConfig = field(default_factory=lambda: AdamWConfig(learning_rate=1e-4))
+    optimizer: AdamWConfig = field(default_factory=lambda: AdamWConfig(learning_rate=5e-4))
     run: LearningConfig = field(default_factory=LearningConfig)
 
     def __post_init__(self) -> None:
         _check(self.learning, self.run)
+
+    @property
+    def data(self) -> CompletionsConfig:
+        """Which model learns, and what from."""
+        return self.completions
 
 
 @dataclass(frozen=True)
@@ -106,13 +111,18 @@ class RewardModelConfig:
         UsageError: two settings contradict each other; it names both and the way out.
     """
 
-    data: PreferencesConfig = field(default_factory=PreferencesConfig)
+    preferences: PreferencesConfig = field(default_factory=PreferencesConfig)
     learning: PreferenceLossConfig = field(default_factory=PreferenceLossConfig)
-    optimizer: AdamWConfig = field(default_factory=lambda: AdamWConfig(learning_rate=1e-4))
+    optimizer: AdamWConfig = field(default_factory=lambda: AdamWConfig(learning_rate=1e-3))
     run: LearningConfig = field(default_factory=LearningConfig)
 
     def __post_init__(self) -> None:
         _check(self.learning, self.run)
+
+    @property
+    def data(self) -> PreferencesConfig:
+        """Which model learns, and what from."""
+        return self.preferences
 
 
 def _check(learning: SupervisedConfig, run: LearningConfig) -> None:

@@ -3,7 +3,7 @@
 Both are told of a part of a batch and give sums by the whole batch's weights, so that the parts'
 results add up (`learning.parts`).
 
-Shapes: M rows, N = M / 2 pairs, S width, D hidden.
+Shapes: M rows, N = M / 2 pairs, S width, T = S - 1, D hidden.
 """
 
 from dataclasses import dataclass
@@ -51,8 +51,8 @@ class Objective(Protocol):
 class CompletionOutputs(NamedTuple):
     """Of every token but the first."""
 
-    logprobs: Float[Array, "M S-1"]
-    entropy: Float[Array, "M S-1"]
+    logprobs: Float[Array, "M T"]
+    entropy: Float[Array, "M T"]
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ class CompletionObjective:
         )
         return CompletionOutputs(new.logprobs, new.entropy)
 
-    def weights(self, texts: Texts) -> Float[Array, "M S-1"]:
+    def weights(self, texts: Texts) -> Float[Array, "M T"]:
         return algorithm.token_weights(texts.is_learnt[:, 1:])
 
     def loss(
-        self, outputs: CompletionOutputs, texts: Texts, weights: Float[Array, "M S-1"]
+        self, outputs: CompletionOutputs, texts: Texts, weights: Float[Array, "M T"]
     ) -> tuple[Float[Array, ""], Sums]:
         mask = texts.is_learnt[:, 1:]
         loss = algorithm.cross_entropy(outputs.logprobs, mask, weights=weights)

@@ -52,6 +52,10 @@ def read_config(folder: Path, kind: type[Any] = TrainConfig) -> Any:
         raise UsageError(
             f"{folder} holds no run to resume (no config.json); leave out --resume to start one."
         )
+    if not is_of(folder, kind):
+        raise UsageError(
+            f"{folder} holds a run of another command; resume it with the one that started it."
+        )
     try:
         return from_json(_read(path), kind)
     except KeyError as error:
@@ -59,6 +63,15 @@ def read_config(folder: Path, kind: type[Any] = TrainConfig) -> Any:
     except (ValueError, TypeError, RecursionError) as error:
         why = str(error).rstrip(".")
         raise UsageError(f"{path} is not the config of a run of this version: {why}.") from error
+
+
+def is_of(folder: Path, kind: type[RunSettings]) -> bool:
+    """Whether the run in `folder` has settings of that kind; True where they cannot be read."""
+    try:
+        groups = _read(folder / "config.json").keys()
+        return "run" not in groups or kind.__dataclass_fields__.keys() <= groups
+    except (OSError, ValueError, TypeError, RecursionError):
+        return True
 
 
 def write_config(folder: Path, config: RunSettings, argv: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from ppo_jax.agent import PPOAgent
 from ppo_jax.config import DevicesConfig, TrainConfig
 from ppo_jax.models import PolicyValueNetwork
 from ppo_jax.runs.checkpoints import Checkpoints
-from ppo_jax.runs.config_file import read_config
+from ppo_jax.runs.config_file import is_of, read_config
 from qwen_env.errors import UsageError
 from qwen_env.task import TextTask
 
@@ -67,7 +67,7 @@ def named_run(argv: Sequence[str]) -> TrainedRun | None:
     if known.run is not None:
         return _open(Path(known.run).expanduser(), known.which)
     if known.model is not None and _is_run(folder := Path(known.model).expanduser()):
-        return _open(folder, known.which)
+        return _open(folder, known.which) if _is_of_ppo(folder) else None
     if known.which is not None:
         raise UsageError(
             f"which is {known.which!r}, but no run is named to choose from; add --run."
@@ -76,13 +76,28 @@ def named_run(argv: Sequence[str]) -> TrainedRun | None:
 
 
 def model_in(name: str) -> str:
-    """The last model of a run where `name` is its folder; anything else as it is."""
+    """The last model of a run, of whatever kind, where `name` is its folder; anything else as it
+    is.
+
+    Raises:
+        UsageError: the run has saved no model yet.
+    """
     folder = Path(name).expanduser()
-    return _open(folder, None).model if _is_run(folder) else name
+    if not _is_run(folder):
+        return name
+    for model in _MODELS:
+        if (folder / model).is_dir():
+            return str(folder / model)
+    raise UsageError(f"The run in {folder} has saved no model yet; let it go on, or --resume it.")
 
 
 def _is_run(folder: Path) -> bool:
     return (folder / "metrics.jsonl").exists() and (folder / "config.json").exists()
+
+
+def _is_of_ppo(folder: Path) -> bool:
+    """Whether the run in `folder` was PPO's, which has settings of how the model answers."""
+    return is_of(folder, TrainConfig)
 
 
 def _open(folder: Path, which: str | None) -> TrainedRun:
@@ -90,6 +105,8 @@ def _open(folder: Path, which: str | None) -> TrainedRun:
         raise UsageError(
             f"{folder} holds no run; name a folder that ppo-train has written (its --output-dir)."
         )
+    if not _is_of_ppo(folder):
+        raise UsageError(f"The run in {folder} is not PPO's; name it as --model.")
     config = read_config(folder)
     iterations = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints).iterations()
     there = [name for name in _MODELS if (folder / name).is_dir()] + [*map(str, iterations[::-1])]
