@@ -75,7 +75,7 @@ class AdaptedTensors:
                 other = name.removesuffix("lora_A.weight") + "lora_B.weight"
                 self._adapted[f"{module}.weight"] = name, other
             elif not name.endswith(".lora_B.weight"):
-                self._whole[name.removeprefix(_PREFIX)] = name
+                self._whole[name.removeprefix(_PREFIX).replace(".base_layer.", ".")] = name
         for name, (a, b) in self._adapted.items():
             self._check(name, a, b)
         own = {name: self._files.shapes[stored] for name, stored in self._whole.items()}
@@ -91,20 +91,24 @@ class AdaptedTensors:
 
     def read(self, name: str, out: np.ndarray) -> None:
         """Fill `out`, a contiguous array of the tensor's shape, in its own type."""
-        if name in self._whole:
-            self._files.read(self._whole[name], out)
-        elif name not in self._adapted:
-            self._base.read(name, out)
-        else:
-            weight = np.empty(out.shape, np.float32)
-            self._base.read(name, weight)
-            a, b = map(self._read_own, self._adapted[name])
-            out[...] = weight + self._scale(name, len(a)) * (b @ a)
+        if name not in self._adapted:
+            self._read_unadapted(name, out)
+            return
+        weight = np.empty(out.shape, np.float32)
+        self._read_unadapted(name, weight)
+        a, b = map(self._read_own, self._adapted[name])
+        out[...] = weight + self._scale(name, len(a)) * (b @ a)
 
     def are_equal(self, first: str, second: str) -> bool:
         """Whether two tensors are alike, to the last bit; those that are changed are not."""
         changed = self._adapted.keys() | self._whole.keys()
         return not {first, second} & changed and self._base.are_equal(first, second)
+
+    def _read_unadapted(self, name: str, out: np.ndarray) -> None:
+        if name in self._whole:
+            self._files.read(self._whole[name], out)
+        else:
+            self._base.read(name, out)
 
     def _check(self, name: str, a: str, b: str) -> None:
         shapes, wanted = self._files.shapes, self._base.shapes.get(name)
