@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from ppo_jax.models.config import DecoderConfig
 from ppo_jax.models.decoder import Decoder, last_hidden, project
+from ppo_jax.models.lora import merged
 
 
 class ScalarHead(nnx.Module):
@@ -73,9 +74,13 @@ class PolicyValueNetwork(nnx.Module):
 
 
 def with_separate_critic(network: PolicyValueNetwork) -> PolicyValueNetwork:
-    """The network with a backbone for its values alone: at first, on the policy's own arrays."""
+    """The network with a backbone for its values alone: at first, on the policy's own arrays.
+
+    Adapters are merged.
+    """
     if network.critic is not None:
         return network
+    network = merged(network)
     backbone, dtype = nnx.state(network.backbone), network.backbone.dtype
     shaped = nnx.eval_shape(
         lambda: PolicyValueNetwork(
@@ -85,8 +90,8 @@ def with_separate_critic(network: PolicyValueNetwork) -> PolicyValueNetwork:
     # Variables of its own, or they would be one parameter.
     own = jax.tree.map(lambda x: x, {n: x for n, x in backbone.items() if n != "lm_head"})
     params = nnx.State({**nnx.state(network), "critic": nnx.State(own)})
-    merged: PolicyValueNetwork = nnx.merge(nnx.graphdef(shaped), params)
-    return merged
+    with_critic: PolicyValueNetwork = nnx.merge(nnx.graphdef(shaped), params)
+    return with_critic
 
 
 class RewardModel(nnx.Module):

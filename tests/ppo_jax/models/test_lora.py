@@ -183,9 +183,10 @@ def test_what_peft_writes_is_read(
     targets = {"r": 3, "target_modules": "all-linear"} | settings
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **targets))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator())
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(tmp_path / "adapter")
     ids, mask = ragged()
     ours = outputs(load_pretrained(tmp_path / "adapter"), ids, mask)[0]
