@@ -21,8 +21,9 @@ from ppo_jax.assembly import assemble
 from ppo_jax.compilation import jit
 from ppo_jax.config import TrainConfig
 from ppo_jax.generation.actor import Actor, Experience
+from ppo_jax.generation.decoding import choose_token
 from ppo_jax.generation.episode_metrics import component_means, repetition
-from ppo_jax.generation.rollout import Rollout, choose_token
+from ppo_jax.generation.rollout import Rollout
 from ppo_jax.inspector.tokens import rows_to_keep, tokens_record
 from ppo_jax.learning.batch import Prepared
 from ppo_jax.learning.frozen import join, partition
@@ -96,6 +97,7 @@ class PPOAgent:
             task,
             config.ppo.sampling,
             compacts_rows=config.ppo.num_packed_sizes > 1,
+            num_slots=config.run.rollout_slots,
             mesh=mesh,
         )
         self.learner = Learner(

@@ -193,6 +193,7 @@ def evaluate(arguments: Arguments, run: TrainedRun | None = None) -> Evaluation:
             settings = replace(settings, prompts=run.config.task.prompts)
         dtype = run.config.run.dtype
     devices = arguments.devices
+    devices.check_slots(arguments.batch_size)
     mesh = make_mesh(devices.num_devices, devices.num_shards)
     network, task, held_out = assemble(
         settings, prompts=prompts, dtype=dtype, mesh=mesh, say=cli.say
@@ -200,7 +201,9 @@ def evaluate(arguments: Arguments, run: TrainedRun | None = None) -> Evaluation:
     if run is not None:
         network = run.trained(network, task, devices)
     asked = task.prompts if held_out is None else held_out
-    actor = Actor(network, task, arguments.sampling.sampling, mesh=mesh)
+    actor = Actor(
+        network, task, arguments.sampling.sampling, num_slots=devices.rollout_slots, mesh=mesh
+    )
     means: dict[str, dict[str, float]] = {}
     intervals: dict[str, dict[str, Interval | None]] = {}
     for decoding, samples in (("greedy", 1), ("sampled", arguments.samples)):

@@ -103,11 +103,15 @@ def generate(arguments: Arguments, run: TrainedRun | None = None) -> list[dict[s
         raise UsageError(f"There is no prompt; give one or more: {PROG} 'The plot'.")
     settings = TaskConfig(**dataclasses.asdict(response), max_prompt_length=None)
     devices = arguments.devices
+    devices.check_slots(len(arguments.prompts))
     mesh = make_mesh(devices.num_devices, devices.num_shards)
     network, task, _ = assemble(settings, prompts=arguments.prompts, reward=_nothing, mesh=mesh)
     if run is not None:
         network = run.trained(network, task, devices)
-    _, outcomes = Actor(network, task, arguments.sampling.sampling, mesh=mesh).respond_to_all(
+    actor = Actor(
+        network, task, arguments.sampling.sampling, num_slots=devices.rollout_slots, mesh=mesh
+    )
+    _, outcomes = actor.respond_to_all(
         nnx.state(network),
         task.prompts,
         jax.random.key(arguments.seed),

@@ -476,13 +476,17 @@ class OptimizerConfig(AdamWConfig):
 
 @dataclass(frozen=True)
 class DevicesConfig(Checked):
-    """What a computation is split over."""
+    """What a computation is split over, and how much of it is done at a time."""
 
     num_devices: Count = 1
     """Split each batch over this many devices, such as GPUs."""
     num_shards: Count = 1
     """Cut each copy of the parameters, and of moments and reference, over this many of the
     devices."""
+    rollout_slots: Count | None = None
+    """Write so many responses at a time on each device, which bounds the memory of generation: as
+    responses end, the next prompts take their places. None writes a whole batch at once. Either
+    way, the tokens are the same."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -490,6 +494,19 @@ class DevicesConfig(Checked):
             raise UsageError(
                 f"num_shards ({self.num_shards}) does not divide num_devices ({self.num_devices}); "
                 "choose a number that does."
+            )
+
+    def check_slots(self, batch_size: int) -> None:
+        """Refuse more slots than a device has responses of a batch.
+
+        Raises:
+            UsageError: names both.
+        """
+        if self.rollout_slots is not None and self.rollout_slots * self.num_devices > batch_size:
+            devices = f" on each of {self.num_devices} devices" if self.num_devices > 1 else ""
+            raise UsageError(
+                f"rollout_slots is {self.rollout_slots}{devices}, but a batch has only "
+                f"{batch_size} responses; lower it, or leave it out."
             )
 
 
@@ -558,6 +575,7 @@ class TrainConfig:
                     f"batch_size ({ppo.batch_size}) must be a multiple of {' x '.join(named)} "
                     f"({' x '.join(map(str, named.values()))})."
                 )
+        run.check_slots(ppo.batch_size)
         if ppo.length_limit == "bootstrap" and (penalty := self.task.missing_eos_penalty):
             raise UsageError(
                 f"missing_eos_penalty ({penalty}) is subtracted from the score of a response that "

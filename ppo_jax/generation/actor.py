@@ -1,5 +1,6 @@
 """From prompts to scored episodes: the compiled rollout, then the task's reward function."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ppo_jax.compilation import jit
-from ppo_jax.generation.rollout import Pause, Rollout, Writing, begin, resume, row_keys
+from ppo_jax.generation.rollout import Pause, Rollout, begin, resume, row_keys
+from ppo_jax.generation.slots import Writing
 from ppo_jax.hosts import fetch, own_part, together
 from ppo_jax.mesh import gather, on_own_rows, replicate
 from ppo_jax.models.heads import PolicyValueNetwork
@@ -75,11 +77,12 @@ class Actor:
         network: fixes the architecture; its parameters are given at each call.
         task: prompts, rules and reward; its vocabulary is the network's.
         sampling: how tokens are drawn.
-        compacts_rows: see `ppo_jax.generation.rollout.rollout`.
+        compacts_rows: see `ppo_jax.generation.slots.Writing`.
+        num_slots: rows that are written at a time on each device; None writes all of a call.
         mesh: that the prompts of a call are cut over; they must be a multiple of its devices.
 
     Raises:
-        UsageError: the network does not fit the task.
+        UsageError: the network or the number of slots does not fit the task.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Actor:
         sampling: Sampling,
         *,
         compacts_rows: bool = False,
+        num_slots: int | None = None,
         mesh: Mesh | None = None,
     ):
         if task.rules.vocab_size != network.config.vocab_size:
@@ -101,12 +105,17 @@ class Actor:
                 f"max_prompt_length + max_new_tokens is {task.rules.max_length}, but the model "
                 f"has {network.config.max_length} positions; lower one of them."
             )
+        if num_slots is not None and task.rules.max_turns > 1:
+            raise UsageError(
+                f"rollout_slots is {num_slots}, but with max_turns {task.rules.max_turns} rows "
+                "that wait for replies keep their slots; leave rollout_slots out."
+            )
         graphdef = nnx.graphdef(network)
         self.task = task
         self._mesh = mesh
 
         def writing(greedy: bool) -> Writing:
-            return Writing(task.rules, sampling, greedy, compacts_rows)
+            return Writing(task.rules, sampling, greedy, compacts_rows, num_slots)
 
         def begins(
             params: nnx.State[Any, Any],
@@ -152,7 +161,7 @@ class Actor:
     ) -> Experience:
         """Respond to each prompt and score the responses in one call of the reward function.
 
-        The completions of one prompt follow each other; it is read once for all of them.
+        The completions of one prompt follow each other.
 
         Args:
             first_prompt: the number of the first of the prompts, where they are a part of those
@@ -264,7 +273,7 @@ class Actor:
         greedy: bool = False,
         on_batch: Callable[[int], object] = lambda done: None,
     ) -> tuple[list[Episode], list[Outcome]]:
-        """Any number of prompts, about `batch_size` at a time; the last batch is filled up.
+        """Any number of prompts, at most about `batch_size` at a time; the last batch is filled up.
 
         The completions of one prompt follow each other. After each batch, `on_batch` is told how
         many prompts are done.
@@ -272,9 +281,10 @@ class Actor:
         Raises:
             RewardError: as in `respond`.
         """
-        at_once = min(batch_size, max(len(prompts), 1))
         num_devices = 1 if self._mesh is None else self._mesh.size
-        batch_size = -(-at_once // num_devices) * num_devices
+        num_batches = max(math.ceil(len(prompts) / batch_size), 1)
+        per_device = math.ceil(max(len(prompts), 1) / num_batches / num_devices)
+        batch_size = per_device * num_devices
         episodes: list[Episode] = []
         outcomes: list[Outcome] = []
         for start in range(0, len(prompts), batch_size):

@@ -31,6 +31,7 @@ _MAY_CHANGE = {
     "keep_checkpoints",
     "num_devices",
     "num_shards",
+    "rollout_slots",
     "log_to",
     "inspect_size",
 }

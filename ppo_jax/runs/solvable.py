@@ -51,6 +51,7 @@ def measure(network: PolicyValueNetwork, task: TextTask, config: TrainConfig, pa
         task,
         config.ppo.sampling,
         compacts_rows=config.ppo.num_packed_sizes > 1,
+        num_slots=config.run.rollout_slots,
         mesh=mesh,
     )
     key = jax.random.fold_in(jax.random.key(config.run.seed), _NO_ITERATION)

@@ -11,9 +11,10 @@ import transformers
 from flax import nnx
 from scipy import stats
 
-import ppo_jax.generation.rollout as rollout_module
+import ppo_jax.generation.slots as slots_module
 import qwen_env  # noqa: F401  (registers QwenText-v0)
-from ppo_jax.generation.rollout import Rollout, choose_token, rollout
+from ppo_jax.generation.decoding import choose_token
+from ppo_jax.generation.rollout import Rollout, rollout
 from ppo_jax.learning.response_outputs import response_outputs
 from ppo_jax.models import load_pretrained, save_pretrained
 from ppo_jax.sampling import Sampling
@@ -217,14 +218,14 @@ def test_what_a_row_writes_depends_on_its_number_and_not_on_its_place(make_netwo
 def rows_decoded(monkeypatch):
     """How many rows each decode step had, once all effects are there."""
     counts = []
-    decode = rollout_module._decode
+    decode = slots_module.decode
 
-    def counted(network, layers, carry, rules):
-        rows = len(carry.key)
+    def counted(network, layers, state, *others):
+        rows = len(state.length)
         jax.debug.callback(lambda: counts.append(rows))
-        return decode(network, layers, carry, rules)
+        return decode(network, layers, state, *others)
 
-    monkeypatch.setattr(rollout_module, "_decode", counted)
+    monkeypatch.setattr(slots_module, "decode", counted)
     return counts
 
 

@@ -156,13 +156,13 @@ class TestSeveralCompletions:
 
     def test_equal_a_rollout_of_repeated_prompts(self, network, task, monkeypatch):
         read = []
-        prefill = rollout_module._prefill
+        prefill = rollout_module.prefill
 
         def watched(network, prompts, rules):
             read.append(prompts.length.shape[0])
             return prefill(network, prompts, rules)
 
-        monkeypatch.setattr(rollout_module, "_prefill", watched)
+        monkeypatch.setattr(rollout_module, "prefill", watched)
         repeated = [prompt for prompt in task.prompts for _ in range(self.COUNT)]
         for options in ({"greedy": True}, {"sampling": TRUNCATED}):
             one = compile_rollout(network, task, prompts=repeated, **options)(seed=2)
