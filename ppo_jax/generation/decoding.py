@@ -70,8 +70,7 @@ def prefill(
     """The hidden state of each prompt's last token, and caches of S slots that hold the prompts in
     the first P."""
     prompts = state.tokens[:, : rules.max_prompt_length]
-    mask = mdp.attention_mask(state, jnp)[:, : rules.max_prompt_length]
-    hidden, stacked = network.backbone(prompts, mask)
+    hidden, stacked = network.backbone(prompts, state.prompt_length)
     room = [(0, 0), (0, 0), (0, rules.max_new_tokens), (0, 0)]
     cache = tuple(
         KeyValue(jnp.pad(stacked.key[i], room), jnp.pad(stacked.value[i], room))

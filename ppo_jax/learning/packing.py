@@ -39,7 +39,7 @@ class Packed(NamedTuple):
     """Sequences as the backbone reads them."""
 
     tokens: Int[Array, "rows S"]
-    mask: Int[Array, "rows S"]
+    mask: Int[Array, "rows S"] | Int[Array, "M"]  # numbers of sequences, or their lengths
     start: Int[Array, "M"]  # of each sequence, in the flattened rows
 
 
@@ -102,11 +102,11 @@ def pack(tokens: Int[Array, "M S"], length: Int[Array, "M"], layout: Layout | No
         layout: None leaves each sequence in a row of its own.
     """
     count, width = tokens.shape
+    if layout is None:
+        return Packed(tokens, length, width * jnp.arange(count))
+    num_rows, places = layout
     step = jnp.arange(width)
     is_real = step < length[:, None]
-    if layout is None:
-        return Packed(tokens, is_real.astype(jnp.int32), width * jnp.arange(count))
-    num_rows, places = layout
     start = width * places.row + places.start
     size = num_rows * width
     place = jnp.where(is_real, start[:, None] + step, size)  # of padding, beyond the end: dropped

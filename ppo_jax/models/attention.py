@@ -1,8 +1,11 @@
 """Attention: softmax(q·k / √N) v, and its gradient.
 
-The gradient is written out, in products of the compute type. Left to itself, JAX multiplies float32
-gradients of the logits by keys and queries widened to float32, half as fast on a GPU or slower, and
-goes over arrays as large as the logits about twice as often.
+Where a GPU or a TPU has a kernel that will do, `attend` takes it (`attention_kernels`), and
+elsewhere the formula: on a CPU, in a step of generation, for sequences that share rows of a GPU.
+
+The formula's gradient is written out, in products of the compute type. Left to itself, JAX
+multiplies float32 gradients of the logits by keys and queries widened to float32, half as fast on a
+GPU or slower, and goes over arrays as large as the logits about twice as often.
 
 Shapes: B batch, Q query positions, S key positions, H heads, K KV heads, G = H / K query heads per
 KV head, R = G · Q rows of a KV head, N head size.
@@ -16,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ppo_jax.models.attention_kernels import kernels
+
 BLOCK = 256
 """Query positions that are computed together: fewer would save more, and take longer to compile."""
 
@@ -28,6 +33,26 @@ class KeyValue(NamedTuple):
 
     key: Float[Array, "B K S N"]
     value: Float[Array, "B K S N"]
+
+
+class Sequences(NamedTuple):
+    """Rows of sequences, each position of which sees its own sequence up to its own place."""
+
+    number: Int[Array, "B S"]  # of the sequence there; 0 is padding
+    mask: Bool[Array, "B S S"]  # the keys that each query sees
+    is_one_a_row: bool  # each row has one sequence, from its start on
+
+
+def sequences(
+    attention_mask: Int[Array, "B S"] | Bool[Array, "B S"] | Int[Array, "B"], size: int
+) -> Sequences:
+    """Of S = `size` positions; for `attention_mask` see `decoder.Decoder`."""
+    place = jnp.arange(size)
+    is_one_a_row = attention_mask.ndim == 1
+    number = place < attention_mask[:, None] if is_one_a_row else attention_mask
+    number = number.astype(jnp.int32)
+    mask = (place[:, None] >= place) & (number[:, :, None] == number[:, None, :])
+    return Sequences(number, mask & (number > 0)[:, None, :], is_one_a_row)
 
 
 def written(
@@ -47,13 +72,34 @@ def written(
 
 
 def attend(
-    query: Float[Array, "B H Q N"], key_value: KeyValue, mask: Bool[Array, "B Q S"]
+    query: Float[Array, "B H Q N"], key_value: KeyValue, seen: Bool[Array, "B Q S"] | Sequences
 ) -> Float[Array, "B H Q N"]:
-    """softmax(q·k / √N) v. A query whose keys are all masked gets their mean, not NaN.
+    """softmax(q·k / √N) v. A query whose keys are all masked gets some mean of values, not NaN.
 
     Args:
-        mask: the keys that each query sees; where Q = S, none after the query's own place.
+        seen: the keys that each query sees; where Q = S, none after the query's own place.
     """
+    if not isinstance(seen, Sequences):
+        return _attend_by_formula(query, *key_value, seen)
+    found = kernels(query, key_value.key, is_one_a_row=seen.is_one_a_row)
+    if not found:
+        return _attend_by_formula(query, *key_value, seen.mask)
+
+    def by_formula(query: Array, key: Array, value: Array, number: Array) -> Array:
+        return _attend_by_formula(query, key, value, seen.mask)
+
+    arrays = query, *key_value, seen.number
+    mixed: Array = jax.lax.platform_dependent(*arrays, **found, default=by_formula)
+    return mixed
+
+
+def _attend_by_formula(
+    query: Float[Array, "B H Q N"],
+    key: Float[Array, "B K S N"],
+    value: Float[Array, "B K S N"],
+    mask: Bool[Array, "B Q S"],
+) -> Float[Array, "B H Q N"]:
+    key_value = KeyValue(key, value)
     if query.shape[2] == key_value.key.shape[2] > BLOCK:
         return _attend_in_blocks(query, key_value, mask)
     batch, heads, queries, size = query.shape
@@ -69,7 +115,7 @@ def _attend_in_blocks(query: Array, key_value: KeyValue, mask: Array) -> Array:
     for start in range(0, query.shape[2], BLOCK):
         end = start + BLOCK  # or beyond the last one
         seen = KeyValue(key_value.key[:, :, :end], key_value.value[:, :, :end])
-        blocks.append(attend(query[:, :, start:end], seen, mask[:, start:end, :end]))
+        blocks.append(_attend_by_formula(query[:, :, start:end], *seen, mask[:, start:end, :end]))
     return jnp.concatenate(blocks, axis=2)
 
 

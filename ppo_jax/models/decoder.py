@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from ppo_jax.mesh import gather
-from ppo_jax.models.attention import KeyValue, attend, written
+from ppo_jax.models.attention import KeyValue, Sequences, attend, sequences, written
 from ppo_jax.models.config import DecoderConfig
 from ppo_jax.models.linear import INITIALIZER_STD, PRODUCT, Linear
 from ppo_jax.models.operations import broadcast, embed, swiglu
@@ -65,7 +65,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B Q D"],
         rotary: Rotary,
-        mask: Bool[Array, "B Q S"],
+        seen: Bool[Array, "B Q S"] | Sequences,
         past: KeyValue | None = None,
         slot: Int[Array, ""] | Int[Array, "B"] | int = 0,
     ) -> tuple[Float[Array, "B Q D"], KeyValue]:
@@ -86,7 +86,7 @@ class Attention(nnx.Module):
                     for old, new in zip(past, key_value, strict=True)
                 )
             )
-        mixed = attend(query, key_value, mask)
+        mixed = attend(query, key_value, seen)
         return self.o_proj(jnp.swapaxes(mixed, 1, 2).reshape(*x.shape[:2], -1)), key_value
 
     def _heads(self, x: Float[Array, "B Q HN"]) -> Float[Array, "B heads Q N"]:
@@ -125,11 +125,11 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "B Q D"],
         rotary: Rotary,
-        mask: Bool[Array, "B Q S"],
+        seen: Bool[Array, "B Q S"] | Sequences,
         past: KeyValue | None = None,
         slot: Int[Array, ""] | Int[Array, "B"] | int = 0,
     ) -> tuple[Float[Array, "B Q D"], KeyValue]:
-        attended, key_value = self.self_attn(self.input_layernorm(x), rotary, mask, past, slot)
+        attended, key_value = self.self_attn(self.input_layernorm(x), rotary, seen, past, slot)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), key_value
 
@@ -170,7 +170,7 @@ class Decoder(nnx.Module):
     def __call__(
         self,
         input_ids: Int[Array, "B S"],
-        attention_mask: Int[Array, "B S"] | Bool[Array, "B S"],
+        attention_mask: Int[Array, "B S"] | Bool[Array, "B S"] | Int[Array, "B"],
         *,
         remat: bool = False,
     ) -> tuple[Float[Array, "B S D"], KeyValue]:
@@ -183,18 +183,16 @@ class Decoder(nnx.Module):
         Args:
             attention_mask: 0 at padding. Several sequences may share a row, numbered 1, 2, ...: a
                 token sees those before it that have its number, and its position is their count.
+                Or the lengths of rows that hold a sequence each, padded on the right.
         """
-        size = input_ids.shape[1]
-        causal = jnp.arange(size)[:, None] >= jnp.arange(size)
-        number = attention_mask.astype(jnp.int32)
-        mask = causal & (number[:, :, None] == number[:, None, :]) & (number > 0)[:, None, :]
-        positions = jnp.maximum(mask.sum(-1) - 1, 0)
+        seen = sequences(attention_mask, input_ids.shape[1])
+        positions = jnp.maximum(seen.mask.sum(-1) - 1, 0)
         rotary = rotary_angles(positions, self.config)
 
         def apply_layer(
             graphdef: nnx.GraphDef[DecoderLayer], x: Array, layer: nnx.State[str, Any]
         ) -> tuple[Array, KeyValue]:
-            return nnx.merge(graphdef, gather(layer, self.dtype))(x, rotary, mask)
+            return nnx.merge(graphdef, gather(layer, self.dtype))(x, rotary, seen)
 
         policy = None if remat else jax.checkpoint_policies.save_only_these_names(PRODUCT)
         x, key_values = self.embed(input_ids), []
