@@ -160,9 +160,9 @@ def peers(case: Case, arguments: Arguments) -> dict[str, Report]:
     return {f"TRL 1.10: {case.name}": trl, f"transformers: {case.name}": generate}
 
 
-def run(command: list[str], environment: dict[str, str]) -> Report:
+def run(command: list[str], environment: dict[str, str], timeout: float = 1800) -> Report:
     done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=1800
+        command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=timeout
     )
     return json.loads(done.stdout.splitlines()[-1])
 
