@@ -1,20 +1,15 @@
 """What PPO has to beat: to draw several responses and keep the best, and to learn from those."""
 
-from typing import NamedTuple
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
-from jaxtyping import Array, Float, Int
 
 from learning.best_of_n import best_of_n_kl, best_of_n_weights
+from learning.imitation import in_random_order, maximise_likelihood
 from learning.runs import Bench, Record, grammatical
 from learning.settings import SETTINGS
 from ppo_jax.agent import PPOAgent
-from ppo_jax.algorithm import masked_mean
-from ppo_jax.learning.response_outputs import response_outputs
+from qwen_env import mdp
 
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 SFT_EPOCHS = 16
@@ -59,14 +54,6 @@ def best_of_n(bench: Bench, seed: int) -> Record:
     }
 
 
-class Reviews(NamedTuple):
-    """N finished responses."""
-
-    tokens: Int[Array, "N S"]
-    prompt_length: Int[Array, "N"]
-    length: Int[Array, "N"]
-
-
 def sft(bench: Bench, n: int, seed: int) -> Record:
     """Maximise the likelihood of the best of n responses to each training prompt.
 
@@ -74,55 +61,42 @@ def sft(bench: Bench, n: int, seed: int) -> Record:
     """
     agent = _untrained(bench, seed)
     chosen, num_tokens = _best_responses(bench, agent, n, seed)
-    rng = np.random.default_rng([seed, SFT_KEY])
-    orders = [rng.permutation(len(chosen.length)) for _ in range(SFT_EPOCHS)]
-    batches = np.concatenate(orders).reshape(-1, SFT_BATCH)
+    batches = in_random_order(
+        len(chosen.length),
+        num_epochs=SFT_EPOCHS,
+        batch_size=SFT_BATCH,
+        rng=np.random.default_rng([seed, SFT_KEY]),
+    )
     config = agent.config.optimizer
     learning_rate = optax.linear_schedule(config.learning_rate, 0.0, len(batches))
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adam(learning_rate, config.adam_b1, config.adam_b2, config.adam_eps),
     )
-
-    def loss(params: nnx.State, batch: Reviews) -> Float[Array, ""]:
-        outputs = response_outputs(
-            nnx.merge(agent.learner.graphdef, params),
-            *batch,
-            rules=bench.task.rules,
-            sampling=agent.config.ppo.sampling,
-        )
-        written = (batch.length - batch.prompt_length)[:, None]
-        mask = jnp.arange(bench.task.rules.max_new_tokens) < written
-        return -masked_mean(outputs.logprobs, mask)
-
-    @jax.jit
-    def step(
-        params: nnx.State, opt_state: optax.OptState, batch: Reviews
-    ) -> tuple[nnx.State, optax.OptState]:
-        updates, opt_state = optimizer.update(jax.grad(loss)(params, batch), opt_state)
-        return optax.apply_updates(params, updates), opt_state
-
-    params = agent.state.params
-    opt_state = optimizer.init(params)
-    for rows in batches:
-        batch = jax.tree.map(lambda x, rows=rows: x[rows], chosen)
-        params, opt_state = step(params, opt_state, batch)
+    params = maximise_likelihood(
+        agent.learner.graphdef,
+        agent.state.params,
+        chosen,
+        batches,
+        rules=bench.task.rules,
+        sampling=agent.config.ppo.sampling,
+        optimizer=optimizer,
+    )
     agent.state = agent.state._replace(params=params)
     return {"curve": [{"tokens": num_tokens, **bench.measure(agent)}]}
 
 
-def _best_responses(bench: Bench, agent: PPOAgent, n: int, seed: int) -> tuple[Reviews, int]:
+def _best_responses(bench: Bench, agent: PPOAgent, n: int, seed: int) -> tuple[mdp.State, int]:
     """The best of n responses to each training prompt, and how many tokens all of them had."""
     key = jax.random.fold_in(jax.random.key(seed), SFT_KEY)
     per_call, num_tokens = ROWS // n, 0
-    chosen: list[Reviews] = []
+    chosen: list[mdp.State] = []
     for start in range(0, len(bench.prompts), per_call):
         prompts = bench.prompts[start : start + per_call]
         key_here = jax.random.fold_in(key, start)
         done = agent.actor.respond(agent.state.params, prompts, key_here, completions_per_prompt=n)
         best = done.scores.reshape(-1, n).argmax(axis=1) + n * np.arange(len(prompts))
-        state = jax.device_get(done.rollout.state)
-        chosen.append(Reviews(state.tokens[best], state.prompt_length[best], state.length[best]))
+        chosen.append(mdp.at(jax.device_get(done.rollout.state), best))
         num_tokens += done.num_tokens
     return jax.tree.map(lambda *parts: np.concatenate(parts), *chosen), num_tokens
 

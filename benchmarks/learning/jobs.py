@@ -1,4 +1,4 @@
-"""Which runs there are, which are done, and the processes that do the others."""
+"""Runs that are done or not, and the processes that do those that are not."""
 
 import json
 import multiprocessing
@@ -9,15 +9,21 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from learning.settings import BEST_OF_N, SETTINGS, SFT
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
 from qwen_env.errors import UsageError
 
 Record = dict[str, Any]
-
-PPO_SETTINGS = {setting.name: setting for setting in SETTINGS}
-NAMES = (*PPO_SETTINGS, BEST_OF_N, *SFT)
 
 
 @dataclass(frozen=True)
@@ -29,29 +35,15 @@ class Job:
     iterations: int  # of a setting of length 1
     changes: str  # what the setting was, so that an edited one is run again
 
-    @property
-    def cost(self) -> int:
-        """About how long it takes, in iterations."""
-        if self.name in PPO_SETTINGS:
-            return PPO_SETTINGS[self.name].length * self.iterations
-        return 40 if self.name == BEST_OF_N else 30 + 3 * SFT[self.name]
+
+class Tick(Protocol):
+    """Called in a job when so many iterations more are done."""
+
+    def __call__(self, iterations: int = 1, /) -> None: ...
 
 
-def jobs(names: Sequence[str], num_seeds: int, iterations: int) -> list[list[Job]]:
-    """One list a name (all of them, if none is given), with a job a seed.
-
-    Raises:
-        UsageError: there is no such name.
-    """
-    for name in names:
-        if name not in NAMES:
-            raise UsageError(f"There is no setting {name!r}; choose from: {', '.join(NAMES)}.")
-
-    def of_name(name: str) -> list[Job]:
-        changes = PPO_SETTINGS[name].changes if name in PPO_SETTINGS else ""
-        return [Job(name, seed, iterations, changes) for seed in range(num_seeds)]
-
-    return [of_name(name) for name in NAMES if name in names or not names]
+Worker = Callable[[Job, Tick], Record]
+"""Does a job, and returns what the record of the run ends with."""
 
 
 def read_records(path: Path) -> list[Record]:
@@ -72,10 +64,65 @@ def is_record_of(record: Record, job: Job) -> bool:
     return record.items() >= asdict(job).items()
 
 
+def finish(
+    groups: Sequence[Sequence[Job]],
+    path: Path,
+    num_processes: int,
+    start: Callable[[], Worker],
+    *,
+    cost: Callable[[Job], int],
+    brief: Callable[[Record], str],
+) -> list[Record]:
+    """Run the jobs that have no record yet, and return the records of all.
+
+    Args:
+        groups: see `run`.
+        path: of the records; each is added when its run is finished.
+        cost: about how long a job takes, in iterations.
+        brief: a record in a line.
+    """
+    known = read_records(path)
+    missing = [[job for job in group if not _recorded(job, known)] for group in groups]
+    missing = [group for group in missing if group]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("iterations"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    console, total = Console(stderr=True), sum(map(len, missing))
+    with (
+        Progress(*columns, console=console, speed_estimate_period=900) as progress,
+        path.open("a") as file,
+    ):
+        work = sum(cost(job) for group in missing for job in group)
+        task, num_done = progress.add_task(f"0 of {total} runs", total=work), 0
+        for message in run(missing, num_processes, start):
+            match message:
+                case Ticked(iterations):
+                    progress.advance(task, iterations)
+                case Done(record):
+                    file.write(json.dumps(record) + "\n")
+                    file.flush()
+                    known.append(record)
+                    num_done += 1
+                    progress.update(task, description=f"{num_done} of {total} runs")
+                    console.print(f"{record['name']}, seed {record['seed']}: {brief(record)}")
+    wanted = [job for group in groups for job in group]
+    return [next(r for r in known if is_record_of(r, job)) for job in wanted]
+
+
+def _recorded(job: Job, records: list[Record]) -> bool:
+    return any(is_record_of(record, job) for record in records)
+
+
 # ---------------------------------------------------------------- processes
 
 
-class Tick(NamedTuple):
+class Ticked(NamedTuple):
     """So many iterations more are done."""
 
     iterations: int
@@ -89,10 +136,16 @@ class Failed(NamedTuple):
     traceback: str
 
 
-def run(groups: Sequence[Sequence[Job]], num_processes: int) -> Iterator[Tick | Done]:
+def run(
+    groups: Sequence[Sequence[Job]], num_processes: int, start: Callable[[], Worker]
+) -> Iterator[Ticked | Done]:
     """Do all jobs, a group in one process, and say what happens.
 
     A model this small is trained faster by processes with a core each than by one that has all.
+
+    Args:
+        start: called once in each process, which then knows how many cores it has. It is a
+            module's function, and imports JAX itself.
 
     Raises:
         RuntimeError: a job failed, or its process died.
@@ -103,7 +156,7 @@ def run(groups: Sequence[Sequence[Job]], num_processes: int) -> Iterator[Tick | 
     for task in (*groups, *[None] * num_processes):
         tasks.put(task)
     workers = [
-        context.Process(target=_work, args=(i, num_processes, tasks, messages), daemon=True)
+        context.Process(target=_work, args=(i, num_processes, tasks, messages, start), daemon=True)
         for i in range(num_processes)
     ]
     for worker in workers:
@@ -128,33 +181,25 @@ def run(groups: Sequence[Sequence[Job]], num_processes: int) -> Iterator[Tick | 
             worker.join()
 
 
-def _work(index: int, num_processes: int, tasks: Any, messages: Any) -> None:
+def _work(
+    index: int, num_processes: int, tasks: Any, messages: Any, start: Callable[[], Worker]
+) -> None:
     """Do groups of jobs until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         # Before JAX is imported, which counts them.
         os.sched_setaffinity(0, cores[index % len(cores) :: num_processes])
-    from learning import baselines
-    from learning.runs import Bench
     from ppo_jax.cli import keep_compiled_programs
+
+    def tick(iterations: int = 1, /) -> None:
+        messages.put(Ticked(iterations))
 
     try:
         keep_compiled_programs()
-        bench = Bench()
+        work = start()
         while (group := tasks.get()) is not None:
             for job in group:
-                record = _result(job, bench, baselines, lambda: messages.put(Tick(1)))
-                messages.put(Done(asdict(job) | record))
-                if job.name not in PPO_SETTINGS:
-                    messages.put(Tick(job.cost))
+                messages.put(Done(asdict(job) | work(job, tick)))
     except BaseException:
         messages.put(Failed(traceback.format_exc()))
-
-
-def _result(job: Job, bench: Any, baselines: Any, tick: Callable[[], None]) -> Record:
-    if job.name == BEST_OF_N:
-        return baselines.best_of_n(bench, job.seed)
-    if job.name in SFT:
-        return baselines.sft(bench, SFT[job.name], job.seed)
-    return bench.train(PPO_SETTINGS[job.name], job.iterations, job.seed, tick)

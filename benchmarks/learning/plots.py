@@ -35,14 +35,15 @@ CURVES = (
 def plot_all(summary: Summary, folder: Path) -> None:
     """Draw what there are runs for: curves.png, ablations.png, frontier.png."""
     if LONG in summary.curves:
-        _save(_curves(summary), folder / "curves.png")
+        save(_curves(summary), folder / "curves.png")
     if summary.differences:
-        _save(_ablations(summary), folder / "ablations.png")
+        save(_ablations(summary), folder / "ablations.png")
     if summary.best_of and LONG in summary.curves:
-        _save(_frontier(summary), folder / "frontier.png")
+        save(_frontier(summary), folder / "frontier.png")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """As a picture for the documentation."""
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=110)
 
@@ -54,10 +55,10 @@ def _curves(summary: Summary) -> Figure:
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     for axis, (title, unit, metrics) in zip(figure.subplots(2, 3).flat, CURVES, strict=True):
         for (metric, label), color in zip(metrics.items(), (ORANGE, GREEN), strict=False):
-            _band(axis, tokens, [point[metric] for point in points], color, label)
+            band(axis, tokens, [point[metric] for point in points], color, label)
         if len(metrics) > 1:
             axis.legend(frameon=False, fontsize=8)
-        _title(axis, title, unit, "thousands of tokens (prompt and response)")
+        title(axis, title, unit, "thousands of tokens (prompt and response)")
     figure.suptitle(
         f"PPO on the pocket task, 128 held-out prompts: mean of {summary.seeds[LONG]} seeds, "
         "95 % confidence interval",
@@ -67,7 +68,8 @@ def _curves(summary: Summary) -> Figure:
     return figure
 
 
-def _band(axis: Axes, x: Sequence[float], y: Sequence[Interval], color: str, label: str) -> None:
+def band(axis: Axes, x: Sequence[float], y: Sequence[Interval], color: str, label: str) -> None:
+    """The means as a line, in a band of their intervals."""
     axis.plot(x, [point.mean for point in y], color=color, label=label, lw=1.6)
     low, high = [point.low for point in y], [point.high for point in y]
     axis.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
@@ -89,7 +91,7 @@ def _ablations(summary: Summary) -> Figure:
         for row in range(1, len(settings)):
             if settings[row].group != settings[row - 1].group:
                 axis.axhline(row - 0.5, color=GREY, lw=0.5, alpha=0.5)
-        _title(axis, f"Δ {column.title}", "", unit)
+        title(axis, f"Δ {column.title}", "", unit)
     axes[0].set_yticks(range(len(settings)), [_label(s.name, s.against) for s in settings])
     axes[0].set_ylim(-0.7, len(settings) - 0.3)
     figure.suptitle(
@@ -133,7 +135,7 @@ def _frontier(summary: Summary) -> Figure:
         axis.plot([], [], "o", color=GREY, ms=4, label="PPO, one knob turned")
         axis.plot([], [], "o", color=BLUE, ms=4, label="SFT on the best of n")
         axis.legend(frameon=False, fontsize=8, loc="lower right")
-        _title(axis, title, "", "KL from the untrained model, nats a response")
+        title(axis, title, "", "KL from the untrained model, nats a response")
     figure.suptitle("Held-out score of sampled responses against KL", x=0.01, ha="left")
     return figure
 
@@ -156,8 +158,9 @@ def _uncrowded(places: dict[str, tuple[float, float]]) -> list[str]:
     ]
 
 
-def _title(axis: Axes, title: str, unit: str, x: str) -> None:
-    axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
+def title(axis: Axes, title: str, unit: str, x: str) -> None:
+    """What an axis shows, and how it looks."""
+    axis.settitle(title, loc="left", fontsize=11, fontweight="bold")
     axis.set_ylabel(unit, fontsize=9, color=GREY)
     axis.set_xlabel(x, fontsize=9, color=GREY)
     axis.grid(alpha=0.25)

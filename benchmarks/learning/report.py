@@ -1,7 +1,7 @@
 """From the records of all runs to means, intervals, differences and verdicts; and their tables."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,9 @@ COMPARED = (
     Column("KL", "kl", 1),
 )
 """What differences are made of."""
+
+Finals = Mapping[str, Mapping[int, Mapping[str, float]]]
+"""By name, seed and metric."""
 
 MARKS: dict[Verdict, str] = {"robust": "**", "suggestive": "*", "noise": ""}
 
@@ -97,26 +100,37 @@ def _intervals(rows: Sequence[dict[str, float]]) -> dict[str, Interval]:
     return {name: interval([row[name] for row in rows]) for name in rows[0]}
 
 
-def _differences(
-    settings: Sequence[Setting], finals: dict[str, dict[int, dict[str, float]]]
-) -> dict[str, dict[str, Difference]]:
+def _differences(settings: Sequence[Setting], finals: Finals) -> dict[str, dict[str, Difference]]:
+    pairs = [(setting.name, setting.against) for setting in settings]
     differences: dict[str, dict[str, Difference]] = {}
     for _, metric, _ in COMPARED:
-
-        def of(name: str, metric: str = metric) -> dict[int, float]:
-            return {seed: final[metric] for seed, final in finals.get(name, {}).items()}
-
-        tests = {
-            setting.name: test
-            for setting in settings
-            if setting.name != setting.against
-            and (test := paired(of(setting.name), of(setting.against))) is not None
-        }
-        corrected = holm([p for _, p in tests.values()])
-        for (name, (change, p)), raised in zip(tests.items(), corrected, strict=True):
-            difference = Difference(change, raised, verdict(p, raised))
+        for name, difference in differences_between(pairs, finals, metric).items():
             differences.setdefault(name, {})[metric] = difference
     return differences
+
+
+def differences_between(
+    pairs: Sequence[tuple[str, str]], finals: Finals, metric: str
+) -> dict[str, Difference]:
+    """Of each name from what it is paired with, where both have two seeds in common.
+
+    Args:
+        finals: by name, seed and metric.
+    """
+
+    def of(name: str) -> dict[int, float]:
+        return {seed: final[metric] for seed, final in finals.get(name, {}).items()}
+
+    tests = {
+        name: test
+        for name, against in pairs
+        if name != against and (test := paired(of(name), of(against))) is not None
+    }
+    corrected = holm([p for _, p in tests.values()])
+    return {
+        name: Difference(change, raised, verdict(p, raised))
+        for (name, (change, p)), raised in zip(tests.items(), corrected, strict=True)
+    }
 
 
 def brief(record: Record) -> str:
@@ -135,8 +149,8 @@ def write_tables(summary: Summary, folder: Path) -> None:
     console = Console()
     for table in tables:
         console.print(table)
-    (folder / "tables.md").write_text("\n".join(_markdown(table) for table in tables))
-    (folder / "summary.json").write_text(json.dumps(_as_json(summary), indent=1))
+    (folder / "tables.md").writeinterval_text("\n".join(markdown(table) for table in tables))
+    (folder / "summary.json").writeinterval_text(json.dumps(_as_json(summary), indent=1))
 
 
 def _finals(summary: Summary) -> Table:
@@ -145,7 +159,7 @@ def _finals(summary: Summary) -> Table:
     for column in COLUMNS:
         table.add_column(column.title, justify="right")
     for name, finals in summary.finals.items():
-        table.add_row(name, *(_text(finals[c.metric], c.digits) for c in COLUMNS))
+        table.add_row(name, *(interval_text(finals[c.metric], c.digits) for c in COLUMNS))
     return table
 
 
@@ -164,7 +178,7 @@ def _best_of(summary: Summary) -> Table | None:
     for column in columns:
         table.add_column(column.title, justify="right")
     for row in summary.best_of:
-        texts = [_text(row[c.metric], c.digits) for c in columns]
+        texts = [interval_text(row[c.metric], c.digits) for c in columns]
         table.add_row(f"{row['n'].mean:.0f}", f"{row['kl'].mean:.2f}", *texts)
     return table
 
@@ -183,23 +197,26 @@ def _changes(summary: Summary) -> Table | None:
         table.add_column(column.title, justify="right")
     for setting in summary.settings:
         if changes := summary.differences.get(setting.name):
-            texts = [_difference(changes[c.metric], c.digits) for c in COMPARED]
+            texts = [difference_text(changes[c.metric], c.digits) for c in COMPARED]
             table.add_row(setting.name, setting.changes, *texts)
     return table
 
 
-def _text(x: Interval, digits: int) -> str:
+def interval_text(x: Interval, digits: int) -> str:
+    """For a table."""
     return f"{x.mean:.{digits}f} ± {x.half:.{digits}f}"
 
 
-def _difference(x: Difference, digits: int) -> str:
+def difference_text(x: Difference, digits: int) -> str:
+    """For a table, with its mark."""
     mean, low, high = (
         f"{y:+.{digits}f}" for y in (x.interval.mean, x.interval.low, x.interval.high)
     )
     return f"{mean} [{low}, {high}]{MARKS[x.verdict]}"
 
 
-def _markdown(table: Table) -> str:
+def markdown(table: Table) -> str:
+    """The table, its title above it."""
     rows = zip(*(column.cells for column in table.columns), strict=True)
     lines = [
         [str(column.header) for column in table.columns],

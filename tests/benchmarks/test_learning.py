@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from learning import best_of_n, jobs, plots, report, runs, settings
+from learning import best_of_n, jobs, plan, plots, report, runs, settings
 from scipy import stats
 
 from ppo_jax.models import DecoderConfig, PolicyValueNetwork
@@ -112,7 +112,7 @@ def test_settings_are_valid_and_have_what_they_are_compared_with() -> None:
 
 
 def test_a_job_is_done_when_a_record_has_all_its_fields() -> None:
-    [[job, _]] = jobs.jobs(["clip 0.1"], 2, 30)
+    [[job, _]] = plan.jobs(["clip 0.1"], 2, 30)
     record = {"name": "clip 0.1", "seed": 0, "iterations": 30, "changes": "clip_range 0.1"}
     assert jobs.is_record_of(record | {"curve": []}, job)
     for changed in ({"seed": 1}, {"iterations": 60}, {"changes": "clip_range 0.15"}):
@@ -121,7 +121,7 @@ def test_a_job_is_done_when_a_record_has_all_its_fields() -> None:
 
 def test_an_unknown_setting_is_refused() -> None:
     with pytest.raises(UsageError, match=r"no setting 'clip'; choose from: baseline, "):
-        jobs.jobs(["clip"], 1, 30)
+        plan.jobs(["clip"], 1, 30)
 
 
 def test_a_last_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:

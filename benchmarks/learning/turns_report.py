@@ -1,0 +1,156 @@
+"""What the runs over turns say: a table of their ends, their differences, and a picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from learning.jobs import Record
+from learning.plots import BLUE, GREEN, GREY, ORANGE, band, save, title
+from learning.report import (
+    Column,
+    Finals,
+    difference_text,
+    differences_between,
+    interval_text,
+    markdown,
+)
+from learning.turns_settings import (
+    BOOTSTRAP,
+    CALCULATOR,
+    EACH_TURN,
+    END,
+    PAID,
+    SETTINGS,
+    TRAP,
+    optimum,
+)
+from ppo_jax.runs.seeds import Interval, interval
+
+PINK = "#cc79a7"
+COLUMNS = (
+    Column("right", "accuracy", 2),
+    Column("right, mean of the run", "run/accuracy", 2),
+    Column("turns ended", "turns", 2),
+    Column("cut off", "cut_off", 2),
+    Column("used the tool", "used_tool", 2),
+    Column("earned", "score", 2),
+)
+COMPARED = COLUMNS[:4]
+
+
+def brief(record: Record) -> str:
+    """A run in a line."""
+    end = record["end"]
+    return ", ".join(f"{column.title} {end[column.metric]:.2f}" for column in COLUMNS[::2])
+
+
+def write(records: Sequence[Record], folder: Path) -> None:
+    """Print the tables, write them as tables.md, and draw turns.png."""
+    values: dict[str, dict[int, dict[str, float]]] = {}
+    curves: dict[str, list[list[dict[str, float]]]] = {}
+    for record in records:
+        accuracies = [point["accuracy"] for point in record["curve"]]
+        end = record["end"] | {"run/accuracy": sum(accuracies) / len(accuracies)}
+        start = record["curve"][0] | {"run/accuracy": accuracies[0]}
+        values.setdefault(record["name"], {})[record["seed"]] = end
+        values.setdefault(f"before {record['name']}", {})[record["seed"]] = start
+        curves.setdefault(record["name"], []).append(record["curve"])
+    tables = [_ends(values), _changes(values)]
+    for table in tables:
+        Console().print(table)
+    (folder / "tables.md").write_text("\n".join(map(markdown, tables)))
+    save(_picture(curves), folder / "turns.png")
+
+
+def _ends(values: Finals) -> Table:
+    table = Table(
+        title="Before and after: mean ± half of the 95 % confidence interval over seeds. "
+        f"Bisection guesses all numbers in {optimum():.2f} turns"
+    )
+    table.add_column("")
+    for column in COLUMNS:
+        table.add_column(column.title, justify="right")
+
+    def row(name: str, label: str) -> None:
+        runs = list(values[name].values())
+        texts = [
+            interval_text(interval([run[c.metric] for run in runs]), c.digits) for c in COLUMNS
+        ]
+        if CALCULATOR not in name:
+            texts[4] = ""
+        table.add_row(label, *texts)
+
+    for name, label in ((END, "the game, before"), (CALCULATOR, "calculator, before")):
+        if name in values:
+            row(f"before {name}", label)
+        for setting in SETTINGS:
+            is_here = (setting.name == CALCULATOR) == (name == CALCULATOR)
+            if setting.name in values and is_here:
+                row(setting.name, setting.name)
+    return table
+
+
+def _changes(values: Finals) -> Table:
+    table = Table(
+        title="Difference by seed: mean [95 % interval]; ** stands after Holm's correction for the "
+        "number of comparisons, * does not; what has no mark is unresolved"
+    )
+    table.add_column("")
+    table.add_column("against")
+    for column in COMPARED:
+        table.add_column(column.title, justify="right")
+    pairs = [(s.name, s.against) for s in SETTINGS if s.against and s.name in values]
+    differences = {c.metric: differences_between(pairs, values, c.metric) for c in COMPARED}
+    for name, against in pairs:
+        if name in differences[COMPARED[0].metric]:
+            texts = [difference_text(differences[c.metric][name], c.digits) for c in COMPARED]
+            table.add_row(name, against, *texts)
+    return table
+
+
+def _picture(curves: Mapping[str, list[list[dict[str, float]]]]) -> Figure:
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    game, trap, tool = figure.subplots(1, 3)
+    for name, color in ((EACH_TURN, ORANGE), (END, BLUE)):
+        _line(game, curves, name, "accuracy", color, name)
+    title(game, "Guess the number", "share guessed", "iteration")
+    colors = {END: BLUE, TRAP: ORANGE, PAID: GREEN, BOOTSTRAP: PINK}
+    for name, color in colors.items():
+        _line(trap, curves, name, "turns", color, "no blame" if name == END else name)
+    trap.axhline(optimum(), color=GREY, lw=0.8, ls="--")
+    trap.annotate("bisection", (1, optimum()), (0, 3), textcoords="offset points", fontsize=7)
+    title(trap, "The trap", "turns ended", "iteration")
+    for metric, label, color in (
+        ("used_tool", "used the tool", ORANGE),
+        ("accuracy", "right", BLUE),
+    ):
+        _line(tool, curves, CALCULATOR, metric, color, label)
+    title(tool, "The calculator", "share", "iteration")
+    for axis in (game, trap, tool):
+        axis.legend(frameon=False, fontsize=8)
+    seeds = max(len(runs) for runs in curves.values())
+    figure.suptitle(
+        f"PPO over turns: mean of {seeds} seeds, 95 % confidence interval", x=0.01, ha="left"
+    )
+    return figure
+
+
+def _line(
+    axis: Axes,
+    curves: Mapping[str, list[list[dict[str, float]]]],
+    name: str,
+    metric: str,
+    color: str,
+    label: str,
+) -> None:
+    if name not in curves:
+        return
+    points: list[Interval] = [
+        interval([point[metric] for point in of_seeds])
+        for of_seeds in zip(*curves[name], strict=True)
+    ]
+    band(axis, range(len(points)), points, color, label)

@@ -1,0 +1,117 @@
+"""What is learnt over several turns, by name: the game, the trap, and the tool."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from learning.jobs import Job
+from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TrainConfig
+from qwen_env.errors import UsageError
+
+LOW, HIGH, TURNS = 1, 9, 4
+GAME = f"guess_the_number?low={LOW}&high={HIGH}&turns={TURNS}"
+COST = 0.5
+"""Of a wrong guess, where it costs anything."""
+
+
+def optimum() -> float:
+    """Mean turns of bisection, the fewest with which every number is guessed: 1 number at the first
+    guess, up to 2 at the second, up to 4 at the third, ..."""
+    count = HIGH - LOW + 1
+    numbers = [int(np.log2(i)) + 1 for i in range(1, count + 1)]
+    return float(np.mean(numbers))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run plays, and how it is paid. `against` names what it is compared with."""
+
+    name: str
+    what: str
+    task: str = GAME
+    cost: float = 0.0  # of a wrong guess
+    missing_eos_penalty: float = 0.0
+    ppo: dict[str, Any] = field(default_factory=dict)
+    learning_rate: float = 3e-3
+    against: str | None = None
+    length: float = 1.0  # of the iterations
+
+    def num_iterations(self, iterations: int) -> int:
+        """Where one of length 1 has so many."""
+        return max(round(self.length * iterations), 1)
+
+    @property
+    def changes(self) -> str:
+        """All that is not in the name."""
+        fields = vars(self).items()
+        return ", ".join(f"{k} {v}" for k, v in fields if k not in ("name", "what", "against"))
+
+
+END, EACH_TURN, CALCULATOR = "one at the end", "each turn", "calculator"
+TRAP, PAID, BOOTSTRAP = "blame", "blame, cut off costs 1", "blame, bootstrap"
+SETTINGS = (
+    Setting(END, "1 for the number"),
+    Setting(
+        EACH_TURN,
+        "and what each turn found out",
+        f"{GAME}&rewards=turns",
+        against=END,
+    ),
+    Setting(TRAP, f"-{COST} for a wrong guess", cost=COST, against=END),
+    Setting(
+        PAID,
+        f"-{COST} for a wrong guess, -1 for being cut off",
+        cost=COST,
+        missing_eos_penalty=1.0,
+        against=TRAP,
+    ),
+    Setting(
+        BOOTSTRAP,
+        f"-{COST} for a wrong guess, the value of the state in which it was cut off",
+        cost=COST,
+        ppo={"length_limit": "bootstrap"},
+        against=TRAP,
+    ),
+    Setting(
+        CALCULATOR,
+        "1 for the right answer",
+        "calculator?digits=1",
+        learning_rate=1e-3,
+        length=0.2,
+    ),
+)
+BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+
+def config(setting: Setting, seed: int) -> TrainConfig:
+    """How a run learns."""
+    ppo = PPOConfig(
+        batch_size=256,
+        kl_coef=0.0,
+        gamma=0.95,
+        entropy_coef=0.02,
+        num_epochs=2,
+        num_minibatches=2,
+    )
+    return TrainConfig(
+        ppo=replace(ppo, **setting.ppo),
+        optimizer=OptimizerConfig(learning_rate=setting.learning_rate),
+        run=RunConfig(seed=seed),
+    )
+
+
+def jobs(names: tuple[str, ...], num_seeds: int, iterations: int) -> list[list[Job]]:
+    """One list a name (all of them, if none is given), with a job a seed.
+
+    Raises:
+        UsageError: there is no such name.
+    """
+    for name in names:
+        if name not in BY_NAME:
+            raise UsageError(f"There is no setting {name!r}; choose from: {', '.join(BY_NAME)}.")
+    return [
+        [Job(s.name, seed, s.num_iterations(iterations), s.changes) for seed in range(num_seeds)]
+        for s in SETTINGS
+        if s.name in names or not names
+    ]
