@@ -1,8 +1,8 @@
 """What is learnt over several turns: a game, a tool, and a trap; by models that are tiny.
 
 Every run begins with a model that imitates a player who knows the form and no more: one who guesses
-any number, whatever was answered; or who knows how to call the calculator, but hardly ever does, and
-makes an answer up instead.
+any number, whatever was answered; or who knows how to call the calculator, but hardly ever does,
+and makes an answer up instead.
 """
 
 from collections.abc import Callable, Sequence

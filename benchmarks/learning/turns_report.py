@@ -21,8 +21,10 @@ from learning.report import (
 from learning.turns_settings import (
     BOOTSTRAP,
     CALCULATOR,
+    CHEAP,
     EACH_TURN,
     END,
+    MILD,
     PAID,
     SETTINGS,
     TRAP,
@@ -118,10 +120,10 @@ def _picture(curves: Mapping[str, list[list[dict[str, float]]]]) -> Figure:
     for name, color in ((EACH_TURN, ORANGE), (END, BLUE)):
         _line(game, curves, name, "accuracy", color, name)
     title(game, "Guess the number", "share guessed", "iteration")
-    colors = {END: BLUE, TRAP: ORANGE, PAID: GREEN, BOOTSTRAP: PINK}
+    colors = {TRAP: ORANGE, MILD: GREY, CHEAP: BLUE, PAID: GREEN, BOOTSTRAP: PINK}
     for name, color in colors.items():
-        _line(trap, curves, name, "turns", color, "no blame" if name == END else name)
-    trap.axhline(optimum(), color=GREY, lw=0.8, ls="--")
+        _line(trap, curves, name, "turns", color, name)
+    trap.axhline(optimum(), color="black", lw=0.8, ls="--")
     trap.annotate("bisection", (1, optimum()), (0, 3), textcoords="offset points", fontsize=7)
     title(trap, "The trap", "turns ended", "iteration")
     for metric, label, color in (

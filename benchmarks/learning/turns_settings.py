@@ -11,8 +11,6 @@ from qwen_env.errors import UsageError
 
 LOW, HIGH, TURNS = 1, 9, 4
 GAME = f"guess_the_number?low={LOW}&high={HIGH}&turns={TURNS}"
-COST = 0.5
-"""Of a wrong guess, where it costs anything."""
 
 
 def optimum() -> float:
@@ -25,10 +23,10 @@ def optimum() -> float:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run plays, and how it is paid. `against` names what it is compared with."""
+    """What a run plays, and how it is paid: 1 for the number, or for the right answer, and what
+    else `task` and these fields say. `against` names what it is compared with."""
 
     name: str
-    what: str
     task: str = GAME
     cost: float = 0.0  # of a wrong guess
     missing_eos_penalty: float = 0.0
@@ -45,41 +43,23 @@ class Setting:
     def changes(self) -> str:
         """All that is not in the name."""
         fields = vars(self).items()
-        return ", ".join(f"{k} {v}" for k, v in fields if k not in ("name", "what", "against"))
+        return ", ".join(f"{k} {v}" for k, v in fields if k not in ("name", "against"))
 
 
-END, EACH_TURN, CALCULATOR = "one at the end", "each turn", "calculator"
-TRAP, PAID, BOOTSTRAP = "blame", "blame, cut off costs 1", "blame, bootstrap"
+END, EACH_TURN, CALCULATOR = "paid at the end", "paid each turn", "calculator"
+TRAP, MILD = "wrong guess -0.5", "wrong guess -0.25"
+CHEAP, PAID = "-0.5, cut off -1", "-0.5, cut off -2"
+BOOTSTRAP = "-0.5, bootstrap"
+_TRAP = {"cost": 0.5, "length": 0.5}
 SETTINGS = (
-    Setting(END, "1 for the number"),
-    Setting(
-        EACH_TURN,
-        "and what each turn found out",
-        f"{GAME}&rewards=turns",
-        against=END,
-    ),
-    Setting(TRAP, f"-{COST} for a wrong guess", cost=COST, against=END),
-    Setting(
-        PAID,
-        f"-{COST} for a wrong guess, -1 for being cut off",
-        cost=COST,
-        missing_eos_penalty=1.0,
-        against=TRAP,
-    ),
-    Setting(
-        BOOTSTRAP,
-        f"-{COST} for a wrong guess, the value of the state in which it was cut off",
-        cost=COST,
-        ppo={"length_limit": "bootstrap"},
-        against=TRAP,
-    ),
-    Setting(
-        CALCULATOR,
-        "1 for the right answer",
-        "calculator?digits=1",
-        learning_rate=1e-3,
-        length=0.2,
-    ),
+    Setting(END),
+    Setting(EACH_TURN, f"{GAME}&rewards=turns", against=END),
+    Setting(TRAP, **_TRAP),
+    Setting(MILD, cost=0.25, length=0.5, against=TRAP),
+    Setting(CHEAP, missing_eos_penalty=1.0, against=TRAP, **_TRAP),
+    Setting(PAID, missing_eos_penalty=2.0, against=TRAP, **_TRAP),
+    Setting(BOOTSTRAP, ppo={"length_limit": "bootstrap"}, against=TRAP, **_TRAP),
+    Setting(CALCULATOR, "calculator?digits=1", learning_rate=1e-3, length=0.2),
 )
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 
