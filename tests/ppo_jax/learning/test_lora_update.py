@@ -68,7 +68,10 @@ def test_after_updates_the_merged_weights_say_the_same(learners, batch):
     state, *_ = learner.update(batch)
     params = join(state.params, learner.frozen)
     network = nnx.merge(learner.learner.graphdef, params)
-    tokens, mask = np.asarray(batch.tokens), np.arange(batch.tokens.shape[1]) < batch.length[:, None]
+    tokens, mask = (
+        np.asarray(batch.tokens),
+        np.arange(batch.tokens.shape[1]) < batch.length[:, None],
+    )
     with_adapters, plain = (jax.jit(n.__call__)(tokens, mask) for n in (network, merged(network)))
     before = learner.network(tokens, mask)
     for ours, expected, other in zip(plain, with_adapters, before, strict=True):

@@ -174,9 +174,7 @@ PEFT_SETTINGS = {
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("settings", PEFT_SETTINGS.values(), ids=PEFT_SETTINGS.keys())
-def test_what_peft_writes_is_read(
-    settings, torch_model, outputs, torch_logits, ragged, tmp_path
-):
+def test_what_peft_writes_is_read(settings, torch_model, outputs, torch_logits, ragged, tmp_path):
     base = tmp_path / "base"
     torch_model(tie_word_embeddings=False).save_pretrained(base)
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
