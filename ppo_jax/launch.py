@@ -34,6 +34,11 @@ def inspect() -> None:
     _start("ppo_jax.inspect")
 
 
+def frontier() -> None:
+    """`ppo-frontier`"""
+    _start("ppo_jax.frontier")
+
+
 def sft() -> None:
     """`ppo-sft`"""
     _start("ppo_jax.sft")

@@ -1,0 +1,53 @@
+"""ppo-frontier: the best policies, and what a run has of them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ppo_jax import frontier
+from ppo_jax.generation.optimum import share_of_gain
+
+
+@pytest.mark.usefixtures("rewards")
+def test_a_run_against_the_best(finished_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    argv = ["--run", str(finished_run), "--samples", "16", "--batch-size", "32"]
+    frontier.main([*argv, "--json"])
+    found = json.loads(capfd.readouterr().out)
+    metrics = [json.loads(x) for x in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    config = json.loads((finished_run / "config.json").read_text())
+    assert found["num_prompts"] == 6
+    reference, best, aim = found["reference"], found["best"], found["aim"]
+    assert (reference["kl"], reference["effective_samples"]) == (0, pytest.approx(16))
+    rewards = [reference["reward"], *(point["reward"] for point in best)]
+    assert rewards == sorted(rewards)
+    assert [point["kl"] for point in best] == pytest.approx(frontier.KLS[: len(best)])
+    assert max(point["kl"] for point in best) < np.log(16)
+    assert aim["beta"] == config["ppo"]["kl_coef"]
+    last = metrics[-1]
+    assert found["reached"]["reward"] == pytest.approx(last["objective/score"])
+    share = share_of_gain(
+        last["objective/score"], found["best_there"]["reward"], reference["reward"]
+    )
+    assert found["share_of_gain"]["reward"] == pytest.approx(share)
+    assert (finished_run / "frontier.png").stat().st_size > 10_000
+    (finished_run / "frontier.png").unlink()
+
+
+@pytest.mark.usefixtures("rewards")
+def test_before_any_training(flags: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    keep = ("--model", "--prompts", "--eval-prompts", "--reward", "--max-new-tokens")
+    argv = [x for i, x in enumerate(flags) if x in keep or (i and flags[i - 1] in keep)]
+    frontier.main([*argv, "--samples", "8", "--kl-coef", "0.3"])
+    table = capfd.readouterr().out
+    assert "untrained" in table
+    assert "aim of kl_coef" in table
+    assert "the run" not in table
+
+
+def test_a_truncated_reference_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        frontier.main(["--top-k", "5"])
+    assert stop.value.code == 2
+    assert "leave them out" in capfd.readouterr().err
