@@ -53,7 +53,7 @@ class Episode:
 @dataclass(frozen=True)
 class Outcome:
     """What an episode earned at its end, and what its turns earned. `info` is that of its last
-    step."""
+    step, `messages` the whole conversation where there was an interaction."""
 
     last_reward: float
     info: dict[str, Any]
@@ -61,6 +61,7 @@ class Outcome:
     token_rewards: Sequence[float] | None = (
         None  # of the policy's tokens, if `last_reward` is theirs
     )
+    messages: Sequence[Message] | None = None
 
     @property
     def reward(self) -> float:
@@ -141,6 +142,7 @@ def outcomes_of(
             },
             episodes[i].turn_rewards,
             None if by_token is None else by_token[i].tolist(),
+            None if episodes[i].conversation is None else batch.messages[i],
         )
         for i, reward in enumerate(rewards.tolist())
     ]

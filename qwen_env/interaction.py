@@ -24,7 +24,7 @@ from qwen_env.arguments import finite, integer
 from qwen_env.concurrency import call_each
 from qwen_env.errors import InteractionError, UsageError
 from qwen_env.importing import import_attribute
-from qwen_env.rewards.base import describe, is_ctrl_c, place, reward_name
+from qwen_env.rewards.base import describe, innermost_first, is_ctrl_c, place, reward_name
 from qwen_env.tokenizer.chat import Message
 
 
@@ -168,9 +168,9 @@ def ask(interaction: Interaction | ReplyFn, batch: TurnBatch) -> list[Reply]:
     except BaseException as error:
         if is_ctrl_c(error):
             raise
-        who = turn_name(batch[0]) if len(batch) == 1 else f"a batch of {len(batch)} turns"
         raise InteractionError(
-            f"The interaction {name} raised {describe(error)}{place(error)}, for {who}."
+            f"The interaction {name} raised {describe(error)}{place(error)}, for "
+            f"{_turns_at_hand(error, batch)}."
         ) from error
     if len(replies) != len(batch):
         raise InteractionError(
@@ -223,8 +223,26 @@ def interaction_name(interaction: Any) -> str:
 
 
 def turn_name(turn: Turn) -> str:
-    """The name in messages."""
-    return f"turn {turn.number} ({reprlib.repr(turn.completion)})"
+    """The name in messages: the turn, and the dataset row that the episode began with."""
+    return (
+        f"turn {turn.number} ({reprlib.repr(turn.completion)}) of the row "
+        f"{reprlib.repr(dict(turn.row))}"
+    )
+
+
+def _turns_at_hand(error: BaseException, batch: TurnBatch) -> str:
+    """Which turns an interaction failed on: where the code that failed had one turn alone in its
+    variables, that is the one to look at."""
+    if len(batch) == 1:
+        return turn_name(batch[0])
+    held = [
+        value
+        for frame, _ in innermost_first(error)
+        for value in frame.f_locals.values()
+        if isinstance(value, Turn)
+    ]
+    one = held and all(turn is held[0] for turn in held)
+    return f"a batch of {len(batch)} turns" + (f", it seems at {turn_name(held[0])}" if one else "")
 
 
 _LARGEST_REWARD = float(np.finfo(np.float32).max)

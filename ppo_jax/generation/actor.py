@@ -196,7 +196,7 @@ class Actor:
         own = own_part(episodes)
         parts = together(
             lambda: [
-                (x.last_reward, x.info, x.turn_rewards, x.token_rewards)
+                (x.last_reward, x.info, x.turn_rewards, x.token_rewards, x.messages)
                 for x in self.task.evaluate(own)
             ]
         )

@@ -162,6 +162,7 @@ def sample_record(episode: Episode, outcome: Outcome) -> dict[str, Any]:
         "prompt": episode.prompt.text,
         **({} if message is None else {"user_message": message}),
         "completion": outcome.info["completion"],
+        **({} if outcome.messages is None else {"messages": outcome.messages}),
         "finish_reason": episode.finish_reason,
         "score": outcome.reward,
         "components": outcome.info["reward_components"],

@@ -58,13 +58,18 @@ class RewardBatch:
     def __len__(self) -> int:
         return len(self.completions)
 
+    @property
+    def has_turns(self) -> bool:
+        """Whether there were replies, or might have been: then `messages` says more than prompts
+        and completions."""
+        return self.response_ids is not self.completion_ids
+
     def copy(self) -> "RewardBatch":
         """The same with lists, arrays and rows of its own, down to the last value in them.
 
         Raises:
             RewardError: a row holds something that cannot be copied.
         """
-        has_replies = self.response_ids is not self.completion_ids
         return RewardBatch(
             prompts=list(self.prompts),
             completions=list(self.completions),
@@ -73,7 +78,7 @@ class RewardBatch:
             rows=[self._copied_row(index) for index in range(len(self))],
             finish_reasons=list(self.finish_reasons),
             messages=[[*map(_copied_message, messages)] for messages in self.messages],
-            response_ids=[np.array(ids) for ids in self.response_ids] if has_replies else (),
+            response_ids=[np.array(ids) for ids in self.response_ids] if self.has_turns else (),
         )
 
     def _copied_row(self, index: int) -> dict[str, Any]:
@@ -213,7 +218,7 @@ _NOT_THE_USERS = (
 
 def place(error: BaseException) -> str:
     """Where the user's own code raised `error`, in brackets for a message; or nothing."""
-    for frame, line in _innermost_first(error):
+    for frame, line in innermost_first(error):
         filename = frame.f_code.co_filename
         is_file = Path(filename).is_file()  # a notebook cell is not one
         if is_file and not filename.startswith(_NOT_THE_USERS):
@@ -243,11 +248,11 @@ def is_ctrl_c(error: BaseException) -> bool:
         return False
     handler = signal.getsignal(signal.SIGINT)
     code = getattr(handler, "__code__", None)
-    raised_it = any(frame.f_code is code for frame, _ in _innermost_first(error))
+    raised_it = any(frame.f_code is code for frame, _ in innermost_first(error))
     return handler is signal.default_int_handler or raised_it
 
 
-def _innermost_first(error: BaseException) -> Iterator[tuple[FrameType, int]]:
+def innermost_first(error: BaseException) -> Iterator[tuple[FrameType, int]]:
     """The frames, with their lines, between the call of the user's code and `error`."""
     inside_the_call = error.__traceback__ and error.__traceback__.tb_next
     return reversed(list(traceback.walk_tb(inside_the_call)))
@@ -342,7 +347,7 @@ def _rows_at_hand(error: BaseException, given: RewardBatch, batch: RewardBatch) 
             owners.setdefault(id(value), set()).add(row)
     held = [
         owners[id(value)]
-        for frame, _ in _innermost_first(error)
+        for frame, _ in innermost_first(error)
         for value in frame.f_locals.values()
         if id(value) in owners
     ]

@@ -4,7 +4,8 @@ The client sends `POST` with
 
     {"prompts": [...], "completions": [...], "rows": [{...}, ...], "finish_reasons": [...]}
 
-(lists of equal length; rows are the dataset's, finish reasons "eos", "stop" or "length"), and the
+(lists of equal length; rows are the dataset's, finish reasons those of the environment). Where
+there are several turns, there is also `"messages"`, each row's whole conversation. The
 server answers with status 200 and
 
     {"rewards": [...], "components": {"name": [...], ...}}
@@ -192,12 +193,14 @@ def _request(batch: RewardBatch, part: range) -> bytes:
         "rows": [_plain(batch.rows[row]) for row in part],
         "finish_reasons": [batch.finish_reasons[row] for row in part],
     }
+    if batch.has_turns:
+        columns["messages"] = [_plain(batch.messages[row]) for row in part]
     try:
         return json.dumps(columns, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        for row, content in zip(part, columns["rows"], strict=True):
+        for index, row in enumerate(part):
             try:
-                json.dumps(content)
+                json.dumps([column[index] for column in columns.values()])
             except (TypeError, ValueError, RecursionError):
                 raise RewardError(
                     f"{row_name(batch, row)} cannot be sent to a reward server: {describe(error)}."

@@ -1,6 +1,6 @@
 """A Hugging Face sequence-classification model as the reward, run by `transformers`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,16 +116,11 @@ class HuggingFaceReward:
         return self  # Gymnasium copies the arguments of an environment, and a model is large
 
     def _encode(self, batch: RewardBatch, row: int) -> list[int]:
-        prompt, completion = batch.prompts[row], batch.completions[row]
         if self.use_chat_template:
-            messages = [
-                *_messages(batch.rows[row], prompt),
-                {"role": "assistant", "content": completion},
-            ]
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            text = self.tokenizer.apply_chat_template(_conversation(batch, row), tokenize=False)
             end = []
         else:
-            text = prompt + completion
+            text = batch.prompts[row] + _continuation(batch, row)
             end = self._end if batch.finish_reasons[row] == "eos" else []
         ids: list[int] = self.tokenizer.encode(
             text,
@@ -165,12 +160,25 @@ class HuggingFaceReward:
         return pad
 
 
-def _messages(row: Mapping[str, Any], prompt: str) -> Sequence[Mapping[str, Any]]:
-    """The chat that led to the completion, before any chat template was applied."""
-    messages: Sequence[Mapping[str, Any]] | None = row.get("messages")
-    if messages is not None:
-        return messages
-    return [{"role": "user", "content": row.get("prompt", prompt)}]
+def _conversation(batch: RewardBatch, row: int) -> list[Mapping[str, Any]]:
+    """The chat with the completion, before any chat template was applied."""
+    if batch.has_turns:
+        return list(batch.messages[row])
+    columns = batch.rows[row]
+    said = columns.get("messages")
+    if said is None:
+        said = [{"role": "user", "content": columns.get("prompt", batch.prompts[row])}]
+    return [*said, {"role": "assistant", "content": batch.completions[row]}]
+
+
+def _continuation(batch: RewardBatch, row: int) -> str:
+    """What follows the prompt: the completion, or with several turns all that was said, with line
+    breaks between."""
+    if not batch.has_turns:
+        return batch.completions[row]
+    whole, asked = batch.messages[row], batch.rows[row].get("messages") or [{}]
+    has_system_prompt = whole[0]["role"] == "system" and asked[0].get("role") != "system"
+    return "\n".join(message["content"] for message in whole[len(asked) + has_system_prompt :])
 
 
 def _end_of_text(tokenizer: Any) -> list[int]:

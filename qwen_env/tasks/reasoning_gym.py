@@ -27,6 +27,7 @@ from qwen_env.rewards.base import RewardBatch, row_name
 from qwen_env.tasks.base import NamedTask, perhaps
 from qwen_env.tasks.numbers import numbers_in
 from qwen_env.tasks.options import parsed
+from qwen_env.watchdog import TooMuch, watched
 
 INSTRUCTION = "Give your final answer between <answer> and </answer>."
 """Fits answers of all kinds, also those of several lines, and lets a model think first; the stop
@@ -44,7 +45,8 @@ _OWN_OPTIONS = ("size", "held_out_size", "seed", "question", "instruction", "ans
 class Verify:
     """The reward of a task of `reasoning-gym`; rows hold an entry of its data set.
 
-    An answer that the package fails on, as some of its tasks do on text that is none, scores 0.
+    An answer that the package fails on, as some of its tasks do on text that is none, scores 0, and
+    so does one that it takes too long or too much memory over.
     """
 
     def __init__(self, name: str, dataset: Any, answer: AnswerForm):
@@ -72,9 +74,10 @@ class Verify:
 
     def _score(self, answer: str, entry: dict[str, Any]) -> float:
         try:
-            with warnings.catch_warnings(action="ignore"):  # of NumPy, about text that is no array
+            # NumPy warns about text that is no array.
+            with watched(), warnings.catch_warnings(action="ignore"):
                 return float(self._dataset.score_answer(answer, entry))
-        except Exception:  # of whatever kind its parsers raise
+        except (Exception, TooMuch):  # of whatever kind its parsers raise
             return 0.0
 
 

@@ -97,8 +97,8 @@ class Game:
         for turn in batch:
             if (moves := _moves(turn.row, turn.messages)) is None:
                 raise InteractionError(
-                    f"{turn_name(turn)} is of a prompt without 'game_seed', so {self.__qualname__} "
-                    "cannot be played; leave the prompts to the task."
+                    f"{turn_name(turn)} has no 'game_seed' there, so {self.__qualname__} cannot be "
+                    "played; leave the prompts to the task."
                 )
             played = self._played(*moves)
             replies.append(Reply(text=played.said, done=played.pays is not None))

@@ -232,7 +232,10 @@ def boom(batch):
         (boom, r"test_turns.Wrong raised LookupError: no such tool .*, for turn 2 \(' film'\)"),
         (lambda batch: [], "returned 0 replies to 1 turns; it must return one to each"),
         (lambda batch: None, "raised TypeError"),
-        (lambda batch: ["hot"], "returned 'hot', which is no Reply, to turn 2"),
+        (
+            lambda batch: ["hot"],
+            r"returned 'hot', which is no Reply, to turn 2 \(' film'\) of the row {'prompt': 'The",
+        ),
         (lambda batch: [Reply(text="x", ids=[1])], "replied with both text and ids"),
         (lambda batch: [Reply(text="x", reward=float("nan"))], "gave the reward nan"),
         (lambda batch: [Reply(text="x", reward="much")], "gave the reward 'much'"),
@@ -277,6 +280,17 @@ def test_wrong_answers_name_the_interaction_and_the_turn(answer, message):
 def test_wrong_arguments(changes, message):
     with pytest.raises(UsageError, match=message):
         gym.make("QwenText-v0", **ARGUMENTS | changes)
+
+
+def test_the_turn_that_was_at_hand_is_named():
+    def opens_doors(batch):
+        return [Reply(text={"a": "b"}[turn.completion]) for turn in batch]
+
+    message = r"for a batch of 2 turns, it seems at turn 1 \('c'\) of the row {'prompt': 'C'}"
+    rows = [{"prompt": "A"}, {"prompt": "C"}]
+    columns = [["a", "c"], [[1]] * 2, [[]] * 2, rows, [1, 1], [None] * 2, [0] * 2]
+    with pytest.raises(InteractionError, match=message):
+        ask(opens_doors, TurnBatch(*columns))
 
 
 def test_an_interaction_by_name():

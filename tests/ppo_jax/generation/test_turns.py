@@ -1,5 +1,9 @@
 """Compiled rollouts of several turns: against teacher forcing, and through the environments."""
 
+import json
+import warnings
+from dataclasses import replace
+
 import gymnasium as gym
 import jax
 import numpy as np
@@ -7,8 +11,10 @@ import pytest
 from flax import nnx
 
 import qwen_env  # noqa: F401  (registers QwenText-v0)
-from ppo_jax.agent import _turn_start
+from ppo_jax.agent import PPOAgent, _turn_start
+from ppo_jax.config import PPOConfig, TrainConfig
 from ppo_jax.generation.actor import Actor
+from ppo_jax.generation.episode_metrics import sample_record
 from ppo_jax.learning.response_outputs import response_outputs
 from ppo_jax.mesh import make_mesh
 from ppo_jax.sampling import Sampling
@@ -109,6 +115,43 @@ def test_rewards_are_those_of_turns_and_of_the_end(experience):
                 expected[end - 1] += number / 8
         expected[len(episode.response_ids) - 1] += outcome.info["reward_components"]["score"]
         np.testing.assert_allclose(row, expected, rtol=1e-6)
+
+
+def test_a_sample_has_the_whole_conversation(experience):
+    """What the reward function was told of it, replies in their places."""
+    _, done = experience
+    for episode, outcome in zip(done.episodes, done.outcomes, strict=True):
+        messages = sample_record(episode, outcome)["messages"]
+        said = [message["content"] for message in messages if message["role"] == "assistant"]
+        assert "\n".join(said) == outcome.info["completion"]
+        assert messages[0] == {"role": "user", "content": episode.prompt.text}
+        assert json.loads(json.dumps(messages)) == messages
+        roles = "".join(message["role"][0] for message in messages)
+        assert roles == "ua" * len(said), "a reply's ids are a user's message"
+
+
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [({}, True), ({"missing_eos_penalty": 1.0}, False), ({"length_limit": "bootstrap"}, False)],
+)
+def test_turns_that_cost_something_where_endless_ones_are_free(
+    network, make_test_task, experience, settings, warns, monkeypatch
+):
+    _, done = experience
+    costs = [replace(outcome, turn_rewards=[(3, -0.5)]) for outcome in done.outcomes]
+    limit = settings.pop("length_limit", "score")
+    task = make_test_task(**ARGUMENTS, **settings)
+    config = TrainConfig(ppo=PPOConfig(batch_size=4, num_minibatches=1, length_limit=limit))
+    agent = PPOAgent(network, task, config, num_iterations=1)
+    for outcomes, expected in ((costs, warns), (done.outcomes, False)):
+        written = replace(done, outcomes=outcomes)
+        monkeypatch.setattr(agent.actor, "respond", lambda *_, written=written, **__: written)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            agent.collect()
+        said = [str(warning.message) for warning in caught]
+        assert len(said) == expected
+        assert all("A turn earned less than 0, and a turn that never ends" in x for x in said)
 
 
 def test_in_fewer_rows_and_on_several_devices_it_writes_the_same(

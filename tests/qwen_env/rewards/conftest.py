@@ -20,3 +20,19 @@ def make_batch():
         )
 
     return make_batch
+
+
+@pytest.fixture
+def turns():
+    """A batch of one conversation of two turns."""
+    said = [("user", "Guess"), ("assistant", "4"), ("tool", "higher"), ("assistant", "6")]
+    return RewardBatch(
+        prompts=["<Guess>"],
+        completions=["4\n6"],
+        prompt_ids=[np.arange(2)],
+        completion_ids=[np.arange(4)],
+        rows=[{"prompt": "Guess"}],
+        finish_reasons=["done"],
+        messages=[[{"role": role, "content": content} for role, content in said]],
+        response_ids=[np.arange(6)],
+    )

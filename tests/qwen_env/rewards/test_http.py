@@ -49,6 +49,15 @@ def test_batches_rewards_and_components(server, make_batch):
     assert score(HTTPReward(server), make_batch([])).values.shape == (0,)
 
 
+def test_conversations_are_sent_where_there_are_turns(server, make_batch, turns):
+    reward = HTTPReward(f"{server}/messages")
+    assert score(reward, turns).values.tolist() == [4]
+    assert score(reward, make_batch(["a"])).values.tolist() == [0], "none are sent"
+    turns.messages[0][2]["content"] = {1, 2}
+    with pytest.raises(RewardError, match="cannot be sent to a reward server: "):
+        score(reward, turns)
+
+
 def test_in_the_environment(server):
     env = gym.make("QwenText-v0", reward=server, max_new_tokens=1)
     env.reset(seed=0)

@@ -152,6 +152,22 @@ def test_chats_are_read_by_the_reward_model_s_own_template(tmp_path, make_batch)
     np.testing.assert_allclose(plain(batch), expected, atol=1e-5)
 
 
+def test_conversations_of_several_turns_are_read_whole(tmp_path, turns):
+    model, tokenizer = build(tmp_path, template=TEMPLATE)
+    chat = (
+        "<start>user: Guess<end><start>assistant: 4<end><start>tool: higher<end>"
+        "<start>assistant: 6<end>"
+    )
+    expected = one_by_one(model, tokenizer, [chat])[:, 0]
+    np.testing.assert_allclose(HuggingFaceReward(tmp_path)(turns), expected, atol=1e-5)
+
+    plain = HuggingFaceReward(tmp_path, use_chat_template=False)
+    expected = one_by_one(model, tokenizer, ["<Guess>4\nhigher\n6"])[:, 0]
+    np.testing.assert_allclose(plain(turns), expected, atol=1e-5)
+    turns.messages[0].insert(0, {"role": "system", "content": "Play"})  # a system prompt's
+    np.testing.assert_allclose(plain(turns), expected, atol=1e-5)
+
+
 def test_long_texts_keep_their_end(tmp_path, make_batch):
     model, tokenizer = build(tmp_path)
     expected = one_by_one(model, tokenizer, ["!" * 9 + "<end>"])[:, 0]

@@ -9,6 +9,7 @@ import pytest
 import reasoning_gym as package
 from reasoning_gym.utils import extract_answer as their_extract_answer
 
+from qwen_env import watchdog
 from qwen_env.errors import RewardError, UsageError
 from qwen_env.rewards import RewardBatch, score
 from qwen_env.tasks import load_named_task
@@ -108,6 +109,18 @@ def test_an_answer_that_the_package_fails_on_is_wrong():
     assert task.answer_of("2 \u00d7\n3") == "2 \u00d7 3", (
         "answers that are no numbers stay as they are"
     )
+
+
+def test_an_answer_that_the_package_does_not_come_to_an_end_with_is_wrong(task, monkeypatch):
+    def endless(answer, entry):
+        while answer == "endless":
+            pass
+        return 1.0
+
+    monkeypatch.setattr(watchdog, "SECONDS", 0.2)
+    monkeypatch.setattr(task.reward._dataset, "score_answer", endless)
+    scores = score(task.reward, batch(["endless", "other"], task.prompts[:1] * 2))
+    assert scores.values.tolist() == [0, 1]
 
 
 def test_a_row_of_another_task(task):

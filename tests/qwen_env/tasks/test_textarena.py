@@ -171,7 +171,7 @@ def test_a_move_on_which_the_package_fails_or_hangs_ends_the_game(task, monkeypa
 
 
 def test_prompts_without_a_game(task):
-    with pytest.raises(InteractionError, match=r"turn 1 \('3'\) is of a prompt without 'game_seed"):
+    with pytest.raises(InteractionError, match=r"turn 1 .'3'. of the row .* no 'game_seed'"):
         reply(task, {"prompt": "mine"}, "3")
     with pytest.raises(RewardError, match=r"row 0 \(prompt ''\) has no 'game_seed', so textar"):
         scored(task, {"prompt": "mine"}, "3")
