@@ -1,13 +1,12 @@
 """What turns cost: in the compiled rollout, and in the vector environment.
 
-    python benchmarks/turns.py [--rows 32] [--turns 4] [--tokens 16] [--model FOLDER]
-
-The rollout of several turns, whose replies come at once, beside one response of as many tokens.
+python benchmarks/turns.py [--rows 32] [--turns 4] [--tokens 16] [--model FOLDER]
 """
 
-import argparse
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import gymnasium as gym
 import jax
@@ -15,6 +14,8 @@ import numpy as np
 from flax import nnx
 
 import qwen_env  # noqa: F401  (registers QwenText-v0)
+from ppo_jax import cli, flags
+from ppo_jax.config.fields import Checked, Count
 from ppo_jax.generation.actor import Actor
 from ppo_jax.models import load_pretrained
 from ppo_jax.sampling import Sampling
@@ -24,6 +25,21 @@ from qwen_env.rewards import RewardBatch
 from qwen_env.task import make_task
 
 ONLY = 5  # the id that may be chosen before a turn has all its tokens
+
+
+@dataclass(frozen=True)
+class Arguments(Checked):
+    """Time a rollout of several turns, whose replies come at once, beside one response of as many
+    tokens."""
+
+    rows: Count = 32
+    """Episodes in a rollout."""
+    turns: Count = 4
+    """Turns of an episode."""
+    tokens: Count = 16
+    """Tokens of each turn, and of each reply."""
+    model: str = str(pocket.POLICY_FOLDER)
+    """Hugging Face folder, hub id, or GGUF file."""
 
 
 class AtOnce:
@@ -96,20 +112,20 @@ def steps_per_second(rows: int, tokens: int, *, interaction: AtOnce | None) -> f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=16)
-    parser.add_argument("--model", default=str(pocket.POLICY_FOLDER))
-    arguments = parser.parse_args()
-    sizes = arguments.model, arguments.rows, arguments.turns, arguments.tokens
+    with cli.errors_as_sentences():
+        measure(flags.parse(Arguments(), sys.argv[1:], prog="python benchmarks/turns.py"))
+
+
+def measure(given: Arguments) -> None:
+    """Print what the rollouts and the vector environments take."""
+    sizes = given.model, given.rows, given.turns, given.tokens
     rollouts = [make_rollout(*sizes, as_one=as_one) for as_one in (True, False)]
     # They take turns, and the best one counts: what else the machine does only slows down.
     times = [[rollout(seed) for rollout in rollouts] for seed in range(12)]
     one, several = np.min(times[2:], axis=0)
     print(f"one response: {one:.3f} s; turns: {several:.3f} s; {several / one:.2f} times as long")
-    for name, interaction in (("alone", None), ("with replies", AtOnce(arguments.tokens))):
-        steps = steps_per_second(256, arguments.tokens, interaction=interaction)
+    for name, interaction in (("alone", None), ("with replies", AtOnce(given.tokens))):
+        steps = steps_per_second(256, given.tokens, interaction=interaction)
         print(f"make_vec, 256 rows, {name}: {steps:,.0f} token steps/s")
 
 

@@ -149,8 +149,10 @@ def outcomes_of(
 
 
 def _turn_texts(episode: Episode, tokenizer: Tokenizer) -> list[str]:
-    told = () if episode.conversation is None else episode.conversation.completions
     ids, first = episode.response_ids, episode.prompt.ids
+    if episode.own is None and episode.conversation is None:
+        return [tokenizer.decode_after(first, ids)]
+    told = () if episode.conversation is None else episode.conversation.completions
     return [
         *told,
         *(

@@ -74,7 +74,7 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self._state: mdp.State | None = None
         self._prompts: dict[int, Prompt] = {}  # by row, as are the outcomes
         self._outcomes: dict[int, Outcome | None] = {}
-        self._conversations: dict[int, Conversation | None] = {}
+        self._conversations: dict[int, Conversation | None] = {}  # none without an interaction
 
     @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
@@ -146,7 +146,7 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         outcomes = self._evaluated(ended, state, conversations)
         for i, outcome in outcomes.items():
             rewards[i] += outcome.last_reward
-            infos_by_row[i] = infos_by_row.get(i, {}) | outcome.info
+            infos_by_row[i] = infos_by_row[i] | outcome.info if i in infos_by_row else outcome.info
         self._state, self._conversations = state, conversations
         self._outcomes.update(outcomes)
         if self.autoreset_mode is AutoresetMode.SAME_STEP:
@@ -224,7 +224,9 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
                     field[rows] = value
         for i, new in zip(indices, prompts, strict=True):
             self._prompts[i], self._outcomes[i] = new, None
-            self._conversations[i] = self.task.conversation(new, options, self._rngs[i][0])
+        if self.task.partner is not None:
+            for i, new in zip(indices, prompts, strict=True):
+                self._conversations[i] = self.task.conversation(new, options, self._rngs[i][0])
         infos = {i: new.info() for i, new in zip(indices, prompts, strict=True)}
         return _batch_infos(infos, self.num_envs)
 
@@ -257,7 +259,8 @@ class QwenTextVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         indices = rows.tolist()
         if not indices:
             return {}
-        prompts, talks = zip(*((self._prompts[i], conversations[i]) for i in indices), strict=True)
+        prompts = [self._prompts[i] for i in indices]
+        talks = [conversations.get(i) for i in indices]
         outcomes = self.task.evaluate(episodes_of(prompts, mdp.at(state, rows), talks))
         return dict(zip(indices, outcomes, strict=True))
 

@@ -293,6 +293,8 @@ def _checked(values: Any, batch: RewardBatch, who: str) -> np.ndarray:
 
 def _by_token(values: Any, batch: RewardBatch, who: str) -> list[np.ndarray] | None:
     """The arrays of rows, float32, where `values` holds an array of numbers for each."""
+    if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype != object:
+        return None  # the plain case, in which nothing need be looked at one by one
     is_column = isinstance(values, Sequence | np.ndarray) and not isinstance(values, str | bytes)
     if not is_column or not len(batch) or len(values) != len(batch):
         return None

@@ -22,6 +22,7 @@ _LARGEST_ID = 2**22
 _WINDOW = 2**16
 """Characters. Longer texts are encoded whole only where that is needed."""
 _SHIFT = 10_007
+_TEXTS = 1024  # prompts whose texts are kept
 """Characters, a prime: of a run that is cut into groups of n, the end tells where it began."""
 
 
@@ -132,11 +133,24 @@ class Tokenizer:
         # Lists, since these few ids take NumPy longer, and every episode passes here.
         prompt = prompt_ids.tolist()
         written = [i for i in ids.tolist() if i not in self._special_ids]
-        before = self._decode(prompt, False)
+        before = self._text_before(tuple(prompt))
         both = self._decode(prompt + written, False)
         if both.startswith(before):
             return both[len(before) :]
         return self._decode(written, False)  # they complete a character
+
+    def _text_before(self, prompt: tuple[int, ...]) -> str:
+        """The text of a prompt, which is most often one that was asked before."""
+        text = self._texts.get(prompt)
+        if text is None:
+            if len(self._texts) >= _TEXTS:
+                self._texts.clear()
+            text = self._texts[prompt] = self._decode(list(prompt), False)
+        return text
+
+    @cached_property
+    def _texts(self) -> dict[tuple[int, ...], str]:
+        return {}
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
