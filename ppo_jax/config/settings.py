@@ -506,7 +506,7 @@ class DevicesConfig(Checked):
             devices = f" on each of {self.num_devices} devices" if self.num_devices > 1 else ""
             raise UsageError(
                 f"rollout_slots is {self.rollout_slots}{devices}, but a batch has only "
-                f"{batch_size} responses; lower it, or leave it out."
+                f"{batch_size} response{'s' if batch_size > 1 else ''}; lower it, or leave it out."
             )
 
 

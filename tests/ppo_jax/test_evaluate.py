@@ -64,7 +64,8 @@ def test_json(argv: list[str], capfd: pytest.CaptureFixture[str]) -> None:
 def test_every_prompt_counts_once(
     argv: list[str], rewards: ModuleType, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Six prompts in batches of four: the second is filled up, and its filling not counted."""
+    """Six prompts in batches of four at most: two of three. What fills a last batch up is not
+    counted either: see generation/test_actor.py."""
     batches: list[list[str]] = []
 
     def score(batch: Any) -> np.ndarray:
@@ -73,10 +74,14 @@ def test_every_prompt_counts_once(
 
     rewards.on_call = dict.fromkeys(range(1, 5), score)
     passes = as_json(argv, capfd)
-    assert [len(batch) for batch in batches] == [4, 4, 4, 4]
-    prompts = batches[0] + batches[1][:2]
+    assert [len(batch) for batch in batches] == [3, 3, 3, 3]
+    prompts = batches[0] + batches[1]
     assert len(set(prompts)) == 6
     assert passes["greedy"]["score"] == pytest.approx(np.mean([len(p) for p in prompts]))
+
+
+def test_slots_change_nothing(argv: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert as_json([*argv, "--rollout-slots", "2"], capfd) == as_json(argv, capfd)
 
 
 def test_sampling_among_one_token_is_greedy(
@@ -245,6 +250,8 @@ def test_a_table_for_people(argv: list[str], capfd: pytest.CaptureFixture[str]) 
         (["--reward", "nowhere:f"], ["nowhere:f"]),
         (["--seed", "-1"], ["seed is -1"]),
         (["--batch-size", "0"], ["batch_size is 0"]),
+        (["--rollout-slots", "0"], ["rollout_slots is 0"]),
+        (["--rollout-slots", "5"], ["rollout_slots is 5", "a batch has only 4 responses"]),
         (["--samples", "0"], ["samples is 0", "at least 1"]),
         (["--seed", str(2**32)], ["seed is 4294967296", "below 2**32"]),
         (["--temperature", "0"], ["temperature is 0.0"]),

@@ -38,6 +38,14 @@ def test_greedy_is_deterministic_and_a_seed_is_reproducible(
     assert outputs("--top-p", "1e-6", "--seed", "5") == greedy
 
 
+def test_a_slot_after_another_writes_the_same(
+    inputs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["The plot was", "I liked", "A", "It", "--json", "--seed", "3"]
+    together = generate(capfd, inputs / "model", *argv)
+    assert generate(capfd, inputs / "model", *argv, "--rollout-slots", "2") == together
+
+
 def test_no_end_before_so_many_tokens(inputs: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def finish_reasons(*argv: str) -> set[str]:
         lines = generate(capfd, inputs / "model", *["The plot"] * 8, "--json", *argv)
@@ -95,6 +103,7 @@ def test_chat_renders_the_template_and_prints_the_answer_alone(
         (["a", "--chat", "--chat-template-kwargs", "think=no"], ["has 'think=no'", "JSON value"]),
         (["a", "--chat", "--chat-template-kwargs", "think"], ["has 'think'", "such as"]),
         (["a", "--model", "./nothing"], ["./nothing", "no such folder"]),
+        (["a", "--rollout-slots", "2"], ["rollout_slots is 2", "a batch has only 1 response;"]),
         (["a", "--modle", "x"], ["--modle"]),
     ],
 )

@@ -55,14 +55,21 @@ def test_nothing_is_compiled_after_the_second_iteration(make_agent, compilations
 
 @pytest.fixture(scope="module")
 def actors(make_network, make_test_task):
-    """(network's parameters, task, actors on one device, on two, on four, and on 2 x 2 shards)"""
+    """(network's parameters, task, actors on one device, on two, on four, on 2 x 2 shards, and on
+    as many with a slot each)"""
     network, task = make_network(sharpness=3.0), make_test_task(eos_token_ids=(0, *range(300, 360)))
     return (
         nnx.state(network),
         task,
         [
-            Actor(network, task, Sampling(top_k=300), mesh=make_mesh(*sizes))
-            for sizes in ((1, 1), (2, 1), (4, 1), (4, 2))
+            Actor(network, task, Sampling(top_k=300), mesh=make_mesh(*sizes), num_slots=slots)
+            for *sizes, slots in (
+                (1, 1, None),
+                (2, 1, None),
+                (4, 1, None),
+                (4, 2, None),
+                (4, 2, 1),
+            )
         ],
     )
 
@@ -85,7 +92,7 @@ def test_tokens_do_not_depend_on_the_number_of_devices(actors):
 
 def test_nor_do_those_of_any_number_of_prompts(actors):
     """Nor on the size of a batch, of which the last is filled up to a multiple of the devices."""
-    params, task, (one, two, four, _) = actors
+    params, task, (one, two, four, *_) = actors
     expected = None
     for actor, number, batch_size in ((one, 5, 4), (one, 5, 3), (two, 5, 3), (four, 1, 3)):
         prompts = list(task.prompts)[:number]
@@ -184,6 +191,13 @@ def test_what_crosses_between_shards(make_agent):
     for body in program.decode_loops:
         assert not program.collectives_within(body)
 
+    actor = Actor(agent.network, task, Sampling(), num_slots=1, mesh=make_mesh(8, 8))
+    slots = actor._begin.lower(*arguments, completions_per_prompt=1, greedy=False)
+    program = Program(slots.compile().as_text())
+    assert program.collectives("all-gather"), "once, for prompts and decode"
+    for body in program.loops:
+        assert not program.collectives_within(body), "whenever a device reads its next prompts"
+
     prepared = jax.eval_shape(
         agent.learner.prepare,
         agent.params,
@@ -212,11 +226,13 @@ class Program:
         for block in re.split(r"\n(?=\S)", text):
             if name := re.match(r"(?:ENTRY )?%?([\w.-]+) ", block):
                 self.computations[name[1]] = block
-        self.decode_loops = [
-            re.search(r"body=%?([\w.-]+)", line)[1]
+        loops = {
+            re.search(r"body=%?([\w.-]+)", line)[1]: "known_trip_count" in line
             for line in text.splitlines()
-            if " while(" in line and "known_trip_count" not in line
-        ]
+            if " while(" in line
+        }
+        self.loops = list(loops)
+        self.decode_loops = [body for body, is_counted in loops.items() if not is_counted]
 
     def collectives(self, kind: str, text: str | None = None) -> list[int]:
         """The number of elements of each result of a kind."""

@@ -154,6 +154,10 @@ def test_values_that_cannot_be(changes: dict[str, dict[str, Any]], words: str) -
             r"batch_size \(8\) must be a multiple of completions_per_prompt \(3\)",
         ),
         (
+            {"ppo": {"batch_size": 8}, "run": {"num_devices": 2, "rollout_slots": 5}},
+            "rollout_slots is 5 on each of 2 devices, but a batch has only 8 responses",
+        ),
+        (
             {"ppo": {"batch_size": 8, "num_minibatches": 4}, "run": {"num_devices": 4}},
             r"batch_size \(8\) must be a multiple of num_minibatches x num_devices \(4 x 4\)",
         ),

@@ -123,7 +123,7 @@ def test_an_edit_is_noticed_and_can_be_accepted(
 
 
 def test_what_may_change_may(run: Path) -> None:
-    other = changed("run", num_iterations=7, eval_every=3, num_devices=2)
+    other = changed("run", num_iterations=7, eval_every=3, num_devices=2, rollout_slots=4)
     check_same(run, other)
     check_unedited(run, settings(CONFIG), other, [])
 
