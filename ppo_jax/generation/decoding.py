@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ppo_jax.models.attention import KeyValue
+from ppo_jax.models.attention import KeyValue, Sequences, sequences
 from ppo_jax.models.decoder import DecoderLayer, last_hidden
 from ppo_jax.models.heads import PolicyValueNetwork
 from ppo_jax.models.rope import rotary_angles
@@ -86,8 +86,8 @@ def prefill_in_loop(
     another; caches of P slots."""
     prompts = state.tokens[:, : rules.max_prompt_length]
     positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
-    mask = positions[:, :, None] >= positions[:, None, :]
-    hidden, cache = _read(network, layers, prompts, positions, mask)
+    seen = sequences(state.prompt_length, prompts.shape[1])
+    hidden, cache = _read(network, layers, prompts, positions, seen)
     return last_hidden(hidden, state.prompt_length), cache
 
 
@@ -165,7 +165,7 @@ def _read(
     layers: list[DecoderLayer],
     tokens: Int[Array, "B Q"],
     positions: Int[Array, "B Q"],
-    mask: Bool[Array, "B Q S"],
+    seen: Bool[Array, "B Q S"] | Sequences,
     cache: tuple[KeyValue, ...] | None = None,
     slot: Int[Array, ""] | Int[Array, "B"] | int = 0,
 ) -> tuple[Float[Array, "B Q D"], tuple[KeyValue, ...]]:
@@ -175,6 +175,6 @@ def _read(
     x = network.backbone.embed(tokens)
     longer = []
     for layer, past in zip(layers, cache or [None] * len(layers), strict=True):
-        x, key_value = layer(x, rotary, mask, past, slot)
+        x, key_value = layer(x, rotary, seen, past, slot)
         longer.append(key_value)
     return network.backbone.norm(x), tuple(longer)
