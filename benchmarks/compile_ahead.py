@@ -11,8 +11,9 @@ kernels and choose the fastest, so programs for a GPU differ a little from those
 "decode" is one step of generation in all rows, "update" one optimizer step; both are bodies of
 loops, read by `compiled_program.py`, which says what counts as moved. The least that a decode step
 can move is the weights, in the compute type, and the keys and values of real tokens, at half of the
-responses' limit. The least that an update can hold is its arguments, a gradient of every parameter
-that learns, and what one micro-batch keeps for the backward pass.
+responses' limit; "beyond caches" leaves out what a GPU's cache holds from one kernel to the next.
+The least that an update can hold is its arguments, a gradient of every parameter that learns, and
+what one micro-batch keeps for the backward pass.
 """
 
 import os
@@ -60,6 +61,8 @@ runtime_version { major: 12 minor: 8 patch: 0 }
 
 
 GIB = 2**30
+CACHED = 2**22
+"""Bytes that stay in a GPU's cache until the next kernel reads them; an H100's second has 50 MB."""
 PROGRAMS = "rollout", "prepare", "update"
 
 
@@ -69,8 +72,8 @@ class Arguments:
 
     target: Literal["h100", "v5e"] = "h100"
     """The device: a GPU or a TPU."""
-    work: Literal["short", "long", "both"] = "both"
-    """64 x (128 + 128), 256 x (192 + 512), or both."""
+    works: tuple[str, ...] = ("short", "long")
+    """short, 64 x (128 + 128); long, 256 x (192 + 512); readme, what the README runs on a GPU."""
     model: str = "random:qwen2.5-0.5b"
     """A shape of benchmarks/ppo.py."""
     num_devices: int = 1
@@ -90,21 +93,23 @@ class Arguments:
 def works(arguments: Arguments) -> dict[str, Work]:
     """As in `suite.py --machine gpu`; on a TPU, whose memory is a fifth, in more micro-batches."""
     base = Work(arguments.model, dtype="bfloat16", batch_size=64, remat=arguments.remat)
-    short = replace(base, prompt_length=128, response_length=128)
-    long = replace(
-        base,
-        batch_size=256,
-        prompt_length=192,
-        response_length=512,
-        epochs=1,
-        packed_sizes=arguments.packed_sizes,
-    )
-    at_once = {"h100": (64, 16), "v5e": (16, 4)}[arguments.target]  # rows on a device
     named = {
-        name: replace(work, microbatches=max(work.batch_size // arguments.num_devices // rows, 1))
-        for name, work, rows in zip(("short", "long"), (short, long), at_once, strict=True)
+        "short": replace(base, prompt_length=128, response_length=128),
+        "long": replace(
+            base,
+            batch_size=256,
+            prompt_length=192,
+            response_length=512,
+            epochs=1,
+            packed_sizes=arguments.packed_sizes,
+        ),
+        "readme": replace(base, prompt_length=256, response_length=256, minibatches=4),
     }
-    return {name: work for name, work in named.items() if arguments.work in (name, "both")}
+    at_once = {"h100": (64, 16, 16), "v5e": (16, 4, 8)}[arguments.target]  # rows on a device
+    for (name, work), rows in zip(named.items(), at_once, strict=True):
+        of_device = work.batch_size // work.minibatches // arguments.num_devices
+        named[name] = replace(work, microbatches=max(of_device // rows, 1))
+    return {name: named[name] for name in arguments.works}
 
 
 def main() -> None:
@@ -121,34 +126,41 @@ def main() -> None:
                 (arguments.dump / f"{name}_{program}.txt").write_text(compiled.as_text())
             size = f"{work.batch_size} x ({work.prompt_length} + {work.response_length})"
             table.add_row(size, program, *figures(iteration, program, compiled))
-    Console(width=130).print(table)
+    Console(width=140).print(table)
 
 
 COLUMNS = (
-    "work", "program", "kernels", "GB moved", "of its least", "collectives", "arguments, GiB",
+    "work", "program", "kernels", "GB moved", "of its least", "beyond caches", "collectives",
+    "GB on links", "arguments, GiB",
     "workspace, GiB", "memory, of its least",
 )  # fmt: skip
 
 
 def figures(iteration: "Iteration", name: str, compiled: Any) -> list[str]:
     """A row of the table: one turn of the costliest loop, which the program spends its time in."""
-    program, memory = CompiledProgram(compiled.as_text()), compiled.memory_analysis()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    program = CompiledProgram(text)
     if name == "prepare":
         cost = program.cost()
     else:  # of a rollout, not the loop over layers, whose length is known
         loops = program.loops(of_unknown_length=name == "rollout")
-        cost = max((program.cost(body) for body in loops), key=lambda cost: cost.bytes)
+        body = max(loops, key=lambda body: program.cost(body).bytes)
+        cost = program.cost(body)
     arguments, workspace = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    least_moved = least_held = ""
+    least_moved = beyond = least_held = ""
     if name == "rollout":
         least_moved = f"{cost.bytes / iteration.least_moved():.2f}"
+        beyond_caches = CompiledProgram(text, CACHED).cost(body).bytes
+        beyond = f"{beyond_caches / iteration.least_moved():.2f}"
     if name == "update":
         least_held = f"{(arguments + workspace) / (arguments + iteration.least_kept()):.2f}"
     return [
         str(cost.kernels),
         f"{cost.bytes / 1e9:.2f}",
         least_moved,
+        beyond,
         ", ".join(f"{count} {kind}" for kind, count in cost.collectives.items()) or "none",
+        f"{cost.linked / 1e9:.2f}" if cost.linked else "",
         f"{arguments / GIB:.1f}",
         f"{workspace / GIB:.1f}",
         least_held,

@@ -5,6 +5,9 @@ where it is read and where it is written, as far as it lies in the device's main
 TPU keeps in its vector memory, `S(1)` in the text, counts as nothing. Of an operand that is sliced
 only the slice is counted, and of one that is updated in place only the update. A loop counts as
 often as it is known to run, and once where that is not known; of a branch, the costliest.
+
+A GPU has a cache, which a program's text does not name: with `cached`, arrays of so many bytes at
+most count as nothing either where they are made and read in the same turn of a loop.
 """
 
 import math
@@ -63,6 +66,11 @@ def _size(array: re.Match[str]) -> int:
     return math.prod(int(n) for n in shape.split(",") if n) * bits // 8
 
 
+def _whole(kind: str) -> int:
+    """Bytes of a type, in whatever memory."""
+    return sum(_size(array) for array in _ARRAY.finditer(re.sub(r"S\(\d+\)", "", kind)))
+
+
 @dataclass
 class Cost:
     """Of an instruction, or of all of a computation's."""
@@ -70,21 +78,24 @@ class Cost:
     bytes: int = 0
     kernels: int = 0
     collectives: dict[str, int] = field(default_factory=dict)
+    linked: int = 0  # bytes of collectives: of each the whole, gathered or to be scattered
 
     def __add__(self, other: "Cost") -> "Cost":
         names = self.collectives.keys() | other.collectives.keys()
         added = {n: self.collectives.get(n, 0) + other.collectives.get(n, 0) for n in names}
-        return Cost(self.bytes + other.bytes, self.kernels + other.kernels, added)
+        linked = self.linked + other.linked
+        return Cost(self.bytes + other.bytes, self.kernels + other.kernels, added, linked)
 
     def __mul__(self, times: int) -> "Cost":
         collectives = {name: times * count for name, count in self.collectives.items()}
-        return Cost(times * self.bytes, times * self.kernels, collectives)
+        return Cost(times * self.bytes, times * self.kernels, collectives, times * self.linked)
 
 
 class CompiledProgram:
     """The computations of a compiled program's text (`compiled.as_text()`)."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, cached: int = 0):
+        self._cached = cached
         self.computations: dict[str, dict[str, Instruction]] = {}
         self._costs: dict[str, Cost] = {}
         self.entry = ""
@@ -122,12 +133,14 @@ class CompiledProgram:
         if opcode == "conditional":
             return max((self.cost(name) for name in x.called), key=lambda cost: cost.bytes)
         collectives = {opcode: 1} if opcode in COLLECTIVES else {}
+        linked = self._linked(x, here) if collectives else 0
         if opcode == "async" and x.called:
             return self.cost(x.called[0])
-        operands = [here[name].bytes for name in x.operands]
-        moved = x.bytes + sum(operands)
+        operands = [self._moved(here[name], here) for name in x.operands]
+        result = self._moved(x, here)
+        moved = result + sum(operands)
         if opcode == "fusion":
-            moved = self._of_fusion(x, operands)
+            moved = self._of_fusion(x, operands, result)
         elif opcode == "dynamic-update-slice":
             moved = 2 * operands[1]
         elif opcode == "scatter":
@@ -136,7 +149,15 @@ class CompiledProgram:
             moved = self._of_slice(x, here)
         elif x.opcode.endswith("-start"):  # its type names the operands too
             moved = x.bytes if x.opcode == "copy-start" else self._of_slice(x, here)
-        return Cost(moved, 1, collectives)
+        return Cost(moved, 1, collectives, linked)
+
+    def _linked(self, x: Instruction, here: dict[str, Instruction]) -> int:
+        """The larger of what goes in and what comes out, wherever it lies."""
+        given = sum(_whole(here[name].type) for name in x.operands)
+        result = _whole(x.type)
+        if x.opcode.endswith("-start"):  # its type names the operands too
+            result -= given
+        return max(given, result)
 
     def _of_slice(self, x: Instruction, here: dict[str, Instruction]) -> int:
         result = list(_ARRAY.finditer(x.type))[-2 if x.opcode.endswith("-start") else 0]
@@ -144,13 +165,31 @@ class CompiledProgram:
         read = _size(_ARRAY.match(whole)) if here[x.operands[0]].bytes else 0  # type: ignore[arg-type]
         return read + _size(result)
 
-    def _of_fusion(self, x: Instruction, operands: list[int]) -> int:
+    def _moved(self, x: Instruction, here: dict[str, Instruction]) -> int:
+        """Bytes of a result, as far as they leave the cache."""
+        made = x
+        while made.opcode in _VIEWS or made.opcode == "get-tuple-element":
+            made = here[made.operands[0]]
+        if made.opcode in ("parameter", "constant") or self._is_in_place(made):
+            return x.bytes
+        sizes = map(_size, _ARRAY.finditer(x.type))
+        return sum(size for size in sizes if size > self._cached)
+
+    def _is_in_place(self, x: Instruction) -> bool:
+        """Whether it writes into a part of an array that was there."""
+        if x.opcode == "fusion":
+            inside = self.computations[x.called[0]]
+            root = next(y for y in inside.values() if y.is_root)
+            return self._written(root, inside, x.bytes) < x.bytes
+        return x.opcode == "dynamic-update-slice"
+
+    def _of_fusion(self, x: Instruction, operands: list[int], result: int) -> int:
         inside = self.computations[x.called[0]]
         read = 0
         for number, size in enumerate(operands):
             read += min(size, self._read_of_parameter(x.called[0], number, size))
         root = next(y for y in inside.values() if y.is_root)
-        return read + self._written(root, inside, x.bytes)
+        return read + min(result, self._written(root, inside, x.bytes))
 
     def _written(self, root: Instruction, inside: dict[str, Instruction], size: int) -> int:
         if root.opcode == "tuple":

@@ -47,11 +47,12 @@ class Device:
     far_link: float  # to those of other hosts
     in_a_host: int
     rows_at_once: int  # of an update, so that residuals fit
+    price: float  # dollars an hour, about what it is rented for on demand in 2026
 
 
 DEVICES = {
-    "h100": Device(989e12, 80e9, 3.35e12, 450e9, 50e9, 8, 16),
-    "v5e": Device(197e12, 16e9, 0.82e12, 200e9, 200e9, 256, 4),
+    "h100": Device(989e12, 80e9, 3.35e12, 450e9, 50e9, 8, 16, 3.0),
+    "v5e": Device(197e12, 16e9, 0.82e12, 200e9, 200e9, 256, 4, 1.2),
 }
 PLACES = {
     "random:qwen2.5-0.5b": ((1, 1), (8, 1), (8, 8), (64, 8)),
@@ -75,7 +76,7 @@ def main() -> None:
     device = DEVICES[arguments.device]
     table = Table(
         "model", "devices", "shards", "state, GB", "whole, GB", "fits", "rows", "arithmetic, s",
-        "links, s", "device hours for 435 iterations",
+        "links, s", "device hours for 435 iterations", "dollars",
     )  # fmt: skip
     for model, places in PLACES.items():
         for num_devices, num_shards in places:
@@ -102,6 +103,7 @@ def row(config: DecoderConfig, device: Device, num_devices: int, num_shards: int
         f"{arithmetic:.2f}",
         f"{links:.2f}",
         f"{hours:.1f}" if fits else "",
+        f"{hours * device.price:.1f}" if fits else "",
     ]
 
 

@@ -25,15 +25,17 @@ def kernels(
 ) -> dict[str, Kernel]:
     """Those that can compute this attention, by the platform that a program is compiled for.
 
-    A program for a TPU can be made on a machine without one, as it is in tests; one for a GPU has
-    cuDNN's kernel only if it is made on a GPU, since JAX asks the GPU what it can do.
+    A program for a GPU or a TPU can be made without one, as `benchmarks/compile_ahead.py` does.
 
     Args:
         is_one_a_row: each row holds one sequence, from its start on.
     """
-    if jax.default_backend() == "gpu":
-        return {"cuda": cudnn} if _suits_cudnn(query, key, is_one_a_row) else {}
-    return {"tpu": splash} if _suits_splash(query) else {}
+    found: dict[str, Kernel] = {}
+    if _suits_cudnn(query, key, is_one_a_row):
+        found["cuda"] = cudnn
+    if jax.default_backend() != "gpu" and _suits_splash(query):
+        found["tpu"] = splash
+    return found
 
 
 def _suits_cudnn(query: Array, key: Array, is_one_a_row: bool) -> bool:
@@ -45,11 +47,12 @@ def _suits_cudnn(query: Array, key: Array, is_one_a_row: bool) -> bool:
     """
     if not is_one_a_row or query.dtype not in (jnp.bfloat16, jnp.float16):
         return False
-    device = jax.local_devices()[0]
-    if "cuda" not in device.client.platform_version:
-        return False
-    if float(device.compute_capability) < 8:  # JAX does not check it
-        return False
+    if jax.default_backend() == "gpu":
+        device = jax.local_devices()[0]
+        if "cuda" not in device.client.platform_version:
+            return False
+        if float(device.compute_capability) < 8:  # JAX does not check it
+            return False
     try:
         jax.eval_shape(of_positions, *map(_by_position, (query, key, key)))
     except (RuntimeError, NotImplementedError, ValueError):  # no cuDNN, an old one, the head's size

@@ -11,7 +11,9 @@ from compile_ahead import Iteration, mesh_of, v5e_topology
 from compiled_program import CompiledProgram, Cost
 from ppo import Work
 
+from ppo_jax.compilation import float32_products
 from ppo_jax.mesh import replicated
+from ppo_jax.models.attention import KeyValue, attend, sequences
 from ppo_jax.models.decoder import project
 from ppo_jax.sampling import greatest
 
@@ -62,13 +64,17 @@ def test_bytes_kernels_and_collectives_of_a_program() -> None:
     program = CompiledProgram(WRITTEN.replace(" TRIPS", trips))
     # A copy to fast memory reads all; a slice is read with its number, and written; it is summed;
     # the sum and the number are read, and the sum is written in place.
-    once = Cost(4000 + (40 + 4 + 40) + (40 + 40) + (40 + 4 + 40), 4, {"all-reduce": 1})
+    once = Cost(4000 + (40 + 4 + 40) + (40 + 40) + (40 + 4 + 40), 4, {"all-reduce": 1}, 40)
     assert program.cost("%body") == once
     assert program.cost() == once * 5
     assert program.loops() == []
     unknown = CompiledProgram(WRITTEN.replace(" TRIPS", ""))
     assert unknown.loops() == ["%body"]
     assert unknown.cost() == once
+    # What is sliced, and its sum, are made and read in a turn; the array that is written is not.
+    cached = CompiledProgram(WRITTEN.replace(" TRIPS", trips), cached=100)
+    assert cached.cost("%body").bytes == 4000 + (40 + 4) + 0 + (4 + 40)
+    assert CompiledProgram(WRITTEN.replace(" TRIPS", trips), cached=39).cost("%body") == once
 
 
 def test_bytes_of_what_xla_compiles() -> None:
@@ -94,7 +100,35 @@ def test_what_an_iteration_moves_and_holds_is_no_more_than_it_was() -> None:
     assert held < 4.6 * iteration.least_kept()  # most of it logits
 
 
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu compiles for the TPU")
+of_tpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu compiles for the TPU")
+
+
+@of_tpu
+@pytest.mark.parametrize("size", [256, 704])
+def test_logits_of_attention_never_reach_the_memory_of_a_tpu(size: int) -> None:
+    """Forward and backward, where products of float32 are exact; the formula's move ten times this.
+
+    The least is queries, keys, values, their gradients, the result and its gradient.
+    """
+    device = replicated(mesh_of(v5e_topology(1), 1, 1))
+    query = jax.ShapeDtypeStruct((4, 14, size, 64), jnp.bfloat16, sharding=device)
+    key = jax.ShapeDtypeStruct((4, 2, size, 64), jnp.bfloat16, sharding=device)
+    number = jax.ShapeDtypeStruct((4, size), jnp.int32, sharding=device)
+
+    def both(query: Any, key: Any, value: Any, number: Any, cotangent: Any) -> Any:
+        def mixed(query: Any, key: Any, value: Any) -> Any:
+            return attend(query, KeyValue(key, value), sequences(number, size))
+
+        with float32_products():
+            result, pull_back = jax.vjp(mixed, query, key, value)
+            return result, pull_back(cotangent)
+
+    arguments = query, key, key, number, query
+    program = CompiledProgram(jax.jit(both).lower(*arguments).compile().as_text())
+    assert program.cost().bytes < 2.5 * 2 * 4 * (query.size + key.size)
+
+
+@of_tpu
 def test_logits_of_a_decode_step_never_reach_the_memory_of_a_tpu() -> None:
     """Of Qwen's vocabulary: the projection is read, and that is all."""
     device = replicated(mesh_of(v5e_topology(1), 1, 1))

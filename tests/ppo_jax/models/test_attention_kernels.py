@@ -1,6 +1,7 @@
 """Kernels against the formula, as far as they run without their device, and when they are taken."""
 
 from functools import partial
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import jax
@@ -121,6 +122,9 @@ def test_when_a_gpu_takes_its_kernel(has_cudnn, monkeypatch):
     assert found() == []
 
 
+@pytest.mark.skipif(
+    any(map(find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))), reason="it may have cuDNN"
+)
 def test_a_gpu_without_cudnn_does_without_its_kernel(monkeypatch):
     """As this machine is one, if it is taken for a GPU's: JAX says that there is no cuDNN."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -128,7 +132,19 @@ def test_a_gpu_without_cudnn_does_without_its_kernel(monkeypatch):
     assert found() == []
 
 
-def test_when_a_tpu_takes_its_kernel():
+def test_programs_for_other_platforms_have_their_kernels(has_cudnn, monkeypatch):
+    """Those that are only compiled here."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(Device, "compute_capability", None)
+    assert found() == ["cuda", "tpu"]
+
+
+def test_when_a_tpu_takes_its_kernel(monkeypatch):
+    def no_cudnn(*_):
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(attention_kernels, "of_positions", no_cudnn)
     assert found() == found(is_one_a_row=False) == found(size=704) == ["tpu"]
     assert found("float16") == found("float32") == []
     assert found(size=128) == []  # a single block: there is nothing to leave out
