@@ -12,8 +12,9 @@ kernels and choose the fastest, so programs for a GPU differ a little from those
 loops, read by `compiled_program.py`, which says what counts as moved. The least that a decode step
 can move is the weights, in the compute type, and the keys and values of real tokens, at half of the
 responses' limit; "beyond caches" leaves out what a GPU's cache holds from one kernel to the next.
-The least that an update can hold is its arguments, a gradient of every parameter that learns, and
-what one micro-batch keeps for the backward pass.
+"memory" is the most that is held at once, arguments included. The least of an update is its
+arguments, a gradient of every parameter that learns, and what one micro-batch keeps for the
+backward pass.
 """
 
 import os
@@ -132,7 +133,7 @@ def main() -> None:
 COLUMNS = (
     "work", "program", "kernels", "GB moved", "of its least", "beyond caches", "collectives",
     "GB on links", "arguments, GiB",
-    "workspace, GiB", "memory, of its least",
+    "memory, GiB", "memory, of its least",
 )  # fmt: skip
 
 
@@ -146,14 +147,14 @@ def figures(iteration: "Iteration", name: str, compiled: Any) -> list[str]:
         loops = program.loops(of_unknown_length=name == "rollout")
         body = max(loops, key=lambda body: program.cost(body).bytes)
         cost = program.cost(body)
-    arguments, workspace = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    arguments, held = memory.argument_size_in_bytes, memory.peak_memory_in_bytes
     least_moved = beyond = least_held = ""
     if name == "rollout":
         least_moved = f"{cost.bytes / iteration.least_moved():.2f}"
         beyond_caches = CompiledProgram(text, CACHED).cost(body).bytes
         beyond = f"{beyond_caches / iteration.least_moved():.2f}"
     if name == "update":
-        least_held = f"{(arguments + workspace) / (arguments + iteration.least_kept()):.2f}"
+        least_held = f"{held / (arguments + iteration.least_kept()):.2f}"
     return [
         str(cost.kernels),
         f"{cost.bytes / 1e9:.2f}",
@@ -162,7 +163,7 @@ def figures(iteration: "Iteration", name: str, compiled: Any) -> list[str]:
         ", ".join(f"{count} {kind}" for kind, count in cost.collectives.items()) or "none",
         f"{cost.linked / 1e9:.2f}" if cost.linked else "",
         f"{arguments / GIB:.1f}",
-        f"{workspace / GIB:.1f}",
+        f"{held / GIB:.1f}",
         least_held,
     ]
 

@@ -21,6 +21,7 @@ _BITS = {"pred": 8, "bf16": 16}
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+|f8\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _NAME = re.compile(r"%[\w.-]+")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=(%[\w.-]+)")
+_CONDITION = re.compile(r"condition=(%[\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _NOTHING = {
@@ -51,11 +52,6 @@ class Instruction:
     def called(self) -> list[str]:
         found = _BRANCHES.search(self.attributes)
         return _NAME.findall(found[1]) if found else _CALLED.findall(self.attributes)
-
-    @property
-    def trips(self) -> int:
-        found = _TRIPS.search(self.attributes)
-        return int(found[1]) if found else 1
 
 
 def _size(array: re.Match[str]) -> int:
@@ -120,7 +116,7 @@ class CompiledProgram:
             x.called[0]
             for name in self.computations
             for x in self.computations[name].values()
-            if x.opcode == "while" and (not of_unknown_length or not _TRIPS.search(x.attributes))
+            if x.opcode == "while" and (not of_unknown_length or self._trips(x) is None)
         ]
 
     def _of(self, x: Instruction, computation: str) -> Cost:
@@ -129,7 +125,7 @@ class CompiledProgram:
         if opcode in _NOTHING or opcode.endswith("-done") or "ConcatBitcast" in x.attributes:
             return Cost()
         if opcode in ("while", "call"):
-            return self.cost(x.called[0]) * x.trips
+            return self.cost(x.called[0]) * (self._trips(x) or 1)
         if opcode == "conditional":
             return max((self.cost(name) for name in x.called), key=lambda cost: cost.bytes)
         collectives = {opcode: 1} if opcode in COLLECTIVES else {}
@@ -150,6 +146,22 @@ class CompiledProgram:
         elif x.opcode.endswith("-start"):  # its type names the operands too
             moved = x.bytes if x.opcode == "copy-start" else self._of_slice(x, here)
         return Cost(moved, 1, collectives, linked)
+
+    def _trips(self, loop: Instruction) -> int | None:
+        """How often a loop is known to run.
+
+        A TPU's text does not say it, but ends the condition of JAX's scans with `counter < count`.
+        """
+        if found := _TRIPS.search(loop.attributes):
+            return int(found[1])
+        if not (found := _CONDITION.search(loop.attributes)):
+            return None
+        inside = self.computations[found[1]]
+        last = next(x for x in inside.values() if x.is_root)
+        if last.opcode != "compare" or "direction=LT" not in last.attributes:
+            return None
+        count = inside[last.operands[1]]
+        return int(count.attributes.strip("()")) if count.opcode == "constant" else None
 
     def _linked(self, x: Instruction, here: dict[str, Instruction]) -> int:
         """The larger of what goes in and what comes out, wherever it lies."""
@@ -247,7 +259,7 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
     close = _matching(rest, len(opcode))
     inside = rest[len(opcode) : close + 1]
     attributes = rest[close + 1 :]
-    if opcode == "parameter":
+    if opcode in ("parameter", "constant"):
         attributes = inside
     return Instruction(name, kind, opcode, tuple(_NAME.findall(inside)), attributes, is_root)
 

@@ -71,6 +71,15 @@ def test_bytes_kernels_and_collectives_of_a_program() -> None:
     unknown = CompiledProgram(WRITTEN.replace(" TRIPS", ""))
     assert unknown.loops() == ["%body"]
     assert unknown.cost() == once
+    # A TPU's text leaves it to the condition.
+    counted = WRITTEN.replace(" TRIPS", "").replace(
+        "ROOT %goes_on = pred[] constant(true)",
+        """%counter = s32[] get-tuple-element(%state.1), index=0
+  %count = s32[] constant(5)
+  ROOT %goes_on = pred[] compare(%counter, %count), direction=LT""",
+    )
+    assert CompiledProgram(counted).loops() == []
+    assert CompiledProgram(counted).cost() == once * 5
     # What is sliced, and its sum, are made and read in a turn; the array that is written is not.
     cached = CompiledProgram(WRITTEN.replace(" TRIPS", trips), cached=100)
     assert cached.cost("%body").bytes == 4000 + (40 + 4) + 0 + (4 + 40)
