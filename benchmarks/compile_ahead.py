@@ -104,6 +104,7 @@ def works(arguments: Arguments) -> dict[str, Work]:
             epochs=1,
             packed_sizes=arguments.packed_sizes,
         ),
+        # Rows that are not shared take the most.
         "readme": replace(base, prompt_length=256, response_length=256, minibatches=4),
     }
     at_once = {"h100": (64, 16, 16), "v5e": (16, 4, 8)}[arguments.target]  # rows on a device
