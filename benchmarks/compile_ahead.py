@@ -12,9 +12,9 @@ kernels and choose the fastest, so programs for a GPU differ a little from those
 loops, read by `compiled_program.py`, which says what counts as moved. The least that a decode step
 can move is the weights, in the compute type, and the keys and values of real tokens, at half of the
 responses' limit; "beyond caches" leaves out what a GPU's cache holds from one kernel to the next.
-"memory" is the most that is held at once, arguments included. The least of an update is its
-arguments, a gradient of every parameter that learns, and what one micro-batch keeps for the
-backward pass.
+"memory" is the most that is held at once, arguments included. The least of an update, on each
+device, is its arguments, a gradient of every parameter that learns, and what one micro-batch keeps
+for the backward pass.
 """
 
 import os
@@ -39,7 +39,7 @@ from ppo_jax import compilation, flags
 from ppo_jax.generation.rollout import rollout
 from ppo_jax.learning.frozen import join, partition
 from ppo_jax.learning.learner import Learner
-from ppo_jax.mesh import ROWS, gather, on_own_rows, replicated, shardings
+from ppo_jax.mesh import ROWS, SHARDS, gather, on_own_rows, replicated, shardings
 from ppo_jax.models import PolicyValueNetwork
 
 H100 = """
@@ -202,6 +202,9 @@ class Iteration:
     def __init__(self, work: Work, mesh: Mesh | None = None):
         self._whole = replicated(mesh)
         self._mesh = None if mesh is None or mesh.size == 1 else mesh
+        self._num_devices, self._num_shards = 1, 1
+        if self._mesh is not None:
+            self._num_devices, self._num_shards = self._mesh.size, self._mesh.shape[SHARDS]
         self._jit = compilation.jit if mesh is None else _jit_for_another_device
         self.work, self.config = work, config_of(work)
         shape, optimizer = SHAPES[work.model], self.config.optimizer
@@ -286,20 +289,22 @@ class Iteration:
         itemsize = jnp.dtype(work.dtype).itemsize
         weights = sum(x.size for x in jax.tree.leaves(self.params["backbone"]))
         kept = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
-        tokens = work.batch_size * (work.prompt_length + work.response_length // 2)
+        rows = work.batch_size // self._num_devices
+        tokens = rows * (work.prompt_length + work.response_length // 2)
         return itemsize * (weights + kept * tokens)
 
     def least_kept(self) -> int:
         """Bytes of the gradients, and of the residuals of a micro-batch's layers."""
         work, shape = self.work, SHAPES[self.work.model]
         gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.params))
-        tokens = work.batch_size // work.minibatches // work.microbatches
+        tokens = work.batch_size // work.minibatches // work.microbatches // self._num_devices
         tokens *= work.prompt_length + work.response_length
         heads = 2 * shape.num_key_value_heads + shape.num_attention_heads
         products = heads * shape.head_dim + shape.hidden_size + 2 * shape.intermediate_size
         a_token = shape.hidden_size + (0 if work.remat else products)
         itemsize = jnp.dtype(work.dtype).itemsize
-        return gradients + itemsize * shape.num_hidden_layers * tokens * a_token
+        residuals = itemsize * shape.num_hidden_layers * tokens * a_token
+        return gradients // self._num_shards + residuals
 
 
 def _jit_for_another_device(function: Callable[..., Any], **options: Any) -> Any:

@@ -12,6 +12,7 @@ most count as nothing either where they are made and read in the same turn of a 
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,6 +22,7 @@ _BITS = {"pred": 8, "bf16": 16}
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+|f8\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _NAME = re.compile(r"%[\w.-]+")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=(%[\w.-]+)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _CONDITION = re.compile(r"condition=(%[\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -107,7 +109,8 @@ class CompiledProgram:
         name = computation or self.entry
         if name not in self._costs:
             here = self.computations[name].values()
-            self._costs[name] = sum((self._of(x, name) for x in here), Cost())
+            alone = sum((self._of(x, name) for x in here), Cost())
+            self._costs[name] = sum(self._fused_collectives(name), alone)
         return self._costs[name]
 
     def loops(self, of_unknown_length: bool = True) -> list[str]:
@@ -162,6 +165,16 @@ class CompiledProgram:
             return None
         count = inside[last.operands[1]]
         return int(count.attributes.strip("()")) if count.opcode == "constant" else None
+
+    def _fused_collectives(self, computation: str) -> Iterator[Cost]:
+        """Those that a TPU sends piece by piece while it computes: one a channel, in many fusions."""
+        found = {}
+        for x in self.computations[computation].values():
+            inside = self.computations[x.called[0]] if x.opcode == "fusion" else {}
+            for y in inside.values():
+                if y.opcode in COLLECTIVES and (channel := _CHANNEL.search(y.attributes)):
+                    found[channel[1]] = Cost(0, 0, {y.opcode: 1}, self._linked(y, inside))
+        yield from found.values()
 
     def _linked(self, x: Instruction, here: dict[str, Instruction]) -> int:
         """The larger of what goes in and what comes out, wherever it lies."""

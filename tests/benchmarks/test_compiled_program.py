@@ -86,6 +86,29 @@ def test_bytes_kernels_and_collectives_of_a_program() -> None:
     assert CompiledProgram(WRITTEN.replace(" TRIPS", trips), cached=39).cost("%body") == once
 
 
+def test_a_collective_that_is_fused_with_what_is_computed_counts_once() -> None:
+    """A TPU's, whose parts are in several fusions and have one channel."""
+    text = """
+%begin (x: bf16[1,8]) -> bf16[8,8] {
+  %x = bf16[1,8]{1,0} parameter(0)
+  ROOT %whole = bf16[8,8]{1,0} all-gather(%x), channel_id=7, dimensions={0}
+}
+
+%finish (y: bf16[1,8]) -> bf16[8,8] {
+  %y = bf16[1,8]{1,0} parameter(0)
+  ROOT %all = bf16[8,8]{1,0} all-gather(%y), channel_id=7, dimensions={0}
+}
+
+ENTRY %main (shard: bf16[1,8]) -> bf16[8,8] {
+  %shard = bf16[1,8]{1,0} parameter(0)
+  %some = bf16[8,8]{1,0} fusion(%shard), kind=kOutput, calls=%begin
+  ROOT %rest = bf16[8,8]{1,0} fusion(%shard), kind=kOutput, calls=%finish
+}
+"""
+    cost = CompiledProgram(text).cost()
+    assert (cost.collectives, cost.linked) == ({"all-gather": 1}, 2 * 64)
+
+
 def test_bytes_of_what_xla_compiles() -> None:
     def product(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.sin(x @ y).sum(1)
