@@ -1,47 +1,58 @@
 """Makes the pocket task's files: `python tools/make_pocket.py [--output-dir FOLDER]`.
 
-Reviews from the grammar -> tokenizer, prompts -> a policy, by next-token cross-entropy -> its own
-samples, compared two by two -> a reward model, by the Bradley-Terry loss.
+Reviews from the grammar -> tokenizer, prompts -> a policy, by `ppo_jax.sft` -> its own samples,
+compared two by two -> a reward model, by `ppo_jax.reward_model`.
 
 The reward model starts as the policy's backbone and never sees a sentiment, only which of two
 samples won, and the better one does not always win: P(i beats j) = sigmoid(β (gold_i - gold_j)).
 It is good and not perfect, as reward models are, and the gold score tells when a policy exploits
 the difference.
 
-Shapes: B batch, S sequence, V vocabulary, N texts.
+Shapes: B batch, S sequence, N texts.
 """
 
+import json
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Array, Float
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ppo_jax import flags
+from ppo_jax import flags, reward_model, sft
 from ppo_jax.cli import errors_as_sentences, find_devices
 from ppo_jax.compilation import jit
+from ppo_jax.config import (
+    AdamWConfig,
+    CompletionsConfig,
+    LearningConfig,
+    PreferenceLossConfig,
+    PreferencesConfig,
+    RewardModelConfig,
+    SFTConfig,
+    SupervisedConfig,
+)
 from ppo_jax.config.fields import Checked, Count, Rate, Seed
-from ppo_jax.generation.rollout import rollout
+from ppo_jax.generation.actor import Actor
 from ppo_jax.models import (
     DecoderConfig,
     PolicyValueNetwork,
     RewardModel,
+    load_pretrained,
+    load_reward_model,
     save_pretrained,
-    save_reward_model,
 )
-from qwen_env import mdp, pocket
+from ppo_jax.sampling import Sampling
+from qwen_env import pocket
 from qwen_env.pocket import corpus, grammar
+from qwen_env.task import make_task
 from qwen_env.tokenizer import Tokenizer
 
 MODEL = DecoderConfig(
@@ -57,15 +68,8 @@ MODEL = DecoderConfig(
 )
 """0.89 million parameters."""
 
-RULES = mdp.Rules(
-    max_prompt_length=pocket.MAX_PROMPT_LENGTH,
-    max_new_tokens=pocket.MAX_NEW_TOKENS,
-    vocab_size=corpus.VOCAB_SIZE,
-    eos_token_ids=(corpus.EOS_ID,),
-)
-
+MAX_LENGTH = pocket.MAX_PROMPT_LENGTH + pocket.MAX_NEW_TOKENS
 SAMPLE_BATCH = 256
-CENTRE_COEF = 0.01  # of the mean score in the Bradley-Terry loss, which itself sees only gaps
 
 
 @dataclass(frozen=True)
@@ -116,17 +120,19 @@ def run(settings: Settings) -> dict[str, float]:
     train_key, heldout_key = jax.random.split(jax.random.key(settings.seed))
     folder = settings.output_dir
     tokenizer, train_prompts, heldout_prompts = write_texts(settings, text_rng)
-
-    policy = train_policy(settings, tokenizer, policy_rng)
-    save_pretrained(policy, folder / "policy", tokenizer)
-    train = draw_samples(policy, tokenizer, train_prompts, settings.reward_samples, train_key)
-    heldout = draw_samples(policy, tokenizer, heldout_prompts, settings.report_samples, heldout_key)
-
-    reward = train_reward(settings, policy, tokenizer, train, reward_rng)
-    save_reward_model(reward, folder / "reward", tokenizer)
+    reviews = corpus.reviews(report_rng, settings.report_samples)
+    with tempfile.TemporaryDirectory() as work:
+        loss = train_policy(settings, tokenizer, reviews, policy_rng, Path(work))
+        policy = load_pretrained(folder / "policy")
+        count, report_count = settings.reward_samples, settings.report_samples
+        train = draw_samples(policy, tokenizer, train_prompts, count, train_key)
+        heldout = draw_samples(policy, tokenizer, heldout_prompts, report_count, heldout_key)
+        train_reward(settings, train, heldout, reward_rng, Path(work))
+    reward = load_reward_model(folder / "reward")
     return {
-        **report_policy(policy, tokenizer, heldout, report_rng),
-        **report_reward(reward, tokenizer, heldout, report_rng),
+        "policy/cross_entropy": loss,
+        **report_policy(tokenizer, reviews, heldout),
+        **report_reward(reward, tokenizer, reviews, heldout, report_rng),
         "time_s": time.perf_counter() - start,
     }
 
@@ -147,189 +153,169 @@ def write_texts(
     return tokenizer, train, heldout
 
 
-def encode(tokenizer: Tokenizer, texts: list[str], ends: bool | list[bool]) -> Texts:
-    """Token ids of `texts`, with the end-of-sequence id after those that `ends` says."""
-    ends = [ends] * len(texts) if isinstance(ends, bool) else ends
-    rows = [
-        (tokenizer.encode(text) + [corpus.EOS_ID] * end)[: RULES.max_length]
-        for text, end in zip(texts, ends, strict=True)
-    ]
-    ids = np.zeros((len(rows), RULES.max_length), np.int32)
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Texts:
+    """Token ids of texts, each with the end-of-sequence id behind it."""
+    rows = [[*tokenizer.encode(text), corpus.EOS_ID][:MAX_LENGTH] for text in texts]
+    ids = np.zeros((len(rows), MAX_LENGTH), np.int32)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
-    lengths = np.array([len(row) for row in rows])
-    return Texts(ids, np.arange(RULES.max_length) < lengths[:, None])
-
-
-def trim(texts: Texts) -> Texts:
-    """Less padding: S becomes the next multiple of 12, so that there are few shapes to compile."""
-    longest = int(texts.mask.sum(axis=1).max())
-    size = -(-longest // 12) * 12
-    return Texts(texts.ids[:, :size], texts.mask[:, :size])
+    return Texts(ids, np.arange(MAX_LENGTH) < np.array([len(row) for row in rows])[:, None])
 
 
 def draw_samples(
     policy: PolicyValueNetwork, tokenizer: Tokenizer, prompts: list[str], count: int, key: Array
 ) -> list[str]:
-    """`count` reviews that the policy writes from `prompts`, taken in turn."""
-    graphdef, params = nnx.split(policy)
-    limit = RULES.max_prompt_length
-    encoded = encode(tokenizer, prompts, ends=False)
-    lengths = encoded.mask.sum(axis=1)
-
-    @jit
-    def sample(params: nnx.State, ids: Array, length: Array, key: Array) -> mdp.State:
-        return rollout(nnx.merge(graphdef, params), ids, length, key, rules=RULES).state
-
-    texts: list[str] = []
-    while len(texts) < count:
-        rows = (len(texts) + np.arange(SAMPLE_BATCH)) % len(prompts)
-        batch_key = jax.random.fold_in(key, len(texts))
-        state = sample(params, encoded.ids[rows, :limit], lengths[rows], batch_key)
-        tokens, length = np.asarray(state.tokens), np.asarray(state.length)
-        texts += [tokenizer.decode(row[:end]) for row, end in zip(tokens, length, strict=True)]
-    return texts[:count]
+    """At least `count` reviews that the policy writes, equally many from each prompt."""
+    task = make_task(
+        tokenizer=tokenizer,
+        prompts=prompts,
+        max_prompt_length=pocket.MAX_PROMPT_LENGTH,
+        max_new_tokens=pocket.MAX_NEW_TOKENS,
+        vocab_size=corpus.VOCAB_SIZE,
+    )
+    of_each = -(-count // len(prompts))
+    episodes, outcomes = Actor(policy, task, Sampling(1.0, None, None)).respond_to_all(
+        nnx.state(policy),
+        task.prompts,
+        key,
+        batch_size=max(SAMPLE_BATCH // of_each, 1),
+        completions_per_prompt=of_each,
+    )
+    pairs = zip(episodes, outcomes, strict=True)
+    return [episode.prompt.text + outcome.info["completion"] for episode, outcome in pairs]
 
 
 # ---------------------------------------------------------------- training
 
 
 def train_policy(
-    settings: Settings, tokenizer: Tokenizer, rng: np.random.Generator
-) -> PolicyValueNetwork:
-    """Minimise the cross-entropy of the next token on fresh reviews, each seen once."""
-    policy = PolicyValueNetwork(MODEL, rngs=nnx.Rngs(settings.seed))
-    graphdef, params = nnx.split(policy)
+    settings: Settings,
+    tokenizer: Tokenizer,
+    heldout: Sequence[str],
+    rng: np.random.Generator,
+    work: Path,
+) -> float:
+    """Learn fresh reviews, each seen once, from a random network on; writes policy/.
 
-    def batches() -> Iterator[Texts]:
-        """Reviews of like length go together, so that little of a batch is padding."""
-        while True:
-            reviews = corpus.reviews(rng, 16 * settings.policy_batch)
-            texts = encode(tokenizer, reviews, ends=True)
-            by_length = np.argsort(texts.mask.sum(axis=1)).reshape(16, -1)
-            for rows in rng.permutation(by_length):
-                yield trim(Texts(texts.ids[rows], texts.mask[rows]))
-
-    def loss(params: nnx.State, batch: Texts) -> Float[Array, ""]:
-        losses = token_losses(nnx.merge(graphdef, params), batch)
-        return losses.sum() / batch.mask[:, 1:].sum()
-
-    steps, learning_rate = settings.policy_steps, settings.policy_learning_rate
-    params = _fit("policy", loss, params, batches(), steps, learning_rate)
-    return nnx.merge(graphdef, params)
-
-
-def token_losses(policy: PolicyValueNetwork, texts: Texts) -> Float[Array, "N S-1"]:
-    """-log p of every token but the first; 0 on padding."""
-    logits, _ = policy(texts.ids, texts.mask)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], texts.ids[:, 1:])
-    return jnp.where(texts.mask[:, 1:], losses, 0.0)
+    Returns the cross-entropy of `heldout`, in nats a token.
+    """
+    save_pretrained(
+        PolicyValueNetwork(MODEL, rngs=nnx.Rngs(settings.seed)), work / "start", tokenizer
+    )
+    reviews = corpus.reviews(rng, settings.policy_steps * settings.policy_batch)
+    config = SFTConfig(
+        CompletionsConfig(
+            model=str(work / "start"),
+            data=write_rows(work / "reviews.jsonl", map(as_answer, reviews)),
+            eval_data=write_rows(work / "heldout.jsonl", map(as_answer, heldout)),
+            max_length=MAX_LENGTH,
+        ),
+        SupervisedConfig(settings.policy_batch, num_epochs=1),
+        optimizer(settings.policy_learning_rate, settings.policy_steps),
+        learning(settings, settings.policy_steps),
+    )
+    sft.train(config, work / "sft")
+    place(work / "sft", settings.output_dir / "policy")
+    last = (work / "sft" / "metrics.jsonl").read_text().splitlines()[-1]
+    return float(json.loads(last)["eval/loss"])
 
 
 def train_reward(
     settings: Settings,
-    policy: PolicyValueNetwork,
-    tokenizer: Tokenizer,
-    samples: list[str],
+    samples: Sequence[str],
+    heldout: Sequence[str],
     rng: np.random.Generator,
-) -> RewardModel:
-    """Minimise -log sigmoid(r_winner - r_loser) on pairs of the policy's samples.
+    work: Path,
+) -> None:
+    """Learn which of two of the policy's samples won, from the policy on; writes reward/.
 
     Each text ends with the end-of-sequence id half of the time, so that the model may be asked with
-    it or without. At the end the scores are scaled to unit standard deviation on `samples`.
+    it or without. Its scores have mean 0 and standard deviation 1 on `heldout`.
     """
-    reward = RewardModel(MODEL, rngs=nnx.Rngs(settings.seed))
-    nnx.update(reward.backbone, nnx.state(policy.backbone))
-    graphdef, params = nnx.split(reward)
-    gold = np.array([grammar.sentiment(text) for text in samples])
-
-    def batches() -> Iterator[Texts]:
-        """Winners in the first half of the rows, the losers they beat in the second."""
-        while True:
-            first, second = rng.integers(len(samples), size=(2, settings.reward_batch))
-            chance = 1 / (1 + np.exp(-settings.preference_beta * (gold[first] - gold[second])))
-            first_wins = rng.random(settings.reward_batch) < chance
-            winner, loser = np.where(first_wins, (first, second), (second, first))
-            texts = [samples[i] for i in (*winner, *loser)]
-            yield trim(encode(tokenizer, texts, ends=(rng.random(len(texts)) < 0.5).tolist()))
-
-    def loss(params: nnx.State, batch: Texts) -> Float[Array, ""]:
-        scores = nnx.merge(graphdef, params)(batch.ids, batch.mask)
-        winner, loser = jnp.split(scores, 2)
-        return -jax.nn.log_sigmoid(winner - loser).mean() + CENTRE_COEF * scores.mean() ** 2
-
-    steps, learning_rate = settings.reward_steps, settings.reward_learning_rate
-    params = _fit("reward model", loss, params, batches(), steps, learning_rate)
-    reward = nnx.merge(graphdef, params)
-    std = scores_of(reward, tokenizer, samples[: settings.report_samples]).std()
-    reward.score.weight[...] = reward.score.weight[...] / std
-    return reward
-
-
-def _fit(
-    label: str,
-    loss: Callable[[nnx.State, Texts], Float[Array, ""]],
-    params: nnx.State,
-    batches: Iterator[Texts],
-    num_steps: int,
-    learning_rate: float,
-) -> nnx.State:
-    """`num_steps` of AdamW; the learning rate warms up over a twentieth, then falls to zero."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, max(num_steps // 20, 1), num_steps
+    pairs = compared(settings, samples, settings.reward_steps * settings.reward_batch, rng)
+    others = compared(settings, heldout, len(heldout) // 2, rng)
+    config = RewardModelConfig(
+        PreferencesConfig(
+            model=str(settings.output_dir / "policy"),
+            data=write_rows(work / "pairs.jsonl", pairs),
+            eval_data=write_rows(work / "heldout_pairs.jsonl", others),
+            eos_share=0.5,
+        ),
+        PreferenceLossConfig(settings.reward_batch, num_epochs=1, center=True),
+        optimizer(settings.reward_learning_rate, settings.reward_steps),
+        learning(settings, settings.reward_steps),
     )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
+    reward_model.train(config, work / "reward_model")
+    place(work / "reward_model", settings.output_dir / "reward")
+
+
+def compared(
+    settings: Settings, texts: Sequence[str], count: int, rng: np.random.Generator
+) -> list[dict[str, str]]:
+    """`count` pairs of different texts, of which the better one more often won."""
+    gold = np.array([grammar.sentiment(text) for text in texts])
+    pairs: list[dict[str, str]] = []
+    while len(pairs) < count:
+        first, second = rng.integers(len(texts), size=2)
+        chance = 1 / (1 + np.exp(-settings.preference_beta * (gold[first] - gold[second])))
+        won, lost = (first, second) if rng.random() < chance else (second, first)
+        if texts[won].strip() != texts[lost].strip():
+            pairs.append({"chosen": texts[won], "rejected": texts[lost]})
+    return pairs
+
+
+def as_answer(review: str) -> dict[str, str]:
+    """A row of which everything is learnt."""
+    return {"prompt": "", "completion": review}
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> str:
+    """A .jsonl file; returns its name."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def optimizer(learning_rate: float, num_steps: int) -> AdamWConfig:
+    """The learning rate warms up over a twentieth, then falls to zero."""
+    return AdamWConfig(
+        learning_rate=learning_rate,
+        schedule="cosine",
+        warmup_iterations=num_steps // 20,
+        adam_b2=0.98,
+        adam_eps=1e-8,
+        weight_decay=0.01,
     )
 
-    @partial(jit, donate_argnums=(0, 1))
-    def step(params: nnx.State, opt_state: Any, batch: Texts) -> tuple[nnx.State, Any, Array]:
-        value, grads = jax.value_and_grad(loss)(params, batch)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, value
 
-    params = jax.tree.map(jnp.copy, params)  # the caller's arrays are not ours to donate
-    opt_state = optimizer.init(params)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
+def learning(settings: Settings, num_steps: int) -> LearningConfig:
+    """Evaluated now and then, saved at the end."""
+    every, size = max(num_steps // 10, 1), settings.report_samples
+    return LearningConfig(
+        seed=settings.seed, eval_every=every, eval_size=size, save_every=num_steps
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(label, total=num_steps, loss=float("nan"))
-        for i in range(num_steps):
-            params, opt_state, value = step(params, opt_state, next(batches))
-            if i % 20 == 0 or i == num_steps - 1:
-                progress.update(task, completed=i + 1, loss=float(value))
-    return params
+
+
+def place(run: Path, folder: Path) -> None:
+    """The last model of a run, in the place of what `folder` holds."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(run / "final", folder)
 
 
 # ---------------------------------------------------------------- what was made
 
 
-def report_policy(
-    policy: PolicyValueNetwork,
-    tokenizer: Tokenizer,
-    samples: list[str],
-    rng: np.random.Generator,
-) -> dict[str, float]:
-    """Cross-entropy on fresh reviews beside the least possible, and how good `samples` are.
+def report_policy(tokenizer: Tokenizer, reviews: list[str], samples: list[str]) -> dict[str, float]:
+    """The least possible cross-entropy of `reviews`, and how good `samples` are.
 
     The floor is the entropy of the grammar, less that of the first token, which nobody predicts.
     """
-    reviews = encode(tokenizer, corpus.reviews(rng, len(samples)), ends=True)
-    graphdef, params = nnx.split(policy)
-    losses = jit(lambda params, texts: token_losses(nnx.merge(graphdef, params), texts))
-    num_tokens = reviews.mask[:, 1:].sum()
-    shares = np.bincount(reviews.ids[:, 0]) / len(samples)
+    encoded = encode(tokenizer, reviews)
+    shares = np.bincount(encoded.ids[:, 0]) / len(reviews)
     first_token_entropy = -np.sum(shares * np.log(np.where(shares > 0, shares, 1.0)))
-    floor = (grammar.entropy() - first_token_entropy) * len(samples) / num_tokens
+    per_review = grammar.entropy() - first_token_entropy
     gold = np.array([grammar.sentiment(text) for text in samples])
     return {
-        "policy/cross_entropy": float(losses(params, reviews).sum() / num_tokens),
-        "policy/cross_entropy_floor": float(floor),
+        "policy/cross_entropy_floor": float(per_review * len(reviews) / encoded.mask[:, 1:].sum()),
         "policy/grammatical": float(np.mean([grammar.is_grammatical(text) for text in samples])),
         "policy/gold_mean": float(gold.mean()),
         "policy/gold_std": float(gold.std()),
@@ -337,10 +323,13 @@ def report_policy(
 
 
 def report_reward(
-    reward: RewardModel, tokenizer: Tokenizer, samples: list[str], rng: np.random.Generator
+    reward: RewardModel,
+    tokenizer: Tokenizer,
+    reviews: list[str],
+    samples: list[str],
+    rng: np.random.Generator,
 ) -> dict[str, float]:
     """How well the model orders fresh reviews by their gold scores, and its scale on `samples`."""
-    reviews = corpus.reviews(rng, len(samples))
     gold = np.array([grammar.sentiment(text) for text in reviews])
     scores = scores_of(reward, tokenizer, reviews)
     first, second = rng.integers(len(reviews), size=(2, 10 * len(reviews)))
@@ -361,7 +350,7 @@ def scores_of(
     """The reward model's scores of `texts`, ended by the end-of-sequence id."""
     graphdef, params = nnx.split(reward)
     score = jit(lambda params, texts: nnx.merge(graphdef, params)(texts.ids, texts.mask))
-    return np.asarray(score(params, encode(tokenizer, texts, ends=True)))
+    return np.asarray(score(params, encode(tokenizer, texts)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

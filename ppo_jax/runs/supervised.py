@@ -37,6 +37,7 @@ from ppo_jax.models import (
     save_pretrained,
     save_reward_model,
 )
+from ppo_jax.models.lora import has_adapters
 from ppo_jax.runs.checksums import digest
 from ppo_jax.runs.progress import Progress
 from ppo_jax.runs.records import Record
@@ -79,7 +80,7 @@ class _SupervisedTrainer(Generic[Config, Item]):
             )
         self.num_iterations = total_iterations(config.learning, config.optimizer, len(training))
         self._mesh = mesh = make_mesh(config.run.num_devices, config.run.num_shards)
-        graphdef, params, frozen = partition(network, config.optimizer)
+        graphdef, params, frozen = partition(network, config.optimizer, config.run.seed)
         params, others = nnx.split_state(params, _learns, ...)
         params, self._frozen = place(params, mesh), place(join(others, frozen), mesh)
         learning = config.learning
@@ -93,7 +94,8 @@ class _SupervisedTrainer(Generic[Config, Item]):
             num_packed_sizes=learning.num_packed_sizes,
             mesh=mesh,
         )
-        self.model, self.model_digest = config.data.model, digest(params["backbone"])
+        self.model = config.data.model
+        self.model_digest = digest(join(params, self._frozen)["backbone"])
         self.training = Source("rows", config.data.data, _digest(training))
         self.held_out = Source(
             "held-out rows", config.data.eval_data or config.data.data, _digest(held_out)
@@ -118,7 +120,7 @@ class _SupervisedTrainer(Generic[Config, Item]):
     def network(self) -> Any:
         """The network as it is now, on the state's own arrays: the next update consumes them."""
         network = nnx.merge(self._learner.graphdef, join(self.state.params, self._frozen))
-        if network.backbone.lower_layers is not None:
+        if network.backbone.lower_layers is not None and not has_adapters(network):
             network.backbone.join_layers()
         return network
 
@@ -213,7 +215,9 @@ class SFTTrainer(_SupervisedTrainer[SFTConfig, Example]):
 
     def save(self, folder: Path) -> None:
         network = hosts.whole(self.network)
-        hosts.on_first(lambda: save_pretrained(network, folder, self._tokenizer))
+        hosts.on_first(
+            lambda: save_pretrained(network, folder, self._tokenizer, base_model=self.model)
+        )
 
 
 class RewardModelTrainer(_SupervisedTrainer[RewardModelConfig, Pair]):
@@ -248,7 +252,9 @@ class RewardModelTrainer(_SupervisedTrainer[RewardModelConfig, Pair]):
         model = hosts.whole(self.network)
         if self.config.learning.center:
             model = self._centred(model)
-        hosts.on_first(lambda: save_reward_model(model, folder, self._tokenizer))
+        hosts.on_first(
+            lambda: save_reward_model(model, folder, self._tokenizer, base_model=self.model)
+        )
 
     def _centred(self, model: RewardModel) -> RewardModel:
         """With scores of the held-out texts at mean 0 and standard deviation 1."""

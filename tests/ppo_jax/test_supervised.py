@@ -260,6 +260,20 @@ def test_kill_minus_9(finished: dict[str, Path], flags: Any, tmp_path: Path) -> 
     assert_same_run(run, finished["sft"])
 
 
+@pytest.mark.parametrize("kind", MAINS)
+def test_adapters_alone_learn(kind: str, flags: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    MAINS[kind]([*flags(kind), "--lora-rank", "2", "--output-dir", str(run)])
+    MAINS[kind](["--output-dir", str(run), "--resume", "--num-iterations", "8"])
+    records = metrics(run)
+    assert records[-1]["eval/loss"] < records[0]["baseline/loss"]
+    with ocp.StandardCheckpointer() as checkpointer:
+        arrays = checkpointer.restore(run / "checkpoints" / "8" / "arrays")
+    learnt = {name for name in arrays if name.startswith(".params")}
+    assert learnt and all("adapter" in name or "score" in name for name in learnt)
+    assert (run / "final" / "adapter").is_dir()
+
+
 def fails(main: Any, argv: list[str], capfd: Any) -> str:
     with pytest.raises(SystemExit) as exit:
         main(argv)

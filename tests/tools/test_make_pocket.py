@@ -39,22 +39,16 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> DecoderConfig:
     return config
 
 
-def test_the_reward_model_prefers_what_wins(
-    small_model: DecoderConfig, tokenizer: Tokenizer
-) -> None:
+def test_the_better_of_two_samples_wins_more_often() -> None:
     good, bad = "I loved the music.", "The plot was dull."
     assert grammar.sentiment(good) > 0 > grammar.sentiment(bad)
-    settings = make_pocket.Settings(
-        reward_steps=30, reward_batch=8, reward_learning_rate=5e-3, report_samples=128
-    )
-    policy = PolicyValueNetwork(small_model, rngs=nnx.Rngs(0))
-    samples = [good, bad] * 64
-    reward = make_pocket.train_reward(
-        settings, policy, tokenizer, samples, np.random.default_rng(0)
-    )
-    scores = make_pocket.scores_of(reward, tokenizer, samples)
-    assert scores[0] > scores[1]
-    assert scores.std() == pytest.approx(1, rel=1e-4)
+    settings = make_pocket.Settings(preference_beta=4.0)
+    pairs = make_pocket.compared(settings, [good, bad, good], 2000, np.random.default_rng(0))
+    assert len(pairs) == 2000
+    assert all({pair["chosen"], pair["rejected"]} == {good, bad} for pair in pairs)
+    chance = 1 / (1 + np.exp(-4.0 * (grammar.sentiment(good) - grammar.sentiment(bad))))
+    share = np.mean([pair["chosen"] == good for pair in pairs])
+    assert share == pytest.approx(chance, abs=0.03)
 
 
 @pytest.mark.slow
@@ -86,11 +80,17 @@ def test_a_tiny_run_learns_and_writes_folders_that_load(
     ]
     assert len(set(prompts)) == 50
     tokenizer = load_tokenizer(folder / "policy")
-    texts = make_pocket.encode(tokenizer, prompts, ends=False)
+    texts = make_pocket.encode(tokenizer, prompts)
     logits, _ = load_pretrained(folder / "policy")(texts.ids, texts.mask)
     assert logits.shape == (50, 36, 768)
     scores = load_reward_model(folder / "reward")(texts.ids, texts.mask)
     assert np.isfinite(scores).all()
+    assert {path.name for path in folder.iterdir()} == {
+        "policy",
+        "reward",
+        "train_prompts.jsonl",
+        "heldout_prompts.jsonl",
+    }
 
 
 @pytest.mark.parametrize(
@@ -108,27 +108,11 @@ def test_settings_out_of_range(name: str, value: float, words: str) -> None:
 
 
 def test_texts_are_padded_behind_their_end(tokenizer: Tokenizer) -> None:
-    texts = make_pocket.encode(tokenizer, ["I loved the music.", "Although"], [True, False])
+    texts = make_pocket.encode(tokenizer, ["I loved the music.", "Although"])
     ended = [*tokenizer.encode("I loved the music."), corpus.EOS_ID]
     assert texts.ids[0, : len(ended)].tolist() == ended
-    assert texts.mask.sum(axis=1).tolist() == [len(ended), len(tokenizer.encode("Although"))]
-    trimmed = make_pocket.trim(texts)
-    assert trimmed.ids.shape == trimmed.mask.shape == (2, 12)
-    assert trimmed.mask.sum() == texts.mask.sum()
-
-
-def test_token_losses_are_the_log_probabilities_of_what_comes_next(
-    small_model: DecoderConfig, tokenizer: Tokenizer
-) -> None:
-    policy = PolicyValueNetwork(small_model, rngs=nnx.Rngs(0))
-    texts = make_pocket.encode(tokenizer, ["I loved the music.", "It was a bad film."], True)
-    losses = np.asarray(make_pocket.token_losses(policy, texts))
-    logits, _ = policy(texts.ids, texts.mask)
-    log_p = np.asarray(jax.nn.log_softmax(logits))
-    for row, length in enumerate(texts.mask.sum(axis=1)):
-        for i in range(length - 1):
-            assert losses[row, i] == pytest.approx(-log_p[row, i, texts.ids[row, i + 1]], abs=1e-5)
-        assert (losses[row, length - 1 :] == 0).all()
+    lengths = [len(ended), len(tokenizer.encode("Although")) + 1]
+    assert texts.mask.sum(axis=1).tolist() == lengths
 
 
 @pytest.mark.slow
@@ -137,9 +121,9 @@ def test_samples_continue_their_prompts(small_model: DecoderConfig, tokenizer: T
     prompts = ["Although the plot", "It was a"]
     key = jax.random.key(0)
     samples = make_pocket.draw_samples(policy, tokenizer, prompts, 5, key)
-    assert len(set(samples)) == 5
+    assert len(set(samples)) == 6
     for i, sample in enumerate(samples):
-        assert sample.startswith(prompts[i % 2])
+        assert sample.startswith(prompts[i // 3])
         assert grammar.sentiment(sample) == grammar.OFF_GRAMMAR  # an untrained policy babbles
 
 
