@@ -28,12 +28,17 @@ class Arguments(supervised.Arguments):
 def main(argv: Sequence[str] | None = None) -> None:
     with cli.errors_as_sentences():
         argv = sys.argv[1:] if argv is None else argv
-        output_dir, resume, config = supervised.parse(
-            argv, RewardModelConfig, Arguments, "runs/reward_model", RewardModelTrainer.prog
-        )
+        output_dir, resume, config = parse_arguments(argv)
         cli.keep_compiled_programs()
         cli.find_devices()
         train(config, output_dir, resume=resume, argv=argv)
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[Path, bool, RewardModelConfig]:
+    """The run's folder, whether it is resumed, and its settings; see `supervised.parse`."""
+    return supervised.parse(
+        argv, RewardModelConfig, Arguments, "runs/reward_model", RewardModelTrainer.prog
+    )
 
 
 def train(

@@ -25,12 +25,15 @@ class Arguments(supervised.Arguments):
 def main(argv: Sequence[str] | None = None) -> None:
     with cli.errors_as_sentences():
         argv = sys.argv[1:] if argv is None else argv
-        output_dir, resume, config = supervised.parse(
-            argv, SFTConfig, Arguments, "runs/sft", SFTTrainer.prog
-        )
+        output_dir, resume, config = parse_arguments(argv)
         cli.keep_compiled_programs()
         cli.find_devices()
         train(config, output_dir, resume=resume, argv=argv)
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[Path, bool, SFTConfig]:
+    """The run's folder, whether it is resumed, and its settings; see `supervised.parse`."""
+    return supervised.parse(argv, SFTConfig, Arguments, "runs/sft", SFTTrainer.prog)
 
 
 def train(

@@ -475,18 +475,14 @@ class OptimizerConfig(AdamWConfig):
 
 
 @dataclass(frozen=True)
-class DevicesConfig(Checked):
-    """What a computation is split over, and how much of it is done at a time."""
+class MeshConfig(Checked):
+    """What a computation is split over."""
 
     num_devices: Count = 1
     """Split each batch over this many devices, such as GPUs."""
     num_shards: Count = 1
     """Cut each copy of the parameters, and of moments and reference, over this many of the
     devices."""
-    rollout_slots: Count | None = None
-    """Write so many responses at a time on each device, which bounds the memory of generation: as
-    responses end, the next prompts take their places. None writes a whole batch at once. Either
-    way, the tokens are the same."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -495,6 +491,16 @@ class DevicesConfig(Checked):
                 f"num_shards ({self.num_shards}) does not divide num_devices ({self.num_devices}); "
                 "choose a number that does."
             )
+
+
+@dataclass(frozen=True)
+class DevicesConfig(MeshConfig):
+    """What a computation is split over, and how much of it is done at a time."""
+
+    rollout_slots: Count | None = None
+    """Write so many responses at a time on each device, which bounds the memory of generation: as
+    responses end, the next prompts take their places. None writes a whole batch at once. Either
+    way, the tokens are the same."""
 
     def check_slots(self, batch_size: int) -> None:
         """Refuse more slots than a device has responses of a batch.
@@ -511,7 +517,7 @@ class DevicesConfig(Checked):
 
 
 @dataclass(frozen=True)
-class SessionConfig(DevicesConfig):
+class SessionConfig(MeshConfig):
     """How often, with what precision, on what."""
 
     seed: Seed = 0
@@ -536,7 +542,7 @@ class SessionConfig(DevicesConfig):
 
 
 @dataclass(frozen=True)
-class RunConfig(SessionConfig):
+class RunConfig(SessionConfig, DevicesConfig):
     """How long, how often, with what precision, on what."""
 
     num_iterations: Count | None = None

@@ -6,12 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from ppo_jax import evaluate, generate, inspect, train
+from ppo_jax import evaluate, generate, inspect, reward_model, sft, train
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ENTRY_POINTS = {"train": train, "evaluate": evaluate, "generate": generate, "inspect": inspect}
-NAME = re.compile(r"(?:ppo-|python -m ppo_jax\.)(train|evaluate|generate|inspect) ")
+ENTRY_POINTS = {
+    "train": train,
+    "evaluate": evaluate,
+    "generate": generate,
+    "inspect": inspect,
+    "sft": sft,
+    "reward_model": reward_model,
+}
+NAME = re.compile(
+    r"(?:ppo-|python -m ppo_jax\.)(train|evaluate|generate|inspect|sft|reward[-_]model) "
+)
 
 
 def commands(page: Path) -> list[str]:
@@ -36,7 +45,7 @@ def test_a_command_is_understood(page: str, command: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(entry_point, "named_run", lambda argv: None)
     words = shlex.split(command[name.end() :], comments=True)
     argv = [word for word in words if word not in ("--resume", "--help")]
-    ENTRY_POINTS[name[1]].parse_arguments(argv)
+    ENTRY_POINTS[name[1].replace("-", "_")].parse_arguments(argv)
 
 
 def test_the_commands_are_found() -> None:

@@ -25,7 +25,7 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5, 1.5])
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "sft"])
 def test_ctrl_c_during_the_imports_ends_in_silence(command: str, seconds: float) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", START, f"ppo_jax.{command}", "--no-such-flag"],
