@@ -2,10 +2,11 @@
 
     python benchmarks/human_ratings.py --ratings movie_review_ratings.jsonl --model MODEL
 
-`--ratings` is a .jsonl file of {"text": ..., "rating": ...}, such as VADER's 10,605 snippets of
-film reviews, each rated by 20 people from -4 to 4 (Hutto and Gilbert, ICWSM 2014). Pairs of texts
-become preferences for the better rated one, with which `ppo_jax.reward_model` trains. The texts
-that are held out are in no pair; of these, the correlation of scores and ratings is printed.
+`--ratings` is a .jsonl file of {"text": ..., "rating": ...}, such as the snippets of film reviews
+that VADER was checked with, each with the mean of people's judgements from -4 to 4 (Hutto and
+Gilbert, ICWSM 2014). Pairs of texts become preferences for the better rated one, with which
+`ppo_jax.reward_model` trains. The texts that are held out are in no pair; of these, the correlation
+of scores and ratings is printed.
 """
 
 import json

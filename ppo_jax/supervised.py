@@ -41,8 +41,8 @@ class Arguments(Checked):
     optimizer: AdamWConfig
     run: LearningConfig
     resume: bool = False
-    """Continue the run in output-dir with the settings it was started with; a larger
-    num-iterations, or more num-epochs, extends a finished run."""
+    """Continue the run in output-dir with the settings it was started with; a larger num-iterations
+    extends a finished run."""
 
 
 def parse(
@@ -66,7 +66,8 @@ def parse(
     default = arguments(path, base.data, base.learning, base.optimizer, base.run)
     given: Any = flags.parse(default, argv, prog=prog)
     data = replace(given.data, model=model_in(given.data.model))
-    return given.output_dir, given.resume, kind(data, given.learning, given.optimizer, given.run)
+    output_dir = given.output_dir.expanduser()
+    return output_dir, given.resume, kind(data, given.learning, given.optimizer, given.run)
 
 
 def load_data(
