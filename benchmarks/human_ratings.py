@@ -29,7 +29,7 @@ from ppo_jax.config import (
     PreferencesConfig,
     RewardModelConfig,
 )
-from ppo_jax.config.fields import Checked, Count, Factor, Rate, Seed
+from ppo_jax.config.fields import Checked, Count, Factor, Natural, Rate, Seed
 from ppo_jax.models import load_reward_model
 from qwen_env.prompts import read_jsonl
 from qwen_env.tokenizer import load_tokenizer
@@ -59,6 +59,8 @@ class Settings(Checked):
     """Longest text, in tokens."""
     learning_rate: Rate = 5e-5
     """Its peak."""
+    num_frozen_layers: Natural = 0
+    """Lowest layers that do not learn, nor do the embeddings then."""
     seed: Seed = 0
     """Of pairs and training."""
 
@@ -85,10 +87,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 max_length=settings.max_length,
             ),
             PreferenceLossConfig(batch_size=settings.batch_size, num_epochs=1),
-            AdamWConfig(learning_rate=settings.learning_rate, warmup_iterations=5),
-            LearningConfig(seed=settings.seed, eval_every=25, save_every=25),
+            AdamWConfig(
+                learning_rate=settings.learning_rate,
+                warmup_iterations=5,
+                freeze_embeddings=settings.num_frozen_layers > 0,
+                num_frozen_layers=settings.num_frozen_layers,
+            ),
+            LearningConfig(seed=settings.seed, eval_every=20, save_every=20),
         )
-        resume = (folder / "run" / "config.json").exists()
+        resume = (folder / "run" / "config.json").exists()  # the pairs are the same again
         reward_model.train(config, folder / "run", resume=resume)
         scores = scores_of(folder / "run" / "final", [row["text"] for row in held_out], settings)
         ratings = np.array([row["rating"] for row in held_out])

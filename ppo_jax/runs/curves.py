@@ -98,8 +98,8 @@ PANELS: Sequence[Panel] = (
         (Line("train/chosen", "chosen", GREEN), Line("train/rejected", "rejected", ORANGE)),
     ),
     LinePanel("Entropy of the answers' tokens", "nats", _one("train/entropy"), (0, None)),
-    LinePanel("Learning rate", "", _one("train/learning_rate"), (0, None)),
-    LinePanel("Gradient norm, before clipping", "norm", _one("train/grad_norm"), (0, None)),
+    LinePanel("Learning rate", "of a step", _one("train/learning_rate"), (0, None)),
+    LinePanel("Gradient norm of a step", "norm", _one("train/grad_norm"), (0, None)),
     # How far the policy has gone, and how fast it goes.
     LinePanel("Score less KL penalty", _SCORE, _one("objective/reward")),
     LinePanel("KL from the reference model", "nats a response", _one("objective/kl")),

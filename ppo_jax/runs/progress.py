@@ -150,12 +150,15 @@ class Progress:
         sampled = (name for name in means if name.startswith("sampled/"))
         names = [name.removeprefix("sampled/") for name in sampled]
         components = (x for x in names if x not in ("score", "length_mean", "eos_rate"))
-        numbers = "  ".join(
-            f"{name} {means[f'sampled/{name}']:{_form(name, 3)}}"
-            f" (greedy {means[f'greedy/{name}']:{_form(name, 3)}})"
-            for name in ("score", *_accuracy_first(components))
-            if names
-        ) or "  ".join(f"{name} {x:.4f}" for name, x in means.items() if "num_" not in name)
+        if names:
+            shown = [
+                f"{name} {means[f'sampled/{name}']:{_form(name, 3)}}"
+                f" (greedy {means[f'greedy/{name}']:{_form(name, 3)}})"
+                for name in ("score", *_accuracy_first(components))
+            ]
+        else:  # nothing was written, what is there was read
+            shown = [f"{name} {x:.4f}" for name, x in means.items() if "num_" not in name]
+        numbers = "  ".join(shown)
         width = len(str(self._total))
         self.say(f"held out after {iteration:>{width}}: {numbers}")
 

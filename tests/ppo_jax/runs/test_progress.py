@@ -70,6 +70,17 @@ def test_plain_lines_come_at_most_every_ten_seconds_and_at_the_end() -> None:
     assert "━" not in file.getvalue()
 
 
+def test_supervised_learning_has_numbers_of_its_own() -> None:
+    progress, file, _ = plain()
+    numbers = {"train/loss": 0.5, "train/accuracy": 0.75, "throughput/tokens_per_s": 1000.0}
+    progress.iterated({"iteration": 1, **numbers})
+    progress.evaluated(1, {"loss": 0.25, "accuracy": 0.875, "num_pairs": 200.0})
+    assert file.getvalue().splitlines() == [
+        "iteration   1/100  loss 0.5000  accuracy 0.750  1,000 tokens/s  ETA -:--:--",
+        "held out after   1: loss 0.2500  accuracy 0.8750",
+    ]
+
+
 @pytest.mark.parametrize("width", [80, 100])
 def test_live_lines_fit_and_show_the_numbers(width: int) -> None:
     progress, console, clock = live(width)
