@@ -4,6 +4,7 @@ A prompt is tokenised as the environment does it, and what the assistant says on
 policy would write it, up to its end-of-sequence token. So what is learnt is what PPO goes on with.
 """
 
+import math
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,7 +53,7 @@ class ExampleEncoder:
     prompts: PromptEncoder
     max_length: int | None = None
 
-    def example(self, row: Any, index: int, place: str) -> Example:
+    def example(self, row: Any, place: str) -> Example:
         """The text of a row with `"prompt"` and `"completion"`, or with `"messages"`.
 
         Args:
@@ -77,9 +78,7 @@ class ExampleEncoder:
             )
         return cut
 
-    def pair(
-        self, row: Any, index: int, place: str, *, ends: Callable[[], bool] = lambda: True
-    ) -> Pair:
+    def pair(self, row: Any, place: str, *, ends: Callable[[], bool] = lambda: True) -> Pair:
         """The texts of a row with `"chosen"` and `"rejected"` and, but for whole texts, `"prompt"`.
 
         Args:
@@ -99,8 +98,11 @@ class ExampleEncoder:
             for name in ("chosen", "rejected")
         )
         margin = row.get("margin") or 0.0
-        if isinstance(margin, bool) or not isinstance(margin, int | float) or not margin >= 0:
-            raise UsageError(f"{place} has a 'margin' of {margin!r}; it must be at least 0.")
+        is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
+        if not (is_number and 0 <= margin < math.inf):
+            raise UsageError(
+                f"{place} has a 'margin' of {margin!r}; it must be a number of at least 0."
+            )
         if _content(row["chosen"]) == _content(row["rejected"]):
             raise UsageError(
                 f"{place}: 'chosen' and 'rejected' are the same, so nobody chose between them; "
@@ -249,7 +251,7 @@ class ExampleEncoder:
 
 
 def load_examples(
-    source: str | Path | Sequence[Any], encode: Callable[[Any, int, str], Kind]
+    source: str | Path | Sequence[Any], encode: Callable[[Any, str], Kind]
 ) -> list[Kind]:
     """All rows of a .jsonl file, or of a list, encoded.
 
@@ -261,7 +263,7 @@ def load_examples(
         name, rows = str(source), read_jsonl(expand(source))
     else:
         name, rows = "data", ((f"data[{i}]", row) for i, row in enumerate(source))
-    examples = [encode(row, index, place) for index, (place, row) in enumerate(rows)]
+    examples = [encode(row, place) for place, row in rows]
     if not examples:
         raise UsageError(f"{name} holds no rows.")
     return examples

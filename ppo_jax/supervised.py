@@ -73,7 +73,7 @@ def parse(
 def load_data(
     settings: ExamplesConfig,
     tokenizer: Tokenizer,
-    encode_with: Callable[[ExampleEncoder], Callable[[Any, int, str], Kind]],
+    encode_with: Callable[[ExampleEncoder], Callable[[Any, str], Kind]],
 ) -> tuple[list[Kind], list[Kind]]:
     """What is learnt from, and what is held out; says how many texts were cut.
 

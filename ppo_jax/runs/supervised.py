@@ -297,6 +297,3 @@ def _digest(items: Sequence[Example | Pair]) -> str:
             digest.update(example.ids.tobytes() + example.is_learnt.tobytes())
         digest.update(f"{_margin(item)}\n".encode())
     return digest.hexdigest()
-
-
-__all__ = ["RewardModelTrainer", "SFTTrainer"]

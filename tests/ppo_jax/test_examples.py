@@ -71,14 +71,14 @@ CHAT = [
 def test_an_answer_follows_its_prompt_and_ends(with_template: Any) -> None:
     tokenizer = with_template(None)
     row = {"prompt": "The plot", "completion": " was dull."}
-    example = encoder(tokenizer).example(row, 0, "here")
+    example = encoder(tokenizer).example(row, "here")
     prompt = PromptEncoder(tokenizer, 100).encode({"prompt": "The plot"}, 0, "here")
     assert prompt is not None
     np.testing.assert_array_equal(example.ids[: len(prompt.ids)], prompt.ids)
     assert not example.is_learnt[: len(prompt.ids)].any()
     assert learnt(tokenizer, example) == " was dull.<|endoftext|>"
     ended = {"prompt": "The plot", "completion": " was dull.<|endoftext|>"}
-    again = encoder(tokenizer).example(ended, 0, "here")
+    again = encoder(tokenizer).example(ended, "here")
     np.testing.assert_array_equal(again.ids, example.ids)
 
 
@@ -93,7 +93,7 @@ def test_an_answer_follows_its_prompt_and_ends(with_template: Any) -> None:
 )
 def test_a_chat_is_rendered_as_the_environment_does(row: Any, with_template: Any) -> None:
     tokenizer = with_template(CHATML)
-    example = encoder(tokenizer, chat_template=True).example(row, 0, "here")
+    example = encoder(tokenizer, chat_template=True).example(row, "here")
     prompt = PromptEncoder(tokenizer, 100).encode({"messages": CHAT[:1]}, 0, "here")
     assert prompt is not None
     np.testing.assert_array_equal(example.ids[: len(prompt.ids)], prompt.ids)
@@ -104,12 +104,12 @@ def test_a_chat_is_rendered_as_the_environment_does(row: Any, with_template: Any
 def test_all_of_the_assistants_turns_are_learnt(with_template: Any) -> None:
     tokenizer = with_template(CHATML)
     row = {"messages": [*CHAT, message("user", "Thanks")]}
-    example = encoder(tokenizer, system_prompt="Be brief").example(row, 0, "here")
+    example = encoder(tokenizer, system_prompt="Be brief").example(row, "here")
     assert learnt(tokenizer, example) == "was dull.<|endoftext|>I liked them.<|endoftext|>"
     text = tokenizer.apply_chat_template([message("system", "Be brief"), *CHAT])
     assert text.startswith(whole(tokenizer, example))
     answers = {"prompt": CHAT[:3], "completion": CHAT[3:]}
-    last = encoder(tokenizer, system_prompt="Be brief").example(answers, 0, "here")
+    last = encoder(tokenizer, system_prompt="Be brief").example(answers, "here")
     assert learnt(tokenizer, last) == "I liked them.<|endoftext|>"
     np.testing.assert_array_equal(last.ids, example.ids)
 
@@ -119,13 +119,13 @@ def test_turns_that_a_template_rewrites_are_only_read(with_template: Any) -> Non
     only_last = "{{ message.content if loop.last or message.role == 'user' else '' }}"
     forgets = CHATML.replace("{{ message.content }}", only_last)
     tokenizer = with_template(forgets)
-    example = encoder(tokenizer).example({"messages": CHAT}, 0, "here")
+    example = encoder(tokenizer).example({"messages": CHAT}, "here")
     assert learnt(tokenizer, example) == "I liked them.<|endoftext|>"
 
 
 def test_a_template_that_writes_no_end_is_given_one(with_template: Any) -> None:
     tokenizer = with_template(CHATML.replace("<|endoftext|>", ""))
-    example = encoder(tokenizer).example({"messages": CHAT[:2]}, 0, "here")
+    example = encoder(tokenizer).example({"messages": CHAT[:2]}, "here")
     assert learnt(tokenizer, example) == "was dull.<|endoftext|>"
 
 
@@ -137,7 +137,7 @@ def test_generation_marks_say_the_same_as_in_transformers(
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         CHAT, return_dict=True, return_assistant_tokens_mask=True
     )
-    example = encoder(tokenizer).example({"messages": CHAT}, 0, "here")
+    example = encoder(tokenizer).example({"messages": CHAT}, "here")
     count = len(example.ids)  # theirs goes on with what nobody learns
     assert example.ids.tolist() == theirs["input_ids"][:count]
     assert example.is_learnt.tolist() == [x == 1 for x in theirs["assistant_masks"][:count]]
@@ -148,8 +148,8 @@ def test_generation_marks_say_the_same_as_in_transformers(
 def test_a_text_that_is_too_long_loses_its_end(with_template: Any) -> None:
     tokenizer = with_template(None)
     row = {"prompt": "The plot", "completion": " was dull, and I liked the songs."}
-    example = encoder(tokenizer).example(row, 0, "here")
-    cut = encoder(tokenizer, max_length=4).example(row, 0, "here")
+    example = encoder(tokenizer).example(row, "here")
+    cut = encoder(tokenizer, max_length=4).example(row, "here")
     np.testing.assert_array_equal(cut.ids, example.ids[:4])
     assert cut.is_cut and not example.is_cut
 
@@ -157,13 +157,13 @@ def test_a_text_that_is_too_long_loses_its_end(with_template: Any) -> None:
 def test_pairs_keep_their_end(with_template: Any) -> None:
     tokenizer = with_template(None)
     row = {"prompt": "The plot", "chosen": " was fine.", "rejected": " was dull.", "margin": 2}
-    pair = encoder(tokenizer).pair(row, 0, "here")
+    pair = encoder(tokenizer).pair(row, "here")
     assert whole(tokenizer, pair.chosen) == "The plot was fine.<|endoftext|>"
     assert pair.margin == 2.0
-    cut = encoder(tokenizer, max_length=3).pair(row, 0, "here")
+    cut = encoder(tokenizer, max_length=3).pair(row, "here")
     np.testing.assert_array_equal(cut.chosen.ids, pair.chosen.ids[-3:])
     texts = {"chosen": "The plot was fine.", "rejected": "The plot was dull."}
-    alone = encoder(tokenizer).pair(texts, 0, "here", ends=lambda: False)
+    alone = encoder(tokenizer).pair(texts, "here", ends=lambda: False)
     assert whole(tokenizer, alone.rejected) == "The plot was dull."
 
 
@@ -177,7 +177,7 @@ def test_pairs_keep_their_end(with_template: Any) -> None:
 )
 def test_pairs_of_chats(row: Any, with_template: Any) -> None:
     tokenizer = with_template(CHATML)
-    pair = encoder(tokenizer).pair(row, 0, "here")
+    pair = encoder(tokenizer).pair(row, "here")
     expected = "<user>The plot<|endoftext|>\n<assistant>was {}.<|endoftext|>"
     assert whole(tokenizer, pair.chosen) == expected.format("dull")
     assert whole(tokenizer, pair.rejected) == expected.format("fine")
@@ -201,12 +201,12 @@ def test_pairs_of_chats(row: Any, with_template: Any) -> None:
 )
 def test_rows_that_teach_nothing(row: Any, words: str, with_template: Any) -> None:
     with pytest.raises(UsageError, match=rf"^line 3 of a\.jsonl.*{words}"):
-        encoder(with_template(CHATML), max_length=4).example(row, 0, "line 3 of a.jsonl")
+        encoder(with_template(CHATML), max_length=4).example(row, "line 3 of a.jsonl")
 
 
 def test_a_chat_without_a_template(with_template: Any) -> None:
     with pytest.raises(UsageError, match=r"line 3 of a\.jsonl: the tokenizer has no chat template"):
-        encoder(with_template(None)).example({"messages": CHAT}, 0, "line 3 of a.jsonl")
+        encoder(with_template(None)).example({"messages": CHAT}, "line 3 of a.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -218,6 +218,7 @@ def test_a_chat_without_a_template(with_template: Any) -> None:
         ({"prompt": "a", "chosen": "b", "rejected": ""}, "holds an empty answer"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": -1}, "'margin' of -1"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "x"}, "'margin' of 'x'"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1e999}, "'margin' of inf"),
         (
             {"chosen": "I liked the music.", "rejected": "You liked the music."},
             r"differ only beyond max_length \(3\)",
@@ -226,7 +227,7 @@ def test_a_chat_without_a_template(with_template: Any) -> None:
 )
 def test_pairs_without_a_difference(row: Any, words: str, with_template: Any) -> None:
     with pytest.raises(UsageError, match=rf"^line 3 of a\.jsonl.*{words}"):
-        encoder(with_template(None), max_length=3).pair(row, 0, "line 3 of a.jsonl")
+        encoder(with_template(None), max_length=3).pair(row, "line 3 of a.jsonl")
 
 
 def test_rows_of_a_file_are_named(with_template: Any, tmp_path: Path) -> None:
