@@ -21,7 +21,8 @@ from learning.plan import cost, jobs, start
 from learning.plots import plot_all
 from learning.report import brief, summarise, write_tables
 
-from ppo_jax.cli import errors_as_sentences, parse
+from ppo_jax.cli import errors_as_sentences
+from ppo_jax.flags import parse
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Arguments:
 
 def main() -> None:
     with errors_as_sentences():
-        arguments = parse(Arguments, sys.argv[1:], prog="python benchmarks/learning.py")
+        arguments = parse(Arguments(), sys.argv[1:], prog="python benchmarks/learning.py")
         groups = jobs(arguments.settings, arguments.seeds, arguments.iterations)
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
         records = finish(

@@ -20,7 +20,8 @@ from learning.jobs import Job, Record, Tick, Worker, finish
 from learning.turns_report import brief, write
 from learning.turns_settings import BY_NAME, jobs
 
-from ppo_jax.cli import errors_as_sentences, parse
+from ppo_jax.cli import errors_as_sentences
+from ppo_jax.flags import parse
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Arguments:
     seeds: int = 5
     """Seeds of each, from 0."""
     iterations: int = 160
-    """Iterations of the game; of the calculator, a quarter."""
+    """Iterations of the game; of the trap half as many, of the calculator a fifth."""
     processes: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     """Runs at one time."""
 
@@ -53,7 +54,7 @@ def start() -> Worker:
 
 def main() -> None:
     with errors_as_sentences():
-        arguments = parse(Arguments, sys.argv[1:], prog="python benchmarks/learning_turns.py")
+        arguments = parse(Arguments(), sys.argv[1:], prog="python benchmarks/learning_turns.py")
         groups = jobs(arguments.settings, arguments.seeds, arguments.iterations)
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
         records = finish(

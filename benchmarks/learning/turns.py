@@ -21,9 +21,10 @@ from learning.turns_settings import HIGH, LOW, TURNS, Setting, config
 from ppo_jax.agent import PPOAgent
 from ppo_jax.generation.actor import Experience
 from qwen_env.conversation import Conversation
+from qwen_env.episodes import Episode, Outcome
 from qwen_env.interaction import Reply, TurnBatch
 from qwen_env.prompts import Prompt, load_prompts
-from qwen_env.task import Episode, Outcome, TextTask, make_task
+from qwen_env.task import TextTask, make_task
 from qwen_env.tasks import NamedTask, load_named_task
 from qwen_env.tasks.guess_the_number import GuessTheNumber
 

@@ -48,8 +48,7 @@ class Setting:
 
 END, EACH_TURN, CALCULATOR = "paid at the end", "paid each turn", "calculator"
 TRAP, MILD = "wrong guess -0.5", "wrong guess -0.25"
-CHEAP, PAID = "-0.5, cut off -1", "-0.5, cut off -2"
-BOOTSTRAP = "-0.5, bootstrap"
+CHEAP, PAID, BOOTSTRAP = "and cut off -1", "and cut off -2", "and bootstrap"
 _TRAP = {"cost": 0.5, "length": 0.5}
 SETTINGS = (
     Setting(END),
