@@ -160,7 +160,7 @@ def _uncrowded(places: dict[str, tuple[float, float]]) -> list[str]:
 
 def title(axis: Axes, title: str, unit: str, x: str) -> None:
     """What an axis shows, and how it looks."""
-    axis.settitle(title, loc="left", fontsize=11, fontweight="bold")
+    axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axis.set_ylabel(unit, fontsize=9, color=GREY)
     axis.set_xlabel(x, fontsize=9, color=GREY)
     axis.grid(alpha=0.25)
