@@ -58,7 +58,7 @@ def _curves(summary: Summary) -> Figure:
             band(axis, tokens, [point[metric] for point in points], color, label)
         if len(metrics) > 1:
             axis.legend(frameon=False, fontsize=8)
-        title(axis, title, unit, "thousands of tokens (prompt and response)")
+        describe(axis, title, unit, "thousands of tokens (prompt and response)")
     figure.suptitle(
         f"PPO on the pocket task, 128 held-out prompts: mean of {summary.seeds[LONG]} seeds, "
         "95 % confidence interval",
@@ -91,7 +91,7 @@ def _ablations(summary: Summary) -> Figure:
         for row in range(1, len(settings)):
             if settings[row].group != settings[row - 1].group:
                 axis.axhline(row - 0.5, color=GREY, lw=0.5, alpha=0.5)
-        title(axis, f"Δ {column.title}", "", unit)
+        describe(axis, f"Δ {column.title}", "", unit)
     axes[0].set_yticks(range(len(settings)), [_label(s.name, s.against) for s in settings])
     axes[0].set_ylim(-0.7, len(settings) - 0.3)
     figure.suptitle(
@@ -135,7 +135,7 @@ def _frontier(summary: Summary) -> Figure:
         axis.plot([], [], "o", color=GREY, ms=4, label="PPO, one knob turned")
         axis.plot([], [], "o", color=BLUE, ms=4, label="SFT on the best of n")
         axis.legend(frameon=False, fontsize=8, loc="lower right")
-        title(axis, title, "", "KL from the untrained model, nats a response")
+        describe(axis, title, "", "KL from the untrained model, nats a response")
     figure.suptitle("Held-out score of sampled responses against KL", x=0.01, ha="left")
     return figure
 
@@ -158,7 +158,7 @@ def _uncrowded(places: dict[str, tuple[float, float]]) -> list[str]:
     ]
 
 
-def title(axis: Axes, title: str, unit: str, x: str) -> None:
+def describe(axis: Axes, title: str, unit: str, x: str) -> None:
     """What an axis shows, and how it looks."""
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axis.set_ylabel(unit, fontsize=9, color=GREY)

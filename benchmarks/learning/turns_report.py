@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from learning.jobs import Record
-from learning.plots import BLUE, GREEN, GREY, ORANGE, band, save, title
+from learning.plots import BLUE, GREEN, GREY, ORANGE, band, describe, save
 from learning.report import (
     Column,
     Finals,
@@ -119,19 +119,19 @@ def _picture(curves: Mapping[str, list[list[dict[str, float]]]]) -> Figure:
     game, trap, tool = figure.subplots(1, 3)
     for name, color in ((EACH_TURN, ORANGE), (END, BLUE)):
         _line(game, curves, name, "accuracy", color, name)
-    title(game, "Guess the number", "share guessed", "iteration")
+    describe(game, "Guess the number", "share guessed", "iteration")
     colors = {TRAP: ORANGE, MILD: GREY, CHEAP: BLUE, PAID: GREEN, BOOTSTRAP: PINK}
     for name, color in colors.items():
         _line(trap, curves, name, "turns", color, name)
     trap.axhline(optimum(), color="black", lw=0.8, ls="--")
     trap.annotate("bisection", (1, optimum()), (0, 3), textcoords="offset points", fontsize=7)
-    title(trap, "The trap", "turns ended", "iteration")
+    describe(trap, "The trap", "turns ended", "iteration")
     for metric, label, color in (
         ("used_tool", "used the tool", ORANGE),
         ("accuracy", "right", BLUE),
     ):
         _line(tool, curves, CALCULATOR, metric, color, label)
-    title(tool, "The calculator", "share", "iteration")
+    describe(tool, "The calculator", "share", "iteration")
     for axis in (game, trap, tool):
         axis.legend(frameon=False, fontsize=8)
     seeds = max(len(runs) for runs in curves.values())
