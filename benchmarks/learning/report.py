@@ -149,8 +149,8 @@ def write_tables(summary: Summary, folder: Path) -> None:
     console = Console()
     for table in tables:
         console.print(table)
-    (folder / "tables.md").writeinterval_text("\n".join(markdown(table) for table in tables))
-    (folder / "summary.json").writeinterval_text(json.dumps(_as_json(summary), indent=1))
+    (folder / "tables.md").write_text("\n".join(markdown(table) for table in tables))
+    (folder / "summary.json").write_text(json.dumps(_as_json(summary), indent=1))
 
 
 def _finals(summary: Summary) -> Table:
