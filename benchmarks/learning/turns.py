@@ -89,7 +89,7 @@ def make_bench(setting: Setting) -> Bench:
         )
         tokenizer = make_tokenizer((*phrases, " + ", " - ", " * ", *CALL))
         task = make_task(tokenizer=tokenizer, task=named, max_new_tokens=24)
-        calls, hardly = partial(pupil, share_of_calls=1.0), partial(pupil, share_of_calls=0.1)
+        calls, hardly = partial(pupil, share_of_calls=1.0), partial(pupil, share_of_calls=0.2)
         lessons = Lesson(calls, 4096, 10, 3e-3), Lesson(hardly, 1024, 4, 1e-3)
         return Bench(task, _held_out(named, task), 48, lessons)
     if setting.cost:

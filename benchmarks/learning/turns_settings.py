@@ -58,7 +58,7 @@ SETTINGS = (
     Setting(CHEAP, missing_eos_penalty=1.0, against=TRAP, **_TRAP),
     Setting(PAID, missing_eos_penalty=2.0, against=TRAP, **_TRAP),
     Setting(BOOTSTRAP, ppo={"length_limit": "bootstrap"}, against=TRAP, **_TRAP),
-    Setting(CALCULATOR, "calculator?digits=1", learning_rate=1e-3, length=0.2),
+    Setting(CALCULATOR, "calculator?digits=1", learning_rate=1e-3, length=0.25),
 )
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 
@@ -75,7 +75,8 @@ def config(setting: Setting, seed: int) -> TrainConfig:
     )
     return TrainConfig(
         ppo=replace(ppo, **setting.ppo),
-        optimizer=OptimizerConfig(learning_rate=setting.learning_rate),
+        # Adam's first steps are as long as its rate, whatever the gradient: they must be short.
+        optimizer=OptimizerConfig(learning_rate=setting.learning_rate, warmup_iterations=8),
         run=RunConfig(seed=seed),
     )
 
