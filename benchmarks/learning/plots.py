@@ -55,7 +55,7 @@ def _curves(summary: Summary) -> Figure:
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     for axis, (title, unit, metrics) in zip(figure.subplots(2, 3).flat, CURVES, strict=True):
         for (metric, label), color in zip(metrics.items(), (ORANGE, GREEN), strict=False):
-            band(axis, tokens, [point[metric] for point in points], color, label)
+            _band(axis, tokens, [point[metric] for point in points], color, label)
         if len(metrics) > 1:
             axis.legend(frameon=False, fontsize=8)
         describe(axis, title, unit, "thousands of tokens (prompt and response)")
@@ -68,8 +68,7 @@ def _curves(summary: Summary) -> Figure:
     return figure
 
 
-def band(axis: Axes, x: Sequence[float], y: Sequence[Interval], color: str, label: str) -> None:
-    """The means as a line, in a band of their intervals."""
+def _band(axis: Axes, x: Sequence[float], y: Sequence[Interval], color: str, label: str) -> None:
     axis.plot(x, [point.mean for point in y], color=color, label=label, lw=1.6)
     low, high = [point.low for point in y], [point.high for point in y]
     axis.fill_between(x, low, high, color=color, alpha=0.2, lw=0)

@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from learning.jobs import Record
-from learning.plots import BLUE, GREEN, GREY, ORANGE, band, describe, save
+from learning.plots import BLUE, GREEN, GREY, ORANGE, describe, save
 from learning.report import (
     Column,
     Finals,
@@ -30,7 +31,9 @@ from learning.turns_settings import (
     TRAP,
     optimum,
 )
-from ppo_jax.runs.seeds import Interval, interval
+from ppo_jax.runs.seeds import interval
+
+Curves = Mapping[str, Sequence[Sequence[Mapping[str, float]]]]  # by name, seed, iteration
 
 PINK = "#cc79a7"
 COLUMNS = (
@@ -114,45 +117,35 @@ def _changes(values: Finals) -> Table:
     return table
 
 
-def _picture(curves: Mapping[str, list[list[dict[str, float]]]]) -> Figure:
+def _picture(curves: Curves) -> Figure:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     game, trap, tool = figure.subplots(1, 3)
     for name, color in ((EACH_TURN, ORANGE), (END, BLUE)):
-        _line(game, curves, name, "accuracy", color, name)
+        _lines(game, curves, name, "accuracy", color, name)
     describe(game, "Guess the number", "share guessed", "iteration")
     colors = {TRAP: ORANGE, MILD: GREY, CHEAP: BLUE, PAID: GREEN, BOOTSTRAP: PINK}
     for name, color in colors.items():
-        _line(trap, curves, name, "turns", color, name)
+        _lines(trap, curves, name, "turns", color, name)
     trap.axhline(optimum(), color="black", lw=0.8, ls="--")
-    trap.annotate("bisection", (1, optimum()), (0, 3), textcoords="offset points", fontsize=7)
+    trap.annotate("bisection", (1, optimum()), (0, -9), textcoords="offset points", fontsize=7)
     describe(trap, "The trap", "turns ended", "iteration")
     for metric, label, color in (
         ("used_tool", "used the tool", ORANGE),
         ("accuracy", "right", BLUE),
     ):
-        _line(tool, curves, CALCULATOR, metric, color, label)
+        _lines(tool, curves, CALCULATOR, metric, color, label)
     describe(tool, "The calculator", "share", "iteration")
     for axis in (game, trap, tool):
         axis.legend(frameon=False, fontsize=8)
     seeds = max(len(runs) for runs in curves.values())
-    figure.suptitle(
-        f"PPO over turns: mean of {seeds} seeds, 95 % confidence interval", x=0.01, ha="left"
-    )
+    figure.suptitle(f"PPO over turns: {seeds} seeds (thin) and their mean", x=0.01, ha="left")
     return figure
 
 
-def _line(
-    axis: Axes,
-    curves: Mapping[str, list[list[dict[str, float]]]],
-    name: str,
-    metric: str,
-    color: str,
-    label: str,
-) -> None:
+def _lines(axis: Axes, curves: Curves, name: str, metric: str, color: str, label: str) -> None:
+    """Seeds one by one: where some fall into the trap and some do not, a mean is like none."""
     if name not in curves:
         return
-    points: list[Interval] = [
-        interval([point[metric] for point in of_seeds])
-        for of_seeds in zip(*curves[name], strict=True)
-    ]
-    band(axis, range(len(points)), points, color, label)
+    runs = np.array([[point[metric] for point in curve] for curve in curves[name]])
+    axis.plot(runs.T, color=color, lw=0.6, alpha=0.5)
+    axis.plot(runs.mean(0), color=color, lw=1.8, label=label)
