@@ -167,7 +167,7 @@ class CompiledProgram:
         return int(count.attributes.strip("()")) if count.opcode == "constant" else None
 
     def _fused_collectives(self, computation: str) -> Iterator[Cost]:
-        """Those that a TPU sends piece by piece while it computes: one a channel, in many fusions."""
+        """Those that a TPU sends bit by bit while it computes: one a channel, in many fusions."""
         found = {}
         for x in self.computations[computation].values():
             inside = self.computations[x.called[0]] if x.opcode == "fusion" else {}
