@@ -103,7 +103,7 @@ class PPOAgent:
         self.learner = Learner(
             graphdef,
             task.rules,
-            config.ppo,
+            config.ppo.for_run(num_iterations),
             config.optimizer,
             num_iterations,
             remat=config.run.remat,

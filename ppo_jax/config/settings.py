@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_type_hints, overload
 
 from ppo_jax.algorithm import (
@@ -196,8 +196,9 @@ class PPOConfig(SamplingConfig):
     kl_target: Limit | None = None
     """Adapt kl_coef so that the KL from the reference approaches this, in nats per response; None
     keeps kl_coef constant."""
-    kl_horizon: Count = 10_000
-    """Episodes over which an adaptive kl_coef changes by about a fifth; at least batch_size."""
+    kl_horizon: Count | None = None
+    """Episodes over which an adaptive kl_coef changes by about a fifth; at least batch_size. None
+    makes it what lets kl_coef change tenfold over the run."""
     ref_ema_decay: Decay | None = None
     """Let the reference model follow the policy: after each iteration it keeps this share of
     itself. None keeps it as it was at the start."""
@@ -314,11 +315,33 @@ class PPOConfig(SamplingConfig):
             self._refuse_set(
                 ("kl_horizon",), "without kl_target kl_coef does not adapt; set kl_target"
             )
-        elif self.kl_horizon < self.batch_size:
+        elif self.kl_horizon is not None and self.kl_horizon < self.batch_size:
             raise UsageError(
                 f"kl_horizon ({self.kl_horizon}) is below batch_size ({self.batch_size}), so "
                 "kl_coef would change by more than a fifth in one iteration; raise kl_horizon."
             )
+
+    def for_run(self, num_iterations: int) -> "PPOConfig":
+        """The same with the horizon of an adaptive KL coefficient, for a run of so many iterations.
+
+        Raises:
+            UsageError: the horizon is so long that the coefficient would hardly change.
+        """
+        if self.kl_target is None:
+            return self
+        episodes = self.batch_size * num_iterations
+        tenfold = max(round(0.2 * episodes / math.log(10)), self.batch_size)
+        if self.kl_horizon is None:
+            return replace(self, kl_horizon=tenfold)
+        change = (1 + 0.2 * self.batch_size / self.kl_horizon) ** num_iterations - 1
+        if change < 0.25:
+            raise UsageError(
+                f"kl_horizon is {self.kl_horizon}, with which kl_coef can change by at most "
+                f"{100 * change:.0f} % over {num_iterations} iterations of {self.batch_size} "
+                f"episodes, too little to reach kl_target {self.kl_target}; leave it out, which "
+                f"makes it {tenfold}, for a change of up to ten times, or leave kl_target out."
+            )
+        return self
 
     def _check_advantage(self) -> None:
         if not self.has_value_function:
@@ -600,6 +623,7 @@ class TrainConfig:
                     )
         if run.num_iterations is not None:
             optimizer.check_warmups(run.num_iterations)
+            ppo.for_run(run.num_iterations)
 
     def total_iterations(self, num_prompts: int) -> int:
         """Iterations of a whole run on so many prompts; the last pass may end within a batch.

@@ -172,6 +172,7 @@ def make_batch(
     )
     kl_coef = controls.kl_coef
     if config.kl_target is not None:
+        assert config.kl_horizon is not None, "see PPOConfig.for_run"
         kl_coef = algorithm.adapted_kl_coef(
             kl_coef,
             mean_kl,

@@ -191,6 +191,10 @@ def test_values_that_cannot_be(changes: dict[str, dict[str, Any]], words: str) -
         ({"ppo": {"kl_horizon": 5000}}, "kl_horizon is 5000, but without kl_target"),
         # With a fifth of it, β would change its sign.
         (
+            {"ppo": {"kl_target": 6.0, "kl_horizon": 10_000}, "run": {"num_iterations": 60}},
+            "kl_horizon is 10000.* at most 8 % over 60 iterations.* which makes it 334",
+        ),
+        (
             {"ppo": {"kl_target": 6.0, "kl_horizon": 63}},
             r"kl_horizon .63. is below batch_size .64.",
         ),
@@ -350,3 +354,12 @@ def test_a_warm_up_as_long_as_the_passes_over_the_prompts_is_refused(name: str) 
     assert config.total_iterations(num_prompts=100) == 5
     with pytest.raises(UsageError, match=rf"{name} \(4\) must be below num_iterations \(4\)"):
         config.total_iterations(num_prompts=80)
+
+
+def test_an_adaptive_kl_coefficient_can_change_tenfold_over_a_run() -> None:
+    """β is multiplied by 1 ± 0.2 batch / horizon at most, each iteration."""
+    ppo = PPOConfig(batch_size=64, kl_target=2.0).for_run(200)
+    assert ppo.kl_horizon is not None
+    assert (1 + 0.2 * 64 / ppo.kl_horizon) ** 200 == pytest.approx(10, rel=0.02)
+    assert PPOConfig(batch_size=64, kl_target=2.0).for_run(3).kl_horizon == 64
+    assert PPOConfig(batch_size=64).for_run(200).kl_horizon is None
