@@ -2,8 +2,7 @@
 
 adapter_config.json         the base model, by name or path, and how the adapter is added to it
 adapter_model.safetensors   A and B of each linear layer that has an adapter, and whole tensors
-
-An adapter that was written here knows the base model's weights by a digest.
+base_model.json             only here: a digest of the base model's weights
 """
 
 import hashlib
@@ -14,7 +13,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
 
 from ppo_jax.files import write_json
 from ppo_jax.models.heads import PolicyValueNetwork, RewardModel
@@ -27,7 +25,7 @@ from qwen_env.files import expand
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."  # of every name, before the base model's own
-_DIGEST = "base_digest"
+_BASE = "base_model.json"
 _MERGE = "merge it into its model with peft (merge_and_unload) and save that"
 
 
@@ -80,9 +78,7 @@ class AdaptedTensors:
             self._check(name, a, b)
         own = {name: self._files.shapes[stored] for name, stored in self._whole.items()}
         self.shapes: Mapping[str, tuple[int, ...]] = {**base.shapes, **own}
-        with safe_open(path, "np") as file:
-            digest = (file.metadata() or {}).get(_DIGEST)
-        if digest is not None and digest != self._base_digest():
+        if (folder / _BASE).exists() and read_json(folder / _BASE) != self._base_digest():
             raise UsageError(
                 f"{folder} is an adapter of another model than {base.where}: the weights are not "
                 f"those that it was trained on; set base_model_name_or_path in {ADAPTER_CONFIG} to "
@@ -134,11 +130,11 @@ class AdaptedTensors:
                 break
         return float(alpha / (rank**0.5 if self._settings.get("use_rslora") else rank))
 
-    def _base_digest(self) -> str:
+    def _base_digest(self) -> dict[str, str]:
         name = min(self._adapted)
         weight = np.empty(self._base.shapes[name], np.float32)
         self._base.read(name, weight)
-        return _digest(weight)
+        return _digest(name, weight)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -178,10 +174,10 @@ _NOT_COMPUTED = (
 )
 
 
-def _digest(weight: np.ndarray) -> str:
+def _digest(name: str, weight: np.ndarray) -> dict[str, str]:
     """Of a matrix as bfloat16 has it, in which models are stored: alike in whatever type it is."""
     rounded = np.ascontiguousarray(weight.astype(jnp.bfloat16))
-    return hashlib.blake2b(rounded.tobytes(), digest_size=16).hexdigest()
+    return {name: hashlib.blake2b(rounded.tobytes(), digest_size=16).hexdigest()}
 
 
 def save_adapter(
@@ -210,8 +206,8 @@ def save_adapter(
             weights[f"{module}.weight"] = weight
     if is_scorer := isinstance(network, RewardModel):
         tensors[f"{_PREFIX}score.weight"] = np.asarray(network.score.weight[...])
-    digest = _digest(weights[min(weights)])
-    write_tensors(tensors, folder / ADAPTER_WEIGHTS, {_DIGEST: digest})
+    write_tensors(tensors, folder / ADAPTER_WEIGHTS)
+    write_json(folder / _BASE, _digest(min(weights), weights[min(weights)]))
     rank = adapter.lora_A.shape[-2]
     write_json(
         folder / ADAPTER_CONFIG,

@@ -3,7 +3,6 @@
 import json
 import reprlib
 import struct
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,12 +163,10 @@ def _read_header(path: Path) -> list[_Stored]:
     return stored
 
 
-def write_tensors(
-    tensors: dict[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None
-) -> None:
+def write_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
     """Write a safetensors file, in a folder that is made if it is not there."""
     path.parent.mkdir(exist_ok=True)
-    save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+    save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors writes for the owner alone
 
 

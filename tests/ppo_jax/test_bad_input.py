@@ -119,6 +119,23 @@ CASES: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
         ("score.weight", "missing"),
     ),
     "gold reward without a module": ("--gold-reward nowhere:f", nothing, ("nowhere:f",)),
+    "adapter of no rank": ("--lora-rank 0", nothing, ("lora_rank is 0", "at least 1")),
+    "alpha without a rank": ("--lora-alpha 16", nothing, ("lora_alpha is 16.0", "set lora_rank")),
+    "target that no layer has": (
+        "--lora-rank 2 --lora-targets q_proj up_porj",
+        nothing,
+        ("lora_targets has 'up_porj'", "perhaps you meant up_proj"),
+    ),
+    "adapter without a base model": (
+        "",
+        write("model/adapter_config.json", '{"base_model_name_or_path": null}'),
+        ("adapter_config.json", "names no base model"),
+    ),
+    "adapter on an adapter": (
+        "--lora-rank 2",
+        write("model/adapter_config.json", '{"base_model_name_or_path": "somewhere"}'),
+        ("model is an adapter of somewhere", "merge it into its model first"),
+    ),
     "model that is not there": ("--model ./nothing", nothing, ("./nothing", "no such folder")),
     "model without weights": ("", remove("model/model.safetensors"), ("no model.safetensors",)),
     "model without config": ("", remove("model/config.json"), ("no config.json",)),

@@ -366,7 +366,7 @@ BAD_FOLDERS = [
     (json_list, r"config\.json holds a list; it must hold an object"),
     (config(model_type="gpt2"), r"config\.json describes a model of type 'gpt2'"),
     (config(hidden_size=None), r"config\.json: there is no hidden_size"),
-    (an_adapter, r"model holds an adapter \(adapter_config\.json\), .* merge it"),
+    (an_adapter, r"adapter_config\.json names no base model; set base_model_name_or_path"),
     (only_pickle, r"no model\.safetensors, only pytorch_model\.bin, and pickled .* never loaded"),
     (no_weights, r"model has no model\.safetensors; save the model with"),
     (a_pipe("model.safetensors"), r"model\.safetensors is a pipe; it must be a file"),
