@@ -40,6 +40,9 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--freeze-embeddings": {"freeze_embeddings": True},
     "--num-frozen-layers 12": {"num_frozen_layers": 12},
     "--freeze-embeddings --num-frozen-layers 12": SMALLEST,
+    "--lora-rank 16": {"lora_rank": 16},
+    "--lora-rank 16 --critic separate": {"lora_rank": 16, "critic": "separate"},
+    "--lora-rank 16 --param-dtype bfloat16": {"lora_rank": 16, "param_dtype": "bfloat16"},
     "--param-dtype bfloat16": {"param_dtype": "bfloat16"},
     "--param-dtype bfloat16 --remat": {"param_dtype": "bfloat16", "remat": True},
     "--param-dtype bfloat16 --freeze-embeddings --num-frozen-layers 12": {
@@ -123,7 +126,9 @@ def works(arguments: Arguments) -> Iterator[tuple[str, Work]]:
 def memory(iteration: Iteration) -> dict[str, int]:
     """Bytes of what is there all the time, at work in each program beside it, and at most."""
     # The policy's first parameters are the reference's, and what is frozen is both's.
-    reference = size_of(iteration.params["backbone"]) + size_of(iteration.frozen)
+    # A frozen critic lies on the policy's own arrays.
+    frozen = size_of({name: x for name, x in iteration.frozen.items() if name != "critic"})
+    reference = size_of(iteration.params["backbone"]) + frozen
     state = size_of(iteration.state)
     at_work = {}
     for name, compiled in iteration.programs():

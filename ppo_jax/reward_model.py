@@ -17,6 +17,7 @@ from ppo_jax import cli, supervised
 from ppo_jax.config import RewardModelConfig
 from ppo_jax.mesh import make_mesh
 from ppo_jax.models import as_reward_model, load_pretrained
+from ppo_jax.models.loading import tokenizer_place
 from ppo_jax.runs.supervised import RewardModelTrainer
 from qwen_env.tokenizer import load_tokenizer
 
@@ -48,7 +49,7 @@ def train(
 
     def make_trainer() -> RewardModelTrainer:
         data, run = config.data, config.run
-        tokenizer = load_tokenizer(data.model)
+        tokenizer = load_tokenizer(tokenizer_place(data.model))
         rng = np.random.default_rng(run.seed)
         training, held_out = supervised.load_data(
             data,

@@ -14,6 +14,7 @@ from ppo_jax import cli, supervised
 from ppo_jax.config import SFTConfig
 from ppo_jax.mesh import make_mesh
 from ppo_jax.models import load_pretrained
+from ppo_jax.models.loading import tokenizer_place
 from ppo_jax.runs.supervised import SFTTrainer
 from qwen_env.tokenizer import load_tokenizer
 
@@ -43,7 +44,7 @@ def train(
 
     def make_trainer() -> SFTTrainer:
         data, run = config.data, config.run
-        tokenizer = load_tokenizer(data.model)
+        tokenizer = load_tokenizer(tokenizer_place(data.model))
         training, held_out = supervised.load_data(data, tokenizer, lambda encoder: encoder.example)
         network = load_pretrained(
             data.model,

@@ -17,7 +17,7 @@ from ppo_jax.config.supervised import (
     SupervisedConfig,
 )
 from ppo_jax.examples import Example, ExampleEncoder, Kind, Pair, load_examples, set_apart
-from ppo_jax.models.loading import read_max_length
+from ppo_jax.models.loading import read_max_length, refuse_adapter
 from ppo_jax.runs.config_file import read_config
 from ppo_jax.runs.folder import open_folder
 from ppo_jax.runs.run import Run, Trainer
@@ -119,5 +119,7 @@ def train(
     argv: Sequence[str] = (),
 ) -> None:
     """Run or resume a run in `output_dir`; see `ppo_jax.train.train`."""
+    if config.optimizer.lora_rank is not None:
+        refuse_adapter(config.data.model)
     with open_folder(output_dir.absolute(), config, resume=resume, argv=argv) as folder:
         Run(make_trainer(), folder).go(resume=resume)
