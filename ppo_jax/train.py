@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ppo_jax import cli, flags, hosts
@@ -29,6 +30,7 @@ from ppo_jax.models.loading import refuse_adapter
 from ppo_jax.runs.config_file import facts, read_config
 from ppo_jax.runs.folder import open_folder
 from ppo_jax.runs.ppo import PPOTrainer, prompts_digest
+from ppo_jax.runs.publishing import check_can_push, push
 from ppo_jax.runs.run import Run
 from ppo_jax.runs.solvable import kept, measure, read_rates
 from ppo_jax.runs.trained import model_in
@@ -49,6 +51,9 @@ class Arguments(Checked):
     resume: bool = False
     """Continue the run in output-dir with the settings it was started with, whatever the preset;
     a larger num-iterations extends a finished run."""
+    push_to_hub: str | None = None
+    """USER/NAME of a repository on the Hugging Face hub that gets the best model, or else the final
+    one, when the run is done."""
     coordinator: str | None = None
     """HOST:PORT of process 0, where the processes of a run meet that has several; None takes what
     SLURM, Open MPI or a Cloud TPU says, if they start several."""
@@ -65,7 +70,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         cli.keep_compiled_programs()
         with hosts.joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
             cli.find_devices()
-            train(config, arguments.output_dir, resume=arguments.resume, argv=argv)
+            repository, run = arguments.push_to_hub, arguments.output_dir
+            if repository is not None:
+                hosts.on_first(partial(check_can_push, repository))
+            train(config, run, resume=arguments.resume, argv=argv)
+            if repository is not None:
+                cli.say(f"The model is at {hosts.on_first(partial(push, run, repository))}.")
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainConfig]:
