@@ -161,6 +161,7 @@ def test_the_policy_is_one_for_everything_else(
     assert config.task.model == str(run / "final")
 
 
+@pytest.mark.slow
 def test_the_reward_model_is_one_for_everything_else(
     finished: dict[str, Path], data: dict[str, Path], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -260,6 +261,7 @@ def test_kill_minus_9(finished: dict[str, Path], flags: Any, tmp_path: Path) -> 
     assert_same_run(run, finished["sft"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAINS)
 def test_adapters_alone_learn(kind: str, flags: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
