@@ -151,9 +151,11 @@ class RunFolder:
             )
         with disk_errors(self.path):
             write_config(self.path, self._config, self._argv)
+        is_of_ppo = isinstance(self._config, TrainConfig)
+        expected = (_METRICS, _DISTRIBUTIONS) if is_of_ppo else (_METRICS,)
         for name, file in self._records.items():
             missing = set(range(1, last + 1)) - set(file.open(last))
-            if missing and name in (_METRICS, _DISTRIBUTIONS):
+            if missing and name in expected:
                 say(f"{file.path} has no record of {len(missing)} of {last} iterations.")
         with self._going_on(self.path / "tensorboard"):
             self._tensorboard = TensorBoard(self.path / "tensorboard", after=last)
