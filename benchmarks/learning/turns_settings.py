@@ -32,6 +32,7 @@ class Setting:
     missing_eos_penalty: float = 0.0
     ppo: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 3e-3
+    warmup_iterations: int = 0
     against: str | None = None
     length: float = 1.0  # of the iterations
 
@@ -49,16 +50,21 @@ class Setting:
 END, EACH_TURN, CALCULATOR = "paid at the end", "paid each turn", "calculator"
 TRAP, MILD = "wrong guess -0.5", "wrong guess -0.25"
 CHEAP, PAID, BOOTSTRAP = "and cut off -1", "and cut off -2", "and bootstrap"
-_TRAP = {"cost": 0.5, "length": 0.5}
+# Adam's first steps are as long as its rate, whatever the gradient. Where one may end in a trap, or
+# forget what was seldom shown, they must be short.
+_CAREFUL: dict[str, Any] = {"warmup_iterations": 8, "length": 0.5}
+_TRAP = {"cost": 0.5, **_CAREFUL}
 SETTINGS = (
     Setting(END),
     Setting(EACH_TURN, f"{GAME}&rewards=turns", against=END),
     Setting(TRAP, **_TRAP),
-    Setting(MILD, cost=0.25, length=0.5, against=TRAP),
+    Setting(MILD, cost=0.25, against=TRAP, **_CAREFUL),
     Setting(CHEAP, missing_eos_penalty=1.0, against=TRAP, **_TRAP),
     Setting(PAID, missing_eos_penalty=2.0, against=TRAP, **_TRAP),
     Setting(BOOTSTRAP, ppo={"length_limit": "bootstrap"}, against=TRAP, **_TRAP),
-    Setting(CALCULATOR, "calculator?digits=1", learning_rate=1e-3, length=0.25),
+    Setting(
+        CALCULATOR, "calculator?digits=1", learning_rate=1e-3, warmup_iterations=8, length=0.25
+    ),
 )
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 
@@ -75,8 +81,9 @@ def config(setting: Setting, seed: int) -> TrainConfig:
     )
     return TrainConfig(
         ppo=replace(ppo, **setting.ppo),
-        # Adam's first steps are as long as its rate, whatever the gradient: they must be short.
-        optimizer=OptimizerConfig(learning_rate=setting.learning_rate, warmup_iterations=8),
+        optimizer=OptimizerConfig(
+            learning_rate=setting.learning_rate, warmup_iterations=setting.warmup_iterations
+        ),
         run=RunConfig(seed=seed),
     )
 

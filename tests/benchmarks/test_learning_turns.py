@@ -43,7 +43,7 @@ def test_settings_are_valid_and_have_what_they_are_compared_with() -> None:
     with pytest.raises(UsageError, match="There is no setting 'game'"):
         turns_settings.jobs(("game",), 1, 1)
     [[job, _]] = turns_settings.jobs((CALCULATOR,), 2, 100)
-    assert job.iterations == 20 and "calculator?digits=1" in job.changes
+    assert job.iterations == 25 and "calculator?digits=1" in job.changes
 
 
 def test_a_demonstrated_game_is_played_by_its_rules() -> None:
