@@ -163,4 +163,5 @@ def _shown(value: Any) -> Any:
     """A path without the folders of this machine, which may stand in a text; else as it is."""
     if not isinstance(value, str):
         return value
-    return re.sub(r"(?<![\w:/.])[~.]{0,2}/[^\s\"']+", lambda path: Path(path[0]).name, value)
+    path = r"(?<![\w/.~])(~|\.{1,2})?/(?!/)[^\s\"']+"  # no part of a URL
+    return re.sub(path, lambda found: Path(found[0]).name, value)

@@ -14,6 +14,7 @@ import pytest
 from ppo_jax.config import as_json, preset
 from ppo_jax.runs.publishing import check_can_push, model_card, push
 from ppo_jax.train import main
+from qwen_env import pocket
 from qwen_env.errors import RunError, UsageError
 
 TOKEN = "hf_a_secret"
@@ -68,7 +69,9 @@ def test_the_card_says_what_whoever_finds_it_asks(run: Path) -> None:
         "jax 0.10.2",
     ):
         assert words in card, words
-    assert "/home" not in card and "~" not in card, "no path of this machine"
+    for place in ("/home", "~", str(pocket.REWARD_FOLDER.parent)):
+        assert place not in card, "no path of this machine"
+    assert f"`flax:{pocket.REWARD_FOLDER.name}`" in card
     assert card == model_card(run, "me/films")
 
 
