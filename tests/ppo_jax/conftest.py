@@ -231,7 +231,7 @@ def flags(inputs: Path) -> list[str]:
         "learning-rate": 0.01,
         # Whatever a run adapts as it goes on must be there again after a resumption.
         "kl-target": 0.5,
-        "kl-horizon": 50,
+        "kl-horizon": 5,
         "ref-ema-decay": 0.9,
         "scale-scores": True,
         "num-iterations": 6,
