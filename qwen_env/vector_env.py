@@ -317,18 +317,20 @@ def _batch_infos(infos: Mapping[int, dict[str, Any]], num_envs: int) -> dict[str
     Each key holds an array over all rows, and `_key` the mask of those that have it.
     """
     batch: dict[str, Any] = {}
+    everyone = list(infos)
     for key in dict.fromkeys(key for info in infos.values() for key in info):
-        values = {i: info[key] for i, info in infos.items() if key in info}
-        rows, (kind, *others) = list(values), {*map(type, values.values())}
+        rows = [i for i in everyone if key in infos[i]]
+        values = [infos[i][key] for i in rows]
+        kind, *others = set(map(type, values))
         if kind is dict and not others:
-            batch[key] = _batch_infos(values, num_envs)
+            batch[key] = _batch_infos(dict(zip(rows, values, strict=True)), num_envs)
         else:
             is_number = kind in (bool, int, float) and not others
             batch[key] = column = np.zeros(num_envs, kind) if is_number else np.full(num_envs, None)
-            if is_number or kind is str:
-                column[rows] = list(values.values())
+            if is_number or (kind is str and not others):
+                column[rows] = values
             else:  # a list, which is one value here
-                for i, value in values.items():
+                for i, value in zip(rows, values, strict=True):
                     column[i] = value
         batch[f"_{key}"] = mask = np.zeros(num_envs, dtype=bool)
         mask[rows] = True
