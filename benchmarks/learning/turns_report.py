@@ -22,7 +22,6 @@ from learning.report import (
 from learning.turns_settings import (
     BOOTSTRAP,
     CALCULATOR,
-    CHEAP,
     EACH_TURN,
     END,
     MILD,
@@ -123,7 +122,7 @@ def _picture(curves: Curves) -> Figure:
     for name, color in ((EACH_TURN, ORANGE), (END, BLUE)):
         _lines(game, curves, name, "accuracy", color, name)
     describe(game, "Guess the number", "share guessed", "iteration")
-    colors = {TRAP: ORANGE, MILD: GREY, CHEAP: BLUE, PAID: GREEN, BOOTSTRAP: PINK}
+    colors = {TRAP: ORANGE, MILD: GREY, PAID: GREEN, BOOTSTRAP: PINK}
     for name, color in colors.items():
         _lines(trap, curves, name, "turns", color, name)
     trap.axhline(optimum(), color="black", lw=0.8, ls="--")
@@ -136,7 +135,8 @@ def _picture(curves: Curves) -> Figure:
         _lines(tool, curves, CALCULATOR, metric, color, label)
     describe(tool, "The calculator", "share", "iteration")
     for axis in (game, trap, tool):
-        axis.legend(frameon=False, fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=8)
     seeds = max(len(runs) for runs in curves.values())
     figure.suptitle(f"PPO over turns: {seeds} seeds (thin) and their mean", x=0.01, ha="left")
     return figure

@@ -49,7 +49,7 @@ class Setting:
 
 END, EACH_TURN, CALCULATOR = "paid at the end", "paid each turn", "calculator"
 TRAP, MILD = "wrong guess -0.5", "wrong guess -0.25"
-CHEAP, PAID, BOOTSTRAP = "and cut off -1", "and cut off -2", "and bootstrap"
+PAID, BOOTSTRAP = "and cut off -1", "and bootstrap"
 # Adam's first steps are as long as its rate, whatever the gradient. Where one may end in a trap, or
 # forget what was seldom shown, they must be short.
 _CAREFUL: dict[str, Any] = {"warmup_iterations": 8, "length": 0.5}
@@ -59,8 +59,7 @@ SETTINGS = (
     Setting(EACH_TURN, f"{GAME}&rewards=turns", against=END),
     Setting(TRAP, **_TRAP),
     Setting(MILD, cost=0.25, against=TRAP, **_CAREFUL),
-    Setting(CHEAP, missing_eos_penalty=1.0, against=TRAP, **_TRAP),
-    Setting(PAID, missing_eos_penalty=2.0, against=TRAP, **_TRAP),
+    Setting(PAID, missing_eos_penalty=1.0, against=TRAP, **_TRAP),
     Setting(BOOTSTRAP, ppo={"length_limit": "bootstrap"}, against=TRAP, **_TRAP),
     Setting(
         CALCULATOR, "calculator?digits=1", learning_rate=1e-3, warmup_iterations=8, length=0.25

@@ -121,5 +121,5 @@ def test_tables_and_picture_say_what_the_records_hold(tmp_path: Path) -> None:
     assert "| the game, before | 0.50 ± 0.00 |" in tables
     assert f"| {TRAP} | 0.40 ± 0.00 | 0.50 ± 0.00 | 2.00 ± 0.00 |" in tables
     assert f"| paid each turn | {END} | " in tables
-    assert "| and cut off -2 | wrong guess -0.5 | +0.50 [+0.50, +0.50]\\*\\* |" in tables
+    assert "| and cut off -1 | wrong guess -0.5 | +0.50 [+0.50, +0.50]\\*\\* |" in tables
     assert (tmp_path / "turns.png").stat().st_size > 10_000
