@@ -1,23 +1,10 @@
 """Settings of a run: what they are, which values they may have, and presets of them."""
 
+from ppo_jax.config.optimizer import AdamWConfig, OptimizerConfig
+from ppo_jax.config.ppo import PPOConfig, SamplingConfig
 from ppo_jax.config.presets import PRESETS, preset
-from ppo_jax.config.settings import (
-    AdamWConfig,
-    DevicesConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PPOConfig,
-    ResponseConfig,
-    RunConfig,
-    RunSettings,
-    SamplingConfig,
-    SessionConfig,
-    TaskConfig,
-    TrackerName,
-    TrainConfig,
-    as_json,
-    from_json,
-)
+from ppo_jax.config.session import DevicesConfig, RunConfig, SessionConfig, TrackerName
+from ppo_jax.config.settings import RunSettings, TrainConfig, as_json, from_json
 from ppo_jax.config.supervised import (
     CompletionsConfig,
     ExamplesConfig,
@@ -29,6 +16,7 @@ from ppo_jax.config.supervised import (
     SupervisedConfig,
     total_iterations,
 )
+from ppo_jax.config.task import ModelConfig, ResponseConfig, TaskConfig
 
 __all__ = [
     "PRESETS",

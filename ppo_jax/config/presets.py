@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-from ppo_jax.config.settings import (
-    OptimizerConfig,
-    PPOConfig,
-    RunConfig,
-    TaskConfig,
-    TrainConfig,
-)
+from ppo_jax.config.optimizer import OptimizerConfig
+from ppo_jax.config.ppo import PPOConfig
+from ppo_jax.config.session import RunConfig
+from ppo_jax.config.settings import TrainConfig
+from ppo_jax.config.task import TaskConfig
 from qwen_env.errors import UsageError
 
 DATA = Path(__file__).parents[1] / "data"

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 
 from ppo_jax.config.fields import Checked, Count, Factor, Share
+from ppo_jax.config.optimizer import AdamWConfig
 from ppo_jax.config.presets import DATA
-from ppo_jax.config.settings import AdamWConfig, ModelConfig, SessionConfig
+from ppo_jax.config.session import SessionConfig
+from ppo_jax.config.task import ModelConfig
 from qwen_env.errors import UsageError
 
 
