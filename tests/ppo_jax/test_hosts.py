@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -234,3 +236,86 @@ def test_a_run_of_two_processes_is_that_of_one(
         for folder in (run, alone)
     )
     np.testing.assert_allclose(*tables, rtol=1e-3, atol=1e-5)
+
+
+TURNS = """
+import os, sys
+from qwen_env.tasks.guess_the_number import GuessTheNumber, guess_the_number
+
+class Game(GuessTheNumber):
+    def reply(self, batch):
+        with open(os.environ["CALLS"] + str(os.getpid()), "a") as file:
+            file.writelines(f"{turn.seed} {turn.number} {turn.completion!r}\\n" for turn in batch)
+        if os.environ.get("SHUT") and sys.argv[-2:] == ["--process-id", "1"]:
+            raise LookupError("the door is shut")
+        return super().reply(batch)
+
+def task():
+    from dataclasses import replace
+    return replace(guess_the_number(1, 7), interaction=Game(1, 7))
+"""
+
+
+@pytest.fixture
+def games(
+    inputs: Path, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """Flags of two iterations of guessing numbers, in turns."""
+    (tmp_path / "games_on_hosts.py").write_text(TURNS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = tmp_path / "model"
+    shutil.copytree(inputs / "model", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    words = " ".join(flags)
+    others = ("model", "prompts", "eval-prompts", "reward", "max-prompt-length", "max-new-tokens")
+    for name in (*others, "kl-target", "kl-horizon"):
+        words = re.sub(rf"--{name} \S+", "", words)
+    return [
+        *words.split(), "--model", str(model), "--task", "games_on_hosts:task",
+        "--max-new-tokens", "96", "--num-minibatches", "1", "--num-iterations", "2",
+        "--eval-every", "2",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_turns_on_two_processes_are_those_of_one(
+    games: list[str], tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each asks about the turns of its half; all know what was replied."""
+
+    def asked(name: str) -> list[list[str]]:
+        return [path.read_text().splitlines() for path in sorted(tmp_path.glob(f"{name}.*"))]
+
+    monkeypatch.setenv("CALLS", str(tmp_path / "alone."))
+    alone, run = tmp_path / "run_of_one", tmp_path / "run_of_two"
+    main([*games, "--output-dir", str(alone)])
+
+    monkeypatch.setenv("CALLS", str(tmp_path / "together."))
+    games += ["--num-devices", "2", "--output-dir", str(run), "--coordinator", address]
+    games += ["--num-processes", "2", "--process-id"]
+    results = ended(*(start(["-m", "ppo_jax.train", *games, f"{i}"], tmp_path) for i in range(2)))
+    assert [status for status, *_ in results] == [0, 0], results
+    one, other = asked("together")
+    [all_of_them] = asked("alone")
+    assert one and other and sorted(one + other) == sorted(all_of_them)
+    assert any(line.split()[1] == "2" for line in all_of_them), "there are second turns"
+    samples = (run / "samples.jsonl").read_text()
+    assert samples == (alone / "samples.jsonl").read_text()
+    talks = [json.loads(line)["messages"] for line in samples.splitlines() if "messages" in line]
+    assert max(len(talk) for talk in talks) > 2, "replies are kept"
+
+
+@pytest.mark.slow
+def test_an_interaction_that_fails_on_one_process_ends_both(
+    games: list[str], tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CALLS", str(tmp_path / "together."))
+    monkeypatch.setenv("SHUT", "1")
+    games += ["--num-devices", "2", "--output-dir", str(tmp_path / "run")]
+    games += ["--coordinator", address, "--num-processes", "2", "--process-id"]
+    results = ended(*(start(["-m", "ppo_jax.train", *games, f"{i}"], tmp_path) for i in range(2)))
+    assert [status for status, *_ in results] == [2, 2], results
+    sentence = "The interaction games_on_hosts.Game raised LookupError: the door is shut"
+    assert f"error: Process 1: {sentence}" in results[0][2]
+    assert all("Traceback" not in said for _, _, said in results)
