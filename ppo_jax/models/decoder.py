@@ -233,8 +233,8 @@ class Decoder(nnx.Module):
         ]
         for _, module in nnx.iter_graph(unstacked):
             if isinstance(module, Linear):
-                module.merge_adapter()
                 module.transpose()
+                module.merge_adapter()
         return unstacked
 
     def embed(self, input_ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:

@@ -39,7 +39,8 @@ class Linear(nnx.Module):
         """Put the adapter, if there is one, into W."""
         if self.adapter is not None:
             weight = self.weight[...]
-            merged = weight.astype(jnp.float32) + self.adapter.product(weight.dtype)
+            product = self.adapter.product(weight.dtype, self.is_transposed)
+            merged = weight.astype(jnp.float32) + product
             self.weight, self.adapter = nnx.Param(merged.astype(weight.dtype)), None
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -74,9 +75,11 @@ class Adapter(nnx.Module):
         down = jnp.einsum("...i,ri->...r", x, self.lora_A[...].astype(x.dtype))
         return self.scale * jnp.einsum("...r,or->...o", down, self.lora_B[...].astype(x.dtype))
 
-    def product(self, dtype: DTypeLike) -> Float[Array, "*layers out in"]:
-        """float32 s B A, multiplied in `dtype`."""
+    def product(
+        self, dtype: DTypeLike, is_transposed: bool = False
+    ) -> Float[Array, "*layers out in"] | Float[Array, "*layers in out"]:
+        """float32 s B A, multiplied in `dtype`, or its transpose: laid out as W is, so that what is
+        added needs no more room than the sum."""
         a, b = self.lora_A[...].astype(dtype), self.lora_B[...].astype(dtype)
-        return self.scale * jnp.einsum(
-            "...or,...ri->...oi", b, a, preferred_element_type=jnp.float32
-        )
+        equation = "...or,...ri->...io" if is_transposed else "...or,...ri->...oi"
+        return self.scale * jnp.einsum(equation, b, a, preferred_element_type=jnp.float32)

@@ -42,7 +42,10 @@ class TrainedRun(NamedTuple):
         if self.which in _MODELS:
             return network
         run = replace(self.config.run, **asdict(devices))
-        agent = PPOAgent(network, task, replace(self.config, run=run), num_iterations=1)
+        # Nothing is learnt, so a horizon that fits the whole run need not fit one iteration.
+        ppo = replace(self.config.ppo, kl_target=None, kl_horizon=None)
+        config = replace(self.config, ppo=ppo, run=run)
+        agent = PPOAgent(network, task, config, num_iterations=1)
         checkpoints = Checkpoints(self.folder / "checkpoints", self.config.run.keep_checkpoints)
         restored = checkpoints.restore(agent.state, only=int(self.which))
         assert restored is not None
