@@ -34,6 +34,20 @@ def make_agent(make_network, make_test_task):
     return make
 
 
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_no_two_arrays_of_a_state_share_a_buffer(make_agent, num_devices):
+    """Nor with the reference: an update takes the state's over. What is frozen may share."""
+    ppo = dataclasses.replace(CONFIG.ppo, critic="separate", ref_ema_decay=0.9)
+    config = dataclasses.replace(CONFIG, ppo=ppo, run=RunConfig(num_devices=num_devices))
+    agent = make_agent(config)
+    assert agent.network.critic is not None
+    arrays = jax.tree.leaves((agent.state, agent._initial_backbone))
+    pointers = [
+        shard.data.unsafe_buffer_pointer() for x in arrays for shard in x.addressable_shards
+    ]
+    assert len(set(pointers)) == len(pointers)
+
+
 def test_it_learns_and_compiles_nothing_after_the_second_iteration(
     make_agent, compilations, monkeypatch
 ):

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from tokenizers import models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ppo_jax.models import Generation, load_pretrained, save_pretrained, saving
+from ppo_jax.models import Generation, load_pretrained, safetensors_folder, save_pretrained
 from ppo_jax.sampling import Sampling
 from qwen_env.errors import RunError, UsageError
 from qwen_env.tokenizer import Tokenizer, load_tokenizer
@@ -131,14 +131,14 @@ def test_an_interrupted_save_leaves_the_old_folder_whole(error, at, model_folder
     network = load_pretrained(model_folder)
     before = {path.name: path.read_bytes() for path in model_folder.iterdir()}
     network.value_head.bias[...] = jnp.array([3.0])
-    save = saving.save_file
+    save = safetensors_folder.save_file
 
     def failing_save(tensors, path, **options):
         save(tensors, path, **options)
         if path.name == at:
             raise error
 
-    monkeypatch.setattr(saving, "save_file", failing_save)
+    monkeypatch.setattr(safetensors_folder, "save_file", failing_save)
     # A full disk becomes a sentence where the files are written.
     with pytest.raises((type(error), RunError)):
         save_pretrained(network, model_folder)
