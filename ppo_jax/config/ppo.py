@@ -192,7 +192,7 @@ class PPOConfig(SamplingConfig):
         if self.kl_horizon is None:
             return replace(self, kl_horizon=tenfold)
         change = (1 + 0.2 * self.batch_size / self.kl_horizon) ** num_iterations - 1
-        if change < 0.25:
+        if change < 0.1:
             raise UsageError(
                 f"kl_horizon is {self.kl_horizon}, with which kl_coef can change by at most "
                 f"{100 * change:.0f} % over {num_iterations} iterations of {self.batch_size} "

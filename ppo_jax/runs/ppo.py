@@ -37,8 +37,8 @@ class PPOTrainer:
     prog, title = "ppo-train", "PPO"
 
     def __init__(self, agent: PPOAgent, held_out: PromptDataset):
-        self._agent, task = agent, agent.config.task
-        self._eval_prompts = held_out[: agent.config.run.eval_size]
+        self.agent, task = agent, agent.config.task
+        self.eval_prompts = held_out[: agent.config.run.eval_size]
         self.config, self.num_iterations = agent.config, agent.num_iterations
         self.model, self.model_digest = task.model, digest(agent.initial_backbone)
         self.training = Source(
@@ -53,15 +53,15 @@ class PPOTrainer:
 
     @property
     def state(self) -> Any:
-        return self._agent.state
+        return self.agent.state
 
     @state.setter
     def state(self, state: Any) -> None:
-        self._agent.state = state
+        self.agent.state = state
 
     def learn(self) -> Iterator[dict[str, Record]]:
-        for experience, metrics in self._agent.learn():
-            agent = self._agent
+        for experience, metrics in self.agent.learn():
+            agent = self.agent
             lengths = length_counts(experience, agent.task.rules.max_new_tokens)
             distributions = agent.distributions | {"length": lengths}
             yield {
@@ -72,14 +72,14 @@ class PPOTrainer:
 
     def evaluate(self, progress: Progress) -> Evaluation:
         """A greedy and a sampled pass over the held-out prompts."""
-        iteration = self._agent.iteration
-        means: dict[str, float] = {"num_prompts": len(self._eval_prompts)}
+        iteration = self.agent.iteration
+        means: dict[str, float] = {"num_prompts": len(self.eval_prompts)}
         samples: list[Record] = []
         for decoding in ("greedy", "sampled"):
-            episodes, outcomes = self._agent.evaluate(
-                self._eval_prompts,
+            episodes, outcomes = self.agent.evaluate(
+                self.eval_prompts,
                 greedy=decoding == "greedy",
-                on_batch=partial(progress.evaluating, decoding, len(self._eval_prompts)),
+                on_batch=partial(progress.evaluating, decoding, len(self.eval_prompts)),
             )
             scored = evaluation_means(outcomes)
             means |= {f"{decoding}/{name}": mean for name, mean in scored.items()}
@@ -104,9 +104,9 @@ class PPOTrainer:
         )
 
     def save(self, folder: Path) -> None:
-        config, task = self._agent.config, self._agent.task
+        config, task = self.agent.config, self.agent.task
         generation = Generation(*config.ppo.sampling, max_new_tokens=task.rules.max_new_tokens)
-        network = hosts.whole(self._agent.network)
+        network = hosts.whole(self.agent.network)
         hosts.on_first(
             lambda: save_pretrained(
                 network,

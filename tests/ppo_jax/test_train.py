@@ -18,6 +18,7 @@ from matplotlib.image import imread
 from ppo_jax.agent import PPOAgent
 from ppo_jax.config import from_json
 from ppo_jax.models import PolicyValueNetwork, save_pretrained
+from ppo_jax.runs.ppo import PPOTrainer
 from ppo_jax.train import main
 from qwen_env import mdp
 from qwen_env.prompts import PromptDataset
@@ -127,13 +128,15 @@ def test_distributions_agree_with_the_metrics(finished_run: Path) -> None:
 
 
 def test_the_page_of_metrics_has_them_all(finished_run: Path) -> None:
-    """And no others, but for the name that stands for any component, and the accuracy."""
+    """And no others, but for the name that stands for any component, the accuracy, and what is told
+    of several completions to a prompt."""
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     documented = set(re.findall(r"^\| `([\w/]+)` \|", text, re.MULTILINE))
     lines = records(finished_run, "metrics.jsonl") + records(finished_run, "distributions.jsonl")
     recorded = {name.replace("baseline/", "eval/") for line in lines for name in line}
     of_verified = {"reward/accuracy", "eval/sampled/accuracy", "eval/greedy/accuracy"}
-    assert documented == recorded | of_verified | {"reward/NAME"}
+    of_groups = {"objective/equal_groups_fraction"}
+    assert documented == recorded | of_verified | of_groups | {"reward/NAME"}
 
 
 def test_samples_are_the_evaluations(finished_run: Path) -> None:
@@ -256,8 +259,8 @@ def test_flags_reach_the_task_the_network_and_the_evaluation(
     built: list[tuple[PPOAgent, PromptDataset]] = []
 
     class NoRun:
-        def __init__(self, agent: PPOAgent, folder: Any, eval_prompts: PromptDataset):
-            built.append((agent, eval_prompts))
+        def __init__(self, trainer: PPOTrainer, folder: Any):
+            built.append((trainer.agent, trainer.eval_prompts))
 
         def go(self, *, resume: bool) -> None:
             assert not resume
@@ -291,9 +294,8 @@ def test_flags_reach_the_task_the_network_and_the_evaluation(
     assert task.rules == mdp.Rules(6, 9, tokenizer.vocab_size, (0, 300), (), 2)
     assert task.missing_eos_penalty == 0.5
     assert [prompt.text for prompt in held_out] == [
-        f"The {text} I" for text in ("The acting", "I liked", "All in all", "So")
+        f"The {text} I" for text in ("The acting", "I liked", "All in all")
     ]
-    assert agent.config.run.eval_size == 3
     [prompt] = task.prompts
     whole = tokenizer.encode("The The plot was not bad at all I")
     assert prompt.ids.tolist() == whole[-6:] != whole

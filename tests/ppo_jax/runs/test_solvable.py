@@ -16,6 +16,7 @@ from ppo_jax.agent import PPOAgent
 from ppo_jax.config import preset
 from ppo_jax.runs import solvable
 from ppo_jax.runs.folder import RunFolder
+from ppo_jax.runs.ppo import PPOTrainer
 from ppo_jax.runs.solvable import kept, read_rates
 from ppo_jax.train import main
 from qwen_env.errors import UsageError
@@ -75,8 +76,8 @@ class NoRun:
 
     agents: ClassVar[list[PPOAgent]] = []
 
-    def __init__(self, agent: PPOAgent, *_: Any):
-        self.agents.append(agent)
+    def __init__(self, trainer: PPOTrainer, *_: Any):
+        self.agents.append(trainer.agent)
 
     def go(self, *, resume: bool) -> None:
         assert not resume
