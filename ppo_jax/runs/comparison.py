@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.table import Table
 
@@ -133,7 +134,7 @@ def draw(runs: Runs, path: Path) -> None:
     columns = min(len(known), 4) or 1
     rows = -(-len(known) // columns) or 1
     figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, (measure, title) in zip(axes, known.items(), strict=False):
         for number, (name, seeds) in enumerate(runs.items()):
             points = _by_iteration(seeds, measure)
@@ -146,9 +147,10 @@ def draw(runs: Runs, path: Path) -> None:
             )
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("iteration", fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes:  # those that are left
+    for axis in axes[len(known) :]:
         axis.set_axis_off()
     if len(runs) > 1 and known:
         figure.axes[0].legend(frameon=False, fontsize=8)
