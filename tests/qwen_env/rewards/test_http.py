@@ -136,7 +136,7 @@ def test_a_server_that_breaks_the_rules(server, make_batch, monkeypatch, path, m
     start = time.monotonic()
     with pytest.raises(RewardError, match=message) as caught:
         score(HTTPReward(server + path, timeout=0.5, retries=0), make_batch(["a", "bb"]))
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 5.0, "what a server sends without an end is not waited for"
     assert len(str(caught.value)) < 500
 
 
