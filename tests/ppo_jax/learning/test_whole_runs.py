@@ -28,7 +28,7 @@ ALL_AT_ONCE = TrainConfig(
         kl_coef=0.2,
         kl_penalty="k3",
         kl_target=0.05,
-        kl_horizon=50,
+        kl_horizon=40,
         ref_ema_decay=0.5,
         scale_scores=True,
         score_clip=3.0,
@@ -108,7 +108,7 @@ def random_config(rng: random.Random) -> TrainConfig:
             "ref_ema_decay": one_of([None, 0.0, 0.5]),
         }
     if kl_coef and kl_target:
-        ppo |= {"kl_target": kl_target, "kl_horizon": one_of([20, 10_000])}
+        ppo |= {"kl_target": kl_target, "kl_horizon": one_of([20, 40])}
     if target_kl:
         ppo |= {
             "target_kl_estimator": one_of(["k1", "k2", "k3", "reference"]),
