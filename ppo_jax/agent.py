@@ -26,7 +26,7 @@ from ppo_jax.generation.episode_metrics import component_means, repetition
 from ppo_jax.generation.rollout import Rollout
 from ppo_jax.inspector.tokens import rows_to_keep, tokens_record
 from ppo_jax.learning.batch import Prepared
-from ppo_jax.learning.frozen import join, partition
+from ppo_jax.learning.frozen import join, network_of, partition
 from ppo_jax.learning.inspection import look
 from ppo_jax.learning.learner import Learner, TrainState
 from ppo_jax.learning.metrics import fetch
@@ -35,7 +35,6 @@ from ppo_jax.learning.optimizer import Params
 from ppo_jax.mesh import make_mesh, place, replicate, replicated, shardings
 from ppo_jax.models import PolicyValueNetwork, with_separate_critic
 from ppo_jax.models.decoder import last_hidden
-from ppo_jax.models.lora import has_adapters
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
 from qwen_env.episodes import Episode, Outcome
@@ -216,9 +215,8 @@ class PPOAgent:
 
         Where some of the layers are frozen, the layers are a copy; not where there are adapters.
         """
-        network: PolicyValueNetwork = nnx.merge(self.learner.graphdef, self.params)
-        if network.backbone.lower_layers is not None and not has_adapters(network):
-            network.backbone.join_layers()
+        graphdef = self.learner.graphdef
+        network: PolicyValueNetwork = network_of(graphdef, self.state.params, self.frozen)
         return network
 
     def choose_action(self, observation: dict[str, np.ndarray], *, greedy: bool = False) -> Choice:

@@ -134,8 +134,7 @@ class Frontier(NamedTuple):
 
         def add(label: str, point: Optimum) -> None:
             beta = "" if point is self.reference else f"{point.beta:.3g}"
-            numbers = (point.reward, *(point.others[name] for name in names))
-            cells = (f"{x:.3f}" for x in (*numbers,))
+            cells = (f"{x:.3f}" for x in (point.reward, *(point.others[name] for name in names)))
             table.add_row(label, f"{point.kl:.2f}", beta, *cells, f"{point.effective_samples:.0f}")
 
         add("untrained", self.reference)
@@ -146,9 +145,9 @@ class Frontier(NamedTuple):
         if self.best_there is not None:
             add("best at the run's KL", self.best_there)
         if self.reached is not None:
-            numbers = [self.reached.reward]
-            numbers += [self.reached.gold] * bool(names) if self.reached.gold is not None else []
-            cells = [f"{x:.3f}" for x in numbers] + [""] * (len(names) + 1 - len(numbers))
+            earned = {"reward": self.reached.reward, "gold": self.reached.gold}
+            known = (earned[name] for name in ("reward", *names))
+            cells = ["" if x is None else f"{x:.3f}" for x in known]
             table.add_row("the run", f"{self.reached.kl:.2f}", "", *cells, "")
         if shares := self.shares:
             cells = [f"{shares.get(name, float('nan')):.2f}" for name in ("reward", *names)]

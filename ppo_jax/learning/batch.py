@@ -124,8 +124,9 @@ def make_batch(
         is_equal = algorithm.is_in_equal_group(score, config.completions_per_prompt)
         if config.drop_equal_groups:
             learnt &= ~is_equal[:, None]
+    whitened = algorithm.masked_whiten(advantages, learnt)
     if config.whitening == "batch":
-        advantages = algorithm.masked_whiten(advantages, learnt)
+        advantages = whitened
     if config.importance_cap is not None:
         weight = jnp.minimum(jnp.exp(of_learner - of_rollout), config.importance_cap)
         advantages *= weight
@@ -153,7 +154,6 @@ def make_batch(
     if state.num_turns is not None:
         metrics["rollout/turns_mean"] = state.num_turns.mean()
         metrics["rollout/overflow_rate"] = (state.truncated & ~mdp.was_cut_off(state)).mean()
-    whitened = algorithm.masked_whiten(advantages, learnt)
     distributions: Distributions = {
         "advantage": algorithm.masked_histogram(whitened, learnt, algorithm.ADVANTAGE_EDGES),
         "kl_by_position": _mean_by_position(kl, mask),

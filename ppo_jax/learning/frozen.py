@@ -16,7 +16,7 @@ from flax import nnx
 from ppo_jax.config import AdamWConfig
 from ppo_jax.learning.optimizer import Params
 from ppo_jax.models import PolicyValueNetwork, RewardModel
-from ppo_jax.models.lora import add_adapters, merged
+from ppo_jax.models.lora import add_adapters, has_adapters, merged
 from qwen_env.errors import UsageError
 
 Network = TypeVar("Network", bound=PolicyValueNetwork | RewardModel)
@@ -76,6 +76,18 @@ def partition(
     graphdef, params = nnx.split(network)
     frozen, learning = nnx.split_state(params, is_frozen, ...)
     return graphdef, learning, frozen
+
+
+def network_of(graphdef: nnx.GraphDef[Network], params: Params, frozen: Params) -> Network:
+    """The network of `partition` again, on the same arrays.
+
+    Where some of its layers are frozen, the layers are a copy, in one stack; not where there are
+    adapters.
+    """
+    network: Network = nnx.merge(graphdef, join(params, frozen))
+    if network.backbone.lower_layers is not None and not has_adapters(network):
+        network.backbone.join_layers()
+    return network
 
 
 def join(params: Params, frozen: Params) -> Params:

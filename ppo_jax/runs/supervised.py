@@ -18,7 +18,7 @@ from ppo_jax import algorithm, hosts
 from ppo_jax.compilation import jit
 from ppo_jax.config import RewardModelConfig, SFTConfig, total_iterations
 from ppo_jax.examples import Example, Pair
-from ppo_jax.learning.frozen import join, partition
+from ppo_jax.learning.frozen import join, network_of, partition
 from ppo_jax.learning.metrics import fetch
 from ppo_jax.learning.nonfinite import check_finite
 from ppo_jax.learning.objectives import (
@@ -37,7 +37,6 @@ from ppo_jax.models import (
     save_pretrained,
     save_reward_model,
 )
-from ppo_jax.models.lora import has_adapters
 from ppo_jax.runs.checksums import digest
 from ppo_jax.runs.progress import Progress
 from ppo_jax.runs.records import Record
@@ -119,10 +118,7 @@ class _SupervisedTrainer(Generic[Config, Item]):
     @property
     def network(self) -> Any:
         """The network as it is now, on the state's own arrays: the next update consumes them."""
-        network = nnx.merge(self._learner.graphdef, join(self.state.params, self._frozen))
-        if network.backbone.lower_layers is not None and not has_adapters(network):
-            network.backbone.join_layers()
-        return network
+        return network_of(self._learner.graphdef, self.state.params, self._frozen)
 
     def learn(self) -> Iterator[dict[str, Record]]:
         size, seed = self.config.learning.batch_size, self.config.run.seed
