@@ -276,9 +276,13 @@ class Iteration:
             yield "rollout", self._jit(respond).lower(whole, ids, length, key).compile()
         responses = self._placed(jax.eval_shape(respond, whole, ids, length, key))
         scored = (whole, whole["backbone"], state.controls, responses, score)
+
+        def prepare(*scored: Any) -> Any:  # without gradients that come along
+            return learner.prepare(*scored)[0]
+
         if "prepare" in names:
-            yield "prepare", self._jit(learner.prepare).lower(*scored).compile()
-        batch = self._placed(jax.eval_shape(learner.prepare, *scored)).batch
+            yield "prepare", self._jit(prepare).lower(*scored).compile()
+        batch = self._placed(jax.eval_shape(prepare, *scored)).batch
         if "update" in names:
             update = self._jit(learner.update, donate_argnums=0)
             yield "update", update.lower(state, batch, key, self.frozen).compile()

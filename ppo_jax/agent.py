@@ -25,7 +25,6 @@ from ppo_jax.generation.decoding import choose_token
 from ppo_jax.generation.episode_metrics import component_means, repetition
 from ppo_jax.generation.rollout import Rollout
 from ppo_jax.inspector.tokens import rows_to_keep, tokens_record
-from ppo_jax.learning.batch import Prepared
 from ppo_jax.learning.frozen import join, network_of, partition
 from ppo_jax.learning.inspection import look
 from ppo_jax.learning.learner import Learner, TrainState
@@ -120,12 +119,10 @@ class PPOAgent:
             init = jit(init, out_shardings=shardings(jax.eval_shape(init, params), mesh))
         self.state = init(params)
         self._mesh, whole = mesh, replicated(mesh)
-        prepared = Prepared._make([None, *[whole] * 4])  # all but the batch
-        self._prepare = jit(self.learner.prepare, out_shardings=prepared)
-        self._update = jit(
-            self.learner.update,
+        self._learn = jit(
+            self.learner.learn,
             donate_argnums=0,
-            out_shardings=(shardings(self.state, mesh), whole, whole),
+            out_shardings=(shardings(self.state, mesh), whole, whole, whole),
         )
         self._act = jit(
             functools.partial(_act, graphdef, rules=task.rules, sampling=config.ppo.sampling),
@@ -277,19 +274,17 @@ class PPOAgent:
         rows = self._rows_to_keep(experience)
         before = None if rows is None else self._look_at(experience.rollout, rows)
         start = time.perf_counter()
-        state, rewards = self.state, experience.rewards
-        batch, controls, prepared, distributions, tokens = self._prepare(
-            self.params,
-            self.reference,
-            state.controls,
+        rewards = experience.rewards
+        self.state, metrics, distributions, tokens = self._learn(
+            self.state,
+            self._initial_backbone,
             experience.rollout,
             replicate(experience.scores, self._mesh),
             None if rewards is None else replicate(rewards, self._mesh),
+            self._key(_SHUFFLE),
+            self.frozen,
         )
-        self.state, updated, more = self._update(
-            state._replace(controls=controls), batch, self._key(_SHUFFLE), self.frozen
-        )
-        metrics, self.distributions = fetch(prepared | updated, distributions | more)
+        metrics, self.distributions = fetch(metrics, distributions)
         seconds = time.perf_counter() - start
         self.tokens = None
         if rows is not None:

@@ -2,8 +2,9 @@
 
     prepare   old and reference log-probabilities, values -> rewards -> advantages, returns
     update    epochs x minibatches of clipped PPO, with the KL early stop inside
+    learn     one after the other
 
-Both are pure: state in, state out.
+All are pure: state in, state out.
 
 Shapes: B batch, M minibatch, T response limit.
 """
@@ -22,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ppo_jax import algorithm
 from ppo_jax.config import OptimizerConfig, PPOConfig
 from ppo_jax.generation.rollout import Rollout
-from ppo_jax.learning.batch import Batch, Controls, Prepared, make_batch
+from ppo_jax.learning.batch import Batch, Controls, Prepared, TokenNumbers, make_batch
 from ppo_jax.learning.frozen import NOTHING, join
 from ppo_jax.learning.loss import MinibatchSums, averaged, ppo_loss
 from ppo_jax.learning.metrics import Distributions, Metrics
@@ -34,7 +35,7 @@ from ppo_jax.learning.optimizer import (
     mean_step,
     trainable_mask,
 )
-from ppo_jax.learning.packing import Layout
+from ppo_jax.learning.packing import Layout, in_fewest_rows
 from ppo_jax.learning.parts import ADD, CONCATENATE, Totals, in_parts
 from ppo_jax.learning.response_outputs import ResponseOutputs, response_outputs
 from ppo_jax.mesh import gather
@@ -51,6 +52,14 @@ class TrainState(NamedTuple):
     root_key: Array  # uint32, jax.random.key_data of the root key; never changes
     iteration: Int[Array, ""]
     nonfinite_in_a_row: Int[Array, ""]
+
+
+class Gradients(NamedTuple):
+    """What a minibatch says of its loss."""
+
+    by_params: Params
+    sums: MinibatchSums
+    ratio_max_error: Float[Array, ""]  # the largest |ratio - 1|
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,35 @@ class Learner:
             nonfinite_in_a_row=jnp.zeros((), jnp.int32),
         )
 
+    def learn(
+        self,
+        state: TrainState,
+        initial_backbone: Params,
+        rollout: Rollout,
+        score: Float[Array, "B"],
+        rewards: Float[Array, "B T"] | None,
+        key: PRNGKeyArray,
+        frozen: Params = NOTHING,
+    ) -> tuple[TrainState, Metrics, Distributions, TokenNumbers]:
+        """`prepare`, then `update`.
+
+        Args:
+            initial_backbone: of the policy, what learns of it: the reference, unless that moves.
+        """
+        learning = initial_backbone if state.reference is None else state.reference
+        reference = join(nnx.State({"backbone": learning}), frozen)["backbone"]
+        prepared, first = self.prepare(
+            state.params, reference, state.controls, rollout, score, rewards, frozen
+        )
+        state = state._replace(controls=prepared.controls)
+        state, metrics, distributions = self.update(state, prepared.batch, key, frozen, first)
+        return (
+            state,
+            prepared.metrics | metrics,
+            prepared.distributions | distributions,
+            prepared.tokens,
+        )
+
     def prepare(
         self,
         params: Params,
@@ -88,44 +126,68 @@ class Learner:
         rollout: Rollout,
         score: Float[Array, "B"],
         rewards: Float[Array, "B T"] | None = None,
-    ) -> Prepared:
+        frozen: Params = NOTHING,
+    ) -> tuple[Prepared, Gradients | None]:
         """Score every token: rewards, advantages and returns, and what to watch of them.
 
+        Where one pass takes the whole batch, the pass that gives the old log-probabilities and
+        values is the first epoch's as well, and its gradients come with them.
+
         Args:
-            rewards: what each token earned, where not only the last one earned the score.
-            params: all of the policy that wrote the responses.
+            params: of the policy that wrote the responses, those that learn.
             reference: all of the backbone of the reference model.
+            rewards: what each token earned, where not only the last one earned the score.
+            frozen: the policy's parameters that never learn.
         """
-        state = rollout.state
+        config, state = self.config, rollout.state
+        own = self._own(mdp.response_mask(state, self.rules.max_new_tokens, jnp))
+        written = state.tokens, state.prompt_length, state.length
+        whole = join(params, frozen)
+        num_parts = config.num_minibatches * config.num_microbatches
         of_all_rows = partial(
             self._in_parts,
             length=state.length,
             reduction=CONCATENATE,
-            num_microbatches=self.config.num_minibatches * self.config.num_microbatches,
+            num_microbatches=num_parts,
         )
 
-        def ref_logprobs(params: Params, rows: Any, layout: Layout | None) -> Array:
+        def ref_outputs(params: Params, rows: Any, layout: Layout | None) -> Array:
             """Over all ids that the rules allow."""
             return self.response_outputs(params, *rows, layout=layout, with_values=False).logprobs
 
         def outputs(params: Params, rows: Any, layout: Layout | None) -> ResponseOutputs:
             return self.response_outputs(params, *rows, layout=layout)
 
-        own = self._own(mdp.response_mask(state, self.rules.max_new_tokens, jnp))
-        rows = state.tokens, state.prompt_length, state.length
-        reference_params = nnx.State({**params, "backbone": reference})
-        return make_batch(
-            rollout,
-            score,
-            of_all_rows(outputs, params, (*rows, rollout.sampling_mask, own)),
-            of_all_rows(ref_logprobs, reference_params, (*rows, None, own)),
-            controls,
-            self.config,
-            rewards,
-        )
+        of_reference = nnx.State({**whole, "backbone": reference})
+        ref_logprobs = of_all_rows(ref_outputs, of_reference, (*written, None, own))
+
+        def batch_of(old: ResponseOutputs) -> Prepared:
+            return make_batch(rollout, score, old, ref_logprobs, controls, config, rewards)
+
+        rows = *written, rollout.sampling_mask, own
+        if num_parts > 1 or self.mesh is not None:
+            return batch_of(of_all_rows(outputs, whole, rows)), None
+
+        def at_once(layout: Layout | None) -> tuple[Prepared, Gradients]:
+            old, pulled_back = jax.vjp(lambda x: outputs(join(x, frozen), rows, layout), params)
+            prepared = batch_of(old)
+            minibatch = self._whitened(prepared.batch)
+            weights = algorithm.token_weights(minibatch.mask, config.loss_aggregation)
+            gradients, (sums, ratio_max_error) = jax.grad(ppo_loss, has_aux=True)(
+                old, minibatch, weights, config
+            )
+            (by_params,) = pulled_back(gradients)
+            return prepared, Gradients(by_params, sums, ratio_max_error)
+
+        return in_fewest_rows(at_once, state.length, self.rules.max_length, config.num_packed_sizes)
 
     def update(
-        self, state: TrainState, batch: Batch, key: PRNGKeyArray, frozen: Params = NOTHING
+        self,
+        state: TrainState,
+        batch: Batch,
+        key: PRNGKeyArray,
+        frozen: Params = NOTHING,
+        first: Gradients | None = None,
     ) -> tuple[TrainState, Metrics, Distributions]:
         """Epochs x minibatches, each epoch in an order of its own, until done or KL early stop.
 
@@ -135,6 +197,7 @@ class Learner:
 
         Args:
             frozen: the policy's parameters that are not in the state, since they never learn.
+            first: of the first minibatch, where `prepare` has them.
         """
         config = self.config
         num_minibatches = config.num_minibatches
@@ -151,11 +214,12 @@ class Learner:
             epoch, part = carry.num_seen // num_minibatches, carry.num_seen % num_minibatches
             order = jax.random.permutation(jax.random.fold_in(key, epoch), len(batch.length))
             rows = order.reshape(num_minibatches, -1)[part]
-            minibatch = jax.tree.map(lambda x: x[rows], batch)
-            if config.whitening == "minibatch":
-                advantages = algorithm.masked_whiten(minibatch.advantages, minibatch.mask)
-                minibatch = minibatch._replace(advantages=advantages)
-            gradients, sums, ratio_max_error = self.gradients(carry.params, minibatch, frozen)
+            minibatch = self._whitened(jax.tree.map(lambda x: x[rows], batch))
+            return one_step(carry, self.gradients(carry.params, minibatch, frozen))
+
+        def one_step(carry: _UpdateCarry, of_minibatch: Gradients) -> _UpdateCarry:
+            part = carry.num_seen % num_minibatches
+            gradients, sums, ratio_max_error = of_minibatch
             gradients = jax.tree.map(jnp.multiply, gradients, trainable)
             norm = global_norm(gradients, self.mesh)
             metrics = sums.metrics | {"policy/grad_norm": norm}
@@ -212,7 +276,11 @@ class Learner:
             ratios=jnp.zeros(len(algorithm.RATIO_EDGES) - 1, jnp.int32),
             sums=dict.fromkeys((*averaged(config), "policy/grad_norm"), jnp.zeros((), jnp.float32)),
         )
-        end = jax.lax.while_loop(is_running, one_minibatch, start)
+        if first is not None:
+            start = one_step(start, first)
+        end = start
+        if first is None or num_steps > 1:
+            end = jax.lax.while_loop(is_running, one_minibatch, start)
         count = jnp.maximum(end.num_seen - end.num_nonfinite, 1)
         stopped_early = end.stopped
         if config.target_kl_grain == "epoch":  # after the last one there was nothing to stop
@@ -244,10 +312,8 @@ class Learner:
         )
         return next_state, metrics, {"ratio": end.ratios}
 
-    def gradients(
-        self, params: Params, minibatch: Batch, frozen: Params = NOTHING
-    ) -> tuple[Params, MinibatchSums, Float[Array, ""]]:
-        """Of the loss of a minibatch by `params`; what to watch of it; its largest |ratio - 1|."""
+    def gradients(self, params: Params, minibatch: Batch, frozen: Params = NOTHING) -> Gradients:
+        """Of the loss of a minibatch by `params`."""
         weights = algorithm.token_weights(minibatch.mask, self.config.loss_aggregation)
 
         def of_part(
@@ -280,7 +346,7 @@ class Learner:
             reduction=ADD,
             num_microbatches=self.config.num_microbatches,
         )
-        return gradients, sums, ratio_max_error
+        return Gradients(gradients, sums, ratio_max_error)
 
     def response_outputs(
         self,
@@ -300,6 +366,12 @@ class Learner:
             remat=self.remat,
             layout=layout,
         )
+
+    def _whitened(self, minibatch: Batch) -> Batch:
+        if self.config.whitening != "minibatch":
+            return minibatch
+        advantages = algorithm.masked_whiten(minibatch.advantages, minibatch.mask)
+        return minibatch._replace(advantages=advantages)
 
     def _own(self, mask: Bool[Array, "B T"]) -> Bool[Array, "B T"] | None:
         """The tokens that are the policy's; None, for all, where nobody else wrote any."""

@@ -40,6 +40,5 @@ def test_an_iteration_lowers(num_devices, dtype, make_network, make_test_task, t
     numbers = first.prompt_length, jnp.int32(0)
     rollout = result(agent.actor._begin, state.params, ids, *numbers, key, **how).rollout
     score = jnp.zeros(4)
-    prepared = result(agent._prepare, state.params, agent.reference, state.controls, rollout, score)
-    after, _, _ = result(agent._update, state, prepared.batch, key)
+    after, *_ = result(agent._learn, state, agent.initial_backbone, rollout, score, None, key)
     jax.tree.map(lambda x, y: None if x.shape == y.shape else pytest.fail(), state, after)

@@ -198,16 +198,9 @@ def test_what_crosses_between_shards(make_agent):
     for body in program.loops:
         assert not program.collectives_within(body), "whenever a device reads its next prompts"
 
-    prepared = jax.eval_shape(
-        agent.learner.prepare,
-        agent.params,
-        agent.reference,
-        state.controls,
-        begin.out_info.rollout,
-        jnp.zeros(16),
-    )
-    update = agent._update.lower(state, prepared.batch, key, agent.frozen)
-    program = Program(update.compile().as_text())
+    written = begin.out_info.rollout, jnp.zeros(16), None
+    learn = agent._learn.lower(state, state.params["backbone"], *written, key, agent.frozen)
+    program = Program(learn.compile().as_text())
     assert program.collectives("all-gather")
     smallest_matrix = 2 * 16 * 64  # the layers' key projections
     assert max(program.collectives("all-reduce")) < smallest_matrix

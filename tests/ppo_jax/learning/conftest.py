@@ -14,7 +14,7 @@ from flax import nnx
 from ppo_jax.config import OptimizerConfig, PPOConfig
 from ppo_jax.generation.rollout import Rollout
 from ppo_jax.learning.batch import Batch, Prepared
-from ppo_jax.learning.frozen import join, partition
+from ppo_jax.learning.frozen import partition
 from ppo_jax.learning.learner import Learner, TrainState
 from ppo_jax.mesh import make_mesh, place
 from ppo_jax.models import DecoderConfig, PolicyValueNetwork, with_separate_critic
@@ -39,6 +39,8 @@ OPTIMIZER = OptimizerConfig(
 
 class CompiledLearner:
     """A learner at its start; `prepare` and `update` are compiled when they are first called.
+
+    `update` computes the first minibatch's gradients as it does those of the others.
 
     Args:
         changes: fields of `PPO` and `OPTIMIZER` that are others here.
@@ -83,8 +85,17 @@ class CompiledLearner:
 
     def prepare(self, rollout: Rollout, score: np.ndarray = SCORE) -> Prepared:
         """Of episodes that the policy at its start wrote; the reference is another network."""
-        start, params = self.start, join(self.start.params, self.frozen)
-        return self._prepare(params, self.reference, start.controls, rollout, score)
+        start, frozen = self.start, self.frozen
+        prepared, _ = self._prepare(
+            start.params, self.reference, start.controls, rollout, score, frozen=frozen
+        )
+        return prepared
+
+    def learn(self, rollout: Rollout, score: np.ndarray = SCORE) -> Any:
+        """(state, metrics, distributions, tokens) after an iteration, in one program."""
+        key, start = jax.random.key(0), self.start
+        learn = functools.partial(self.compile(self.learner.learn), frozen=self.frozen)
+        return learn(start, self.reference, rollout, score, None, key)
 
     def update(self, batch: Batch, *, state: TrainState | None = None, seed: int = 0) -> Any:
         """(state, metrics, distributions) after an iteration from `state`, or from the start."""

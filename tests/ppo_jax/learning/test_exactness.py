@@ -128,6 +128,27 @@ def test_shards(learner_of, make_network, rules, finished):
     assert 0 < np.linalg.norm(halved[1] - halved[0]) < rounding
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_packed_sizes": 2},
+        {"critic": "separate", "advantage_whitening": "minibatch", "old_logprobs": "rollout"},
+        {"critic": "stopped", "num_epochs": 1, "target_kl": 0.5, "entropy_coef": 0.1},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_gradients_of_the_first_epoch_from_the_pass_before_it(compiled, finished, changes):
+    """They are those of a pass of its own."""
+    learner = compiled(optimized=True, **changes)
+    prepared = learner.prepare(finished)
+    state, metrics, _ = learner.update(prepared.batch)
+    at_once, more, _, tokens = learner.learn(finished)
+    assert_same_update((state, prepared.metrics | metrics, None), (at_once, more, None))
+    chex.assert_trees_all_close(tokens, prepared.tokens, rtol=0, atol=2e-6)
+    if "old_logprobs" not in changes:
+        assert more["policy/first_ratio_max_error"] == 0
+
+
 def test_row_order(plain_update, plain, batch):
     shuffled = jax.tree.map(lambda x: x[np.array([2, 0, 3, 1])], batch)
     assert_same_update(plain_update, plain.update(shuffled))

@@ -197,9 +197,10 @@ def gradients(learner):
 def batch_of(learner, task):
     """What the learner makes of all episodes of a task."""
     start = learner.start
-    return learner.compile(learner.learner.prepare)(
+    prepared, _ = learner.compile(learner.learner.prepare)(
         start.params, task.reference, start.controls, task.rollout(), task.score
     )
+    return prepared
 
 
 def test_the_list_of_responses_is_complete(mdp_task):
@@ -248,12 +249,12 @@ def test_the_rollout_draws_a_truncated_policys_responses(truncated_task, make_le
     p = task.probabilities()
     assert stats.chisquare(counts, draws * p / p.sum()).pvalue > 1e-3
     start = learner.start
-    metrics = learner.compile(learner.learner.prepare)(
+    prepared, _ = learner.compile(learner.learner.prepare)(
         start.params, task.reference, start.controls, drawn, np.zeros(draws, np.float32)
-    ).metrics
+    )
     kl = np.asarray(task.logprobs(task.params) - task.ref_logprobs, np.float64).sum(-1)
     noise = np.sqrt(p @ kl**2 - (p @ kl) ** 2) / np.sqrt(draws)
-    assert metrics["objective/kl"] == pytest.approx(p @ kl, abs=4 * noise)
+    assert prepared.metrics["objective/kl"] == pytest.approx(p @ kl, abs=4 * noise)
     assert 4 * noise < 0.2 * (p @ kl)
 
 

@@ -77,9 +77,10 @@ def test_a_policy_that_is_its_own_reference_has_no_kl(network, compiled, finishe
     learner = compiled(temperature=0.5, num_microbatches=2)
     start = learner.start
     prepare = learner.compile(learner.learner.prepare)
-    _, _, metrics, _, _ = prepare(
+    prepared, _ = prepare(
         start.params, nnx.state(network.backbone), start.controls, finished, SCORE
     )
+    metrics = prepared.metrics
     assert metrics["objective/kl"] == 0
     assert metrics["objective/reward"] == metrics["objective/score"]
 

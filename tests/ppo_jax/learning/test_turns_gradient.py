@@ -134,7 +134,7 @@ def test_turns_replies_and_their_rewards_make_the_exact_gradient(game, network, 
         return jnp.sum(jnp.exp(log_p) * (game.score - BETA * (log_p - log_ref)))
 
     expected = jax.grad(objective)(params)
-    batch, *_ = learner.compile(learner.learner.prepare)(
+    prepared, _ = learner.compile(learner.learner.prepare)(
         start.params,
         learner.reference,
         start.controls,
@@ -142,6 +142,7 @@ def test_turns_replies_and_their_rewards_make_the_exact_gradient(game, network, 
         game.score,
         game.rewards,
     )
+    batch = prepared.batch
     assert jnp.abs(batch.values).max() > 0.3
     np.testing.assert_array_equal(batch.mask, game.own)
     weight = jnp.exp(game.log_p(network)) * batch.mask.sum()
