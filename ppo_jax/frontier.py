@@ -10,13 +10,11 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -25,11 +23,12 @@ from ppo_jax import cli, flags
 from ppo_jax.assembly import assemble
 from ppo_jax.config import DevicesConfig, SamplingConfig, TaskConfig
 from ppo_jax.config.fields import Checked, Count, Rate, Seed, part_of
+from ppo_jax.files import atomic, write_json
 from ppo_jax.generation.actor import Actor
 from ppo_jax.generation.optimum import Optimum, optimum, optimum_at, share_of_gain
 from ppo_jax.mesh import make_mesh
-from ppo_jax.runs.curves import save_png
-from ppo_jax.runs.panels import BLUE, ORANGE
+from ppo_jax.runs.curves import plot_curves
+from ppo_jax.runs.folder import FRONTIER, read_records
 from ppo_jax.runs.progress import counting
 from ppo_jax.runs.records import RecordFile
 from ppo_jax.runs.trained import TrainedRun, named_run
@@ -154,31 +153,6 @@ class Frontier(NamedTuple):
             table.add_row("share of the gain", "", "", *cells, "")
         return table
 
-    def draw(self, metrics: Sequence[dict[str, Any]], path: Path) -> None:
-        """The best policies as a line, and beside it the way of a run, which `metrics` tell."""
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-        axis = figure.subplots()
-        names = {"reward": "objective/score"} | dict.fromkeys(self.reference.others, "reward/gold")
-        for (name, metric), color in zip(names.items(), (BLUE, ORANGE), strict=False):
-            best = [self.reference, *self.best]
-            rewards = [p.reward if name == "reward" else p.others[name] for p in best]
-            axis.plot([p.kl for p in best], rewards, "-", color=color, label=f"{name}, the best")
-            way = [(m["objective/kl"], m[metric]) for m in metrics if m.get(metric) is not None]
-            if way:
-                axis.plot(
-                    *zip(*way, strict=True),
-                    ".",
-                    ms=4,
-                    color=color,
-                    alpha=0.6,
-                    label=f"{name}, the run",
-                )
-        axis.set_xlabel("KL from the untrained model, nats a response")
-        axis.set_ylabel("reward function's units")
-        axis.legend(frameon=False)
-        axis.grid(alpha=0.25)
-        save_png(figure, path)
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     with cli.errors_as_sentences():
@@ -192,9 +166,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             Console(markup=False).print(found.as_table())
         if run is not None:
-            path = run.folder / "frontier.png"
-            found.draw(metrics, path)
-            cli.say(f"The picture is {path}.")
+            with atomic(run.folder / FRONTIER) as partial:  # a run that goes on reads it
+                write_json(partial, found.as_json())
+            curves = run.folder / "curves.png"
+            plot_curves(read_records(run.folder), curves)
+            cli.say(f'"Gain against KL" in {curves} now has the best policies beside the run.')
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainedRun | None]:

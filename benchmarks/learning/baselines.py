@@ -1,21 +1,27 @@
 """What PPO has to beat: to draw several responses and keep the best, and to learn from those."""
 
+from contextlib import suppress
+
 import jax
 import numpy as np
 import optax
+from jaxtyping import Float
 
 from learning.best_of_n import best_of_n_kl, best_of_n_weights
 from learning.imitation import in_random_order, maximise_likelihood
 from learning.runs import Bench, Record, grammatical
 from learning.settings import SETTINGS
 from ppo_jax.agent import PPOAgent
+from ppo_jax.generation.optimum import optimum, optimum_at
 from qwen_env import mdp
 
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 SFT_EPOCHS = 16
 SFT_BATCH = 64
 ROWS = 256  # responses that are drawn at one time
-BEST_OF_N_KEY, SFT_KEY = 1_000_002, 1_000_003  # see `learning.runs.EVALUATE`
+SAMPLES = 512  # to each held-out prompt, for the best policies
+KLS = np.arange(1, 61) / 10  # nats a response, as far as they can be told from so many samples
+BEST_OF_N_KEY, SFT_KEY, FRONTIER_KEY = 1_000_002, 1_000_003, 1_000_004  # see `runs.EVALUATE`
 
 
 def best_of_n(bench: Bench, seed: int) -> Record:
@@ -23,9 +29,36 @@ def best_of_n(bench: Bench, seed: int) -> Record:
 
     The mean over all n-subsets of the largest n's samples: no sample is wasted.
     """
-    agent, count = _untrained(bench, seed), max(BEST_OF)
-    key = jax.random.fold_in(jax.random.key(seed), BEST_OF_N_KEY)
-    per_call = ROWS // count
+    count = max(BEST_OF)
+    drawn = _untrained_responses(bench, count, seed, BEST_OF_N_KEY)
+    order = np.argsort(drawn["score"], axis=1, kind="stable")
+    means = {name: np.take_along_axis(x, order, axis=1).mean(0) for name, x in drawn.items()}
+    return {
+        "best_of": [
+            {"n": n, "kl": best_of_n_kl(n)}
+            | {name: float(best_of_n_weights(n, count) @ mean) for name, mean in means.items()}
+            for n in BEST_OF
+        ]
+    }
+
+
+def best_policies(bench: Bench, seed: int) -> Record:
+    """What the best policy of each KL earns on the held-out prompts."""
+    drawn = _untrained_responses(bench, SAMPLES, seed, FRONTIER_KEY)
+    rewards, gold = drawn["score"], {"gold": drawn["gold"]}
+    best = [optimum(rewards, np.inf, gold)]
+    with suppress(ValueError):  # so many nats cannot be told from the samples
+        best.extend(optimum_at(kl, rewards, gold) for kl in KLS)  # as far as it comes
+    return {"frontier": [{"kl": p.kl, "score": p.reward, "gold": p.others["gold"]} for p in best]}
+
+
+def _untrained_responses(
+    bench: Bench, count: int, seed: int, use: int
+) -> dict[str, Float[np.ndarray, "prompts count"]]:
+    """Measures of the untrained model's responses to each held-out prompt."""
+    agent = _untrained(bench, seed)
+    key = jax.random.fold_in(jax.random.key(seed), use)
+    per_call = max(ROWS // count, 1)
     columns: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(bench.held_out), per_call):
         done = agent.actor.respond(
@@ -35,23 +68,14 @@ def best_of_n(bench: Bench, seed: int) -> Record:
             completions_per_prompt=count,
         )
         outcomes = done.outcomes
-        order = np.argsort(done.scores.reshape(-1, count), axis=1, kind="stable")
         for name, values in {
             "score": done.scores,
             "gold": np.array([o.info["reward_components"]["gold"] for o in outcomes]),
             "length_mean": np.array([o.info["completion_length"] for o in outcomes]),
             "grammatical": grammatical(done.episodes, outcomes),
         }.items():
-            ranked = np.take_along_axis(values.reshape(-1, count), order, axis=1)
-            columns.setdefault(name, []).append(ranked)
-    means = {name: np.concatenate(rows).mean(0) for name, rows in columns.items()}
-    return {
-        "best_of": [
-            {"n": n, "kl": best_of_n_kl(n)}
-            | {name: float(best_of_n_weights(n, count) @ mean) for name, mean in means.items()}
-            for n in BEST_OF
-        ]
-    }
+            columns.setdefault(name, []).append(values.reshape(-1, count))
+    return {name: np.concatenate(rows) for name, rows in columns.items()}
 
 
 def sft(bench: Bench, n: int, seed: int) -> Record:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from learning.jobs import Job, Record, Tick, Worker
-from learning.settings import BEST_OF_N, SETTINGS, SFT
+from learning.settings import BEST_OF_N, FRONTIER, SETTINGS, SFT
 from qwen_env.errors import UsageError
 
 PPO_SETTINGS = {setting.name: setting for setting in SETTINGS}
@@ -11,7 +11,8 @@ NAMES = (*PPO_SETTINGS, BEST_OF_N, *SFT)
 
 
 def jobs(names: Sequence[str], num_seeds: int, iterations: int) -> list[list[Job]]:
-    """One list a name (all of them, if none is given), with a job a seed.
+    """One list a name (all of them, if none is given), with a job a seed; and before them what all
+    are measured against.
 
     Raises:
         UsageError: there is no such name.
@@ -24,14 +25,15 @@ def jobs(names: Sequence[str], num_seeds: int, iterations: int) -> list[list[Job
         changes = PPO_SETTINGS[name].changes if name in PPO_SETTINGS else ""
         return [Job(name, seed, iterations, changes) for seed in range(num_seeds)]
 
-    return [of_name(name) for name in NAMES if name in names or not names]
+    chosen = [of_name(name) for name in NAMES if name in names or not names]
+    return [[Job(FRONTIER, 0, iterations, "")], *chosen]
 
 
 def cost(job: Job) -> int:
     """About how long it takes, in iterations."""
     if job.name in PPO_SETTINGS:
         return PPO_SETTINGS[job.name].length * job.iterations
-    return 40 if job.name == BEST_OF_N else 30 + 3 * SFT[job.name]
+    return {FRONTIER: 250, BEST_OF_N: 40}.get(job.name) or 30 + 3 * SFT[job.name]
 
 
 def start() -> Worker:
@@ -44,7 +46,9 @@ def start() -> Worker:
     def work(job: Job, tick: Tick) -> Record:
         if job.name in PPO_SETTINGS:
             return bench.train(PPO_SETTINGS[job.name], job.iterations, job.seed, tick)
-        if job.name == BEST_OF_N:
+        if job.name == FRONTIER:
+            record = baselines.best_policies(bench, job.seed)
+        elif job.name == BEST_OF_N:
             record = baselines.best_of_n(bench, job.seed)
         else:
             record = baselines.sft(bench, SFT[job.name], job.seed)

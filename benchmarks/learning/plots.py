@@ -114,6 +114,9 @@ def _frontier(summary: Summary) -> Figure:
         figure.subplots(1, 2), (("Proxy score", "score"), ("Gold score", "gold")), strict=True
     ):
         best = [(row["kl"].mean, row[name].mean) for row in summary.best_of]
+        if summary.frontier:
+            line = [(point["kl"], point[name]) for point in summary.frontier]
+            axis.plot(*zip(*line, strict=True), "k--", lw=1, label="the best that any policy can")
         axis.plot(*zip(*best, strict=True), "s-", color=GREEN, ms=4, label="best of n (KL at most)")
         for row, (x, y) in zip(summary.best_of, best, strict=True):
             axis.annotate(f"{row['n'].mean:.0f}", (x, y), (3, -11), textcoords="offset points",

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from learning.settings import BEST_OF_N, SETTINGS, Setting
+from learning.settings import BEST_OF_N, FRONTIER, SETTINGS, Setting
+from ppo_jax.generation.optimum import share_of_gain
 from ppo_jax.runs.seeds import Interval, Verdict, holm, interval, paired, verdict
 
 Record = dict[str, Any]
@@ -31,6 +33,8 @@ COLUMNS = (
     Column("length", "sampled/length_mean", 1),
     Column("grammatical", "sampled/grammatical", 3),
 )
+SHARES = (Column("share, proxy", "share/score", 3), Column("share, gold", "share/gold", 3))
+"""Of the gain over the untrained model that is possible at one's own KL."""
 COMPARED = (
     Column("proxy", "sampled/score", 2),
     Column("gold", "sampled/gold", 2),
@@ -64,6 +68,7 @@ class Summary:
     differences: dict[str, dict[str, Difference]]  # by name, metric
     curves: dict[str, list[dict[str, Interval]]]  # by name; a point holds every metric
     best_of: list[dict[str, Interval]]  # by n
+    frontier: list[dict[str, float]]  # the best policies by KL, the untrained model first
 
 
 def summarise(records: Sequence[Record]) -> Summary:
@@ -71,9 +76,11 @@ def summarise(records: Sequence[Record]) -> Summary:
     for record in records:
         by_name.setdefault(record["name"], {})[record["seed"]] = record
     best_of = by_name.pop(BEST_OF_N, {})
+    frontier = by_name.pop(FRONTIER, {0: {"frontier": []}})[0]["frontier"]
     finals = {
         name: {
-            seed: {**run["curve"][-1], **run.get("last_third", {})} for seed, run in runs.items()
+            seed: run["curve"][-1] | run.get("last_third", {}) | shares(run["curve"][-1], frontier)
+            for seed, run in runs.items()
         }
         for name, runs in by_name.items()
     }
@@ -88,7 +95,24 @@ def summarise(records: Sequence[Record]) -> Summary:
             for name, runs in by_name.items()
         },
         best_of=_pointwise([run["best_of"] for run in best_of.values()]),
+        frontier=frontier,
     )
+
+
+def shares(point: Mapping[str, float], frontier: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of the gain that is possible at the point's KL, how much it has: by `SHARES`; nothing where
+    its KL is beyond the frontier's."""
+    kls = [best["kl"] for best in frontier]
+    if not kls or point["kl"] > kls[-1]:
+        return {}
+    return {
+        f"share/{name}": share_of_gain(
+            point[f"sampled/{name}"],
+            float(np.interp(point["kl"], kls, [best[name] for best in frontier])),
+            frontier[0][name],
+        )
+        for name in ("score", "gold")
+    }
 
 
 def _pointwise(curves: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, Interval]]:
@@ -97,7 +121,9 @@ def _pointwise(curves: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, I
 
 
 def _intervals(rows: Sequence[dict[str, float]]) -> dict[str, Interval]:
-    return {name: interval([row[name] for row in rows]) for name in rows[0]}
+    """Of what all rows have."""
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    return {name: interval([row[name] for row in rows]) for name in names}
 
 
 def _differences(settings: Sequence[Setting], finals: Finals) -> dict[str, dict[str, Difference]]:
@@ -135,6 +161,8 @@ def differences_between(
 
 def brief(record: Record) -> str:
     """A run in a line."""
+    if "frontier" in record:
+        return f"up to a KL of {record['frontier'][-1]['kl']:.1f}"
     point = record["curve"][-1] if "curve" in record else record["best_of"][-1]
     score, gold = (point.get(f"sampled/{name}", point.get(name)) for name in ("score", "gold"))
     return f"proxy {score:.2f}, gold {gold:.2f}, KL {point['kl']:.2f}"
@@ -156,10 +184,12 @@ def write_tables(summary: Summary, folder: Path) -> None:
 def _finals(summary: Summary) -> Table:
     table = Table(title="At the end of a run: mean ± half of the 95 % confidence interval")
     table.add_column("setting")
-    for column in COLUMNS:
+    columns = (*COLUMNS, *SHARES) if summary.frontier else COLUMNS
+    for column in columns:
         table.add_column(column.title, justify="right")
     for name, finals in summary.finals.items():
-        table.add_row(name, *(interval_text(finals[c.metric], c.digits) for c in COLUMNS))
+        known = ((finals.get(column.metric), column.digits) for column in columns)
+        table.add_row(name, *("" if x is None else interval_text(x, digits) for x, digits in known))
     return table
 
 
@@ -237,5 +267,5 @@ def _as_json(summary: Summary) -> Record:
             return {key: plain(value) for key, value in x.items()}
         return [plain(value) for value in x] if isinstance(x, list) else x
 
-    names = ("seeds", "finals", "differences", "curves", "best_of")
+    names = ("seeds", "finals", "differences", "curves", "best_of", "frontier")
     return {name: plain(getattr(summary, name)) for name in names}

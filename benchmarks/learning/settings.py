@@ -9,6 +9,8 @@ BASELINE = "baseline"
 LONG = "twice as long"
 """The baseline with twice the iterations of the others; the learning curves are its."""
 
+FRONTIER = "best policies"
+"""What can be earned at each KL; drawn once, since it does not depend on any training."""
 BEST_OF_N = "best of n"
 SFT = {"SFT on best of 8": 8, "SFT on best of 32": 32}
 """The baselines without PPO; for SFT, the n of each."""

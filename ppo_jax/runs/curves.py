@@ -65,8 +65,8 @@ PANELS: Sequence[Panel] = (
         "Gain against KL",
         Line("objective/kl"),
         (
-            Line("reward/gold", "gold score", ORANGE, "^", unit="reward/gold_std"),
-            Line("objective/score", "score", BLUE, "o", unit="objective/score_std"),
+            Line("reward/gold", "gold score", ORANGE, "^", "reward/gold_std", best="gold"),
+            Line("objective/score", "score", BLUE, "o", "objective/score_std", best="reward"),
         ),
         "KL, nats a response",
         _GAIN,

@@ -7,6 +7,7 @@ A run ends where its checkpoints or models cannot be written. Where its records,
 TensorBoard files cannot be, or a tracker fails, it says so once and goes on.
 """
 
+import json
 import math
 import os
 import shutil
@@ -43,12 +44,15 @@ _METRICS, _DISTRIBUTIONS = "metrics.jsonl", "distributions.jsonl"
 _SAMPLES, _TOKENS = "samples.jsonl", "tokens.jsonl"
 _RECORDS = (_METRICS, _DISTRIBUTIONS, _SAMPLES, _TOKENS)
 _SOLVABLE, _TRACKERS = "solvable.json", "trackers.json"
+FRONTIER = "frontier.json"
+"""What ppo-frontier found of a run's task, which the curves are then drawn against."""
 _SEEN_WITHIN = 60.0  # seconds
 _NAMES = (
     "config.json",
     _SOLVABLE,
     *_RECORDS,
     "curves.png",
+    FRONTIER,
     "tensorboard",
     _TRACKERS,
     "wandb",
@@ -386,7 +390,18 @@ def read_records(folder: Path, kind: type[RunSettings] = TrainConfig) -> Records
     if not isinstance(config, TrainConfig):
         return records
     low, high = clip_limits(config.ppo.clip_range, config.ppo.clip_range_high)
-    return records._replace(clip_limits=(float(low), float(high)))
+    limits = float(low), float(high)
+    return records._replace(clip_limits=limits, frontier=_read_frontier(folder / FRONTIER))
+
+
+def _read_frontier(path: Path) -> Record | None:
+    if not path.exists():
+        return None
+    try:
+        frontier: Record = json.loads(path.read_text())
+    except ValueError:
+        raise UsageError(f"{path} is no JSON; remove it, or let ppo-frontier write it.") from None
+    return frontier
 
 
 def read_samples(folder: Path) -> list[Record]:

@@ -30,6 +30,7 @@ class Records(NamedTuple):
     metrics: Sequence[Mapping[str, Any]]
     distributions: Sequence[Mapping[str, Any]] = ()
     clip_limits: tuple[float, float] = (0.8, 1.2)  # of the ratio
+    frontier: Mapping[str, Any] | None = None  # what ppo-frontier found, where it was asked
 
 
 class Panel(Protocol):
@@ -53,6 +54,8 @@ class Line(NamedTuple):
     """A metric whose first value is the curve's unit; the curve then begins at 0."""
     trials: str | None = None
     """A metric that says of how many trials the curve is the share: it gets a 95 % interval."""
+    best: str | None = None
+    """What the frontier calls the metric: on a path, the best policies are drawn beside the run."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,8 @@ class PathPanel:
         last = max(across, default=1)
         known = [line for line in self.lines if _points(line, run.metrics)]
         for line in known:
+            if best := _best_policies(line, run):
+                axis.plot(*zip(*best, strict=True), "--", color=line.color, lw=1.2)
             upwards = _points(line, run.metrics)
             iterations = [i for i in upwards if i in across]
             x, y = [across[i] for i in iterations], [upwards[i] for i in iterations]
@@ -202,8 +207,21 @@ class PathPanel:
                 label=line.label,
                 **way,
             )
-        _dress(axis, self.title, self.x_unit, self.y_unit, has_legend=len(known) > 1)
+        if run.frontier is not None:
+            axis.plot([], [], "--", color=GREY, lw=1.2, label="the best there is")
+        many = len(known) > 1 or run.frontier is not None
+        _dress(axis, self.title, self.x_unit, self.y_unit, has_legend=many)
         _color_bar(axis, points, "iteration")
+
+
+def _best_policies(line: Line, run: Records) -> list[tuple[float, float]]:
+    """KL of the best policies, and the curve's unit of what they earn; none where unknown."""
+    if run.frontier is None or line.best is None:
+        return []
+    points = [run.frontier["reference"], *run.frontier["best"]]
+    earned = {p["kl"]: ({"reward": p["reward"]} | p["others"]).get(line.best) for p in points}
+    known = {kl: reward for kl, reward in earned.items() if reward is not None}
+    return list(_in_unit(line, known, run.metrics).items())
 
 
 def _dress(axis: Axes, title: str, x_unit: str, y_unit: str, *, has_legend: bool = False) -> None:
@@ -241,19 +259,27 @@ def _whole_numbers() -> MaxNLocator:
     return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
 
 
-def _points(line: Line, metrics: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+def _points(line: Line, metrics: Sequence[Mapping[str, Any]]) -> dict[float, float]:
     """Values by iteration, without those that were not finite (null in the file)."""
-    points: dict[int, float] = {}
+    points: dict[float, float] = {}
     # The untrained policy's evaluation stands in the first record: iteration 0 has none.
     if line.metric.startswith("eval/") and metrics:
         baseline = metrics[0].get(line.metric.replace("eval/", "baseline/"))
         if baseline is not None:
             points[0] = baseline
     points |= {m["iteration"]: m[line.metric] for m in metrics if m.get(line.metric) is not None}
+    return _in_unit(line, points, metrics)
+
+
+def _in_unit(
+    line: Line, points: dict[float, float], metrics: Sequence[Mapping[str, Any]]
+) -> dict[float, float]:
+    """Values of the curve's metric in its unit, counted from where the run began."""
     if line.unit is None or not points:
         return points
-    origin, unit = next(iter(points.values())), metrics[0].get(line.unit)
-    return {i: (value - origin) / unit for i, value in points.items()} if unit else {}
+    origin = next(m[line.metric] for m in metrics if m.get(line.metric) is not None)
+    unit = metrics[0].get(line.unit)
+    return {x: (value - origin) / unit for x, value in points.items()} if unit else {}
 
 
 def _running_mean(y: Sequence[float]) -> list[float]:

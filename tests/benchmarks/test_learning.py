@@ -112,7 +112,8 @@ def test_settings_are_valid_and_have_what_they_are_compared_with() -> None:
 
 
 def test_a_job_is_done_when_a_record_has_all_its_fields() -> None:
-    [[job, _]] = plan.jobs(["clip 0.1"], 2, 30)
+    [[frontier], [job, _]] = plan.jobs(["clip 0.1"], 2, 30)
+    assert frontier.name == settings.FRONTIER
     record = {"name": "clip 0.1", "seed": 0, "iterations": 30, "changes": "clip_range 0.1"}
     assert jobs.is_record_of(record | {"curve": []}, job)
     for changed in ({"seed": 1}, {"iterations": 60}, {"changes": "clip_range 0.15"}):
@@ -188,6 +189,7 @@ def records() -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     for seed in range(3):
         base = dict(zip(metrics, rng.normal(size=len(metrics)), strict=True))
+        base |= {"kl": 1.5 + seed, "sampled/score": 0.9, "sampled/gold": 0.1}
         worse = {name: value - 1 - 0.001 * seed for name, value in base.items()}
         noisy = {name: value + rng.normal() for name, value in base.items()}
         for name, final in (
@@ -205,7 +207,20 @@ def records() -> list[dict[str, Any]]:
             for n in (1, 2)
         ]
         made.append({"name": "best of n", "seed": seed, "best_of": rows})
-    return made
+    # Lines: 2 of the score a nat of KL above 0, half of gold above -0.4.
+    line = [{"kl": kl, "score": 2.0 * kl, "gold": 0.5 * kl - 0.4} for kl in (0, 1, 4)]
+    return [*made, {"name": "best policies", "seed": 0, "frontier": line}]
+
+
+def test_share_of_the_gain_that_is_possible_at_the_same_kl() -> None:
+    frontier = records()[-1]["frontier"]
+    point = {"kl": 2.0, "sampled/score": 3.0, "sampled/gold": 0.4}
+    assert report.shares(point, frontier) == pytest.approx({"share/score": 0.75, "share/gold": 0.8})
+    assert report.shares(point | {"kl": 4.5}, frontier) == {}  # nothing is known there
+    assert report.shares(point, []) == {}
+    finals = report.summarise(records()).finals["baseline"]
+    shares = [0.9 / (2 * kl) for kl in (1.5, 2.5, 3.5)]
+    assert finals["share/score"] == seeds.interval(shares)
 
 
 def test_tables_and_plots_say_what_the_records_hold(tmp_path: Path) -> None:

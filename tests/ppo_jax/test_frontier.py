@@ -8,6 +8,11 @@ import pytest
 
 from ppo_jax import frontier
 from ppo_jax.generation.optimum import share_of_gain
+from ppo_jax.runs.curves import PANELS, draw_grid
+from ppo_jax.runs.folder import read_records
+from qwen_env.errors import UsageError
+
+[gain_against_kl] = [panel for panel in PANELS if panel.title == "Gain against KL"]
 
 
 @pytest.mark.usefixtures("rewards")
@@ -31,8 +36,19 @@ def test_a_run_against_the_best(finished_run: Path, capfd: pytest.CaptureFixture
         last["objective/score"], found["best_there"]["reward"], reference["reward"]
     )
     assert found["share_of_gain"]["reward"] == pytest.approx(share)
-    assert (finished_run / "frontier.png").stat().st_size > 10_000
-    (finished_run / "frontier.png").unlink()
+    # The curves are drawn against what was found, now and whenever they are drawn anew.
+    records = read_records(finished_run)
+    assert records.frontier == found
+    [axis, *_] = draw_grid([(gain_against_kl, records)], columns=1).axes
+    lines = [line for line in axis.get_lines() if line.get_linestyle() == "--"]
+    by_kl = lines[0].get_xdata(), lines[0].get_ydata()
+    assert list(by_kl[0]) == [0, *(point["kl"] for point in best)]
+    first, spread = metrics[0]["objective/score"], metrics[0]["objective/score_std"]
+    np.testing.assert_allclose(by_kl[1], (np.array(rewards) - first) / spread)
+    (finished_run / "frontier.json").write_text("{")
+    with pytest.raises(UsageError, match=r"frontier\.json is no JSON"):
+        read_records(finished_run)
+    (finished_run / "frontier.json").unlink()
 
 
 @pytest.mark.usefixtures("rewards")
