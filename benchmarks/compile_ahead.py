@@ -12,6 +12,7 @@ kernels and choose the fastest, so programs for a GPU differ a little from those
 loops, read by `compiled_program.py`, which says what counts as moved. The least that a decode step
 can move is the weights, in the compute type, and the keys and values of real tokens, at half of the
 responses' limit; "beyond caches" leaves out what a GPU's cache holds from one kernel to the next.
+Where the loop is cut by how much of the caches is in use, a step is the mean of its parts.
 "memory" is the most that is held at once, arguments included. The least of an update, on each
 device, is its arguments, a gradient of every parameter that learns, and what one micro-batch keeps
 for the backward pass.
@@ -27,7 +28,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compiled_program import CompiledProgram
+from compiled_program import CompiledProgram, Cost
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -85,6 +86,9 @@ class Arguments:
     """Recompute activations in the backward pass."""
     packed_sizes: int = 8
     """Of the longer work; a branch for each is compiled."""
+    slots: int | None = None
+    """Rows that are written at a time on each device, --rollout-slots of the training script; None
+    writes all."""
     programs: tuple[str, ...] = PROGRAMS
     """Which of an iteration's programs: rollout, prepare, update."""
     dump: Path | None = None
@@ -121,7 +125,7 @@ def main() -> None:
     mesh = mesh_of(topology(arguments.num_devices), arguments.num_devices, arguments.num_shards)
     table = Table(*COLUMNS)
     for name, work in works(arguments).items():
-        iteration = Iteration(work, mesh)
+        iteration = Iteration(work, mesh, arguments.slots)
         for program, compiled in iteration.programs(arguments.programs):
             if arguments.dump is not None:
                 arguments.dump.mkdir(parents=True, exist_ok=True)
@@ -142,18 +146,17 @@ def figures(iteration: "Iteration", name: str, compiled: Any) -> list[str]:
     """A row of the table: one turn of the costliest loop, which the program spends its time in."""
     text, memory = compiled.as_text(), compiled.memory_analysis()
     program = CompiledProgram(text)
-    if name == "prepare":
-        cost = program.cost()
-    else:  # of a rollout, not the loop over layers, whose length is known
-        loops = program.loops(of_unknown_length=name == "rollout")
-        body = max(loops, key=lambda body: program.cost(body).bytes)
-        cost = program.cost(body)
     arguments, held = memory.argument_size_in_bytes, memory.peak_memory_in_bytes
     least_moved = beyond = least_held = ""
-    if name == "rollout":
+    if name == "prepare":
+        cost = program.cost()
+    elif name == "rollout":
+        cost = iteration.decode_step(program)
         least_moved = f"{cost.bytes / iteration.least_moved():.2f}"
-        beyond_caches = CompiledProgram(text, CACHED).cost(body).bytes
-        beyond = f"{beyond_caches / iteration.least_moved():.2f}"
+        beyond_caches = iteration.decode_step(CompiledProgram(text, CACHED))
+        beyond = f"{beyond_caches.bytes / iteration.least_moved():.2f}"
+    else:
+        cost = max(map(program.cost, program.loops(of_unknown_length=False)), key=lambda x: x.bytes)
     if name == "update":
         least_held = f"{held / (arguments + iteration.least_kept()):.2f}"
     return [
@@ -197,9 +200,10 @@ class Iteration:
 
     Args:
         mesh: of devices that need not be there; None compiles for this machine.
+        num_slots: rows that are written at a time on each device; None writes all.
     """
 
-    def __init__(self, work: Work, mesh: Mesh | None = None):
+    def __init__(self, work: Work, mesh: Mesh | None = None, num_slots: int | None = None):
         self._whole = replicated(mesh)
         self._mesh = None if mesh is None or mesh.size == 1 else mesh
         self._num_devices, self._num_shards = 1, 1
@@ -207,6 +211,7 @@ class Iteration:
             self._num_devices, self._num_shards = self._mesh.size, self._mesh.shape[SHARDS]
         self._jit = compilation.jit if mesh is None else _jit_for_another_device
         self.work, self.config = work, config_of(work)
+        self._num_slots = num_slots
         shape, optimizer = SHAPES[work.model], self.config.optimizer
 
         def network() -> PolicyValueNetwork:
@@ -258,6 +263,8 @@ class Iteration:
                     rules=learner.rules,
                     prompt_number=number,
                     compacts_rows=self.config.ppo.num_packed_sizes > 1,
+                    num_slots=self._num_slots,
+                    bounds_reads=self._whole is not None,
                 )
 
             rows = ids, length, jnp.arange(len(ids))
@@ -287,14 +294,25 @@ class Iteration:
             update = self._jit(learner.update, donate_argnums=0)
             yield "update", update.lower(state, batch, key, self.frozen).compile()
 
+    def decode_step(self, program: CompiledProgram) -> Cost:
+        """Of a rollout, with all rows: the mean of its loops, each of which reads other slots."""
+        state = f"s32[{self._rows()},{self.learner.rules.max_length}]"
+        costs = [program.cost(body) for body in program.loops() if program.carries(body, state)]
+        total = sum(costs, Cost())
+        return replace(costs[-1], bytes=total.bytes // len(costs))
+
+    def _rows(self) -> int:
+        """That a device writes at a time."""
+        rows = self.work.batch_size // self._num_devices
+        return rows if self._num_slots is None else min(rows, self._num_slots)
+
     def least_moved(self) -> int:
         """Bytes of a decode step, all prompts and half of the responses being there."""
         work, shape = self.work, SHAPES[self.work.model]
         itemsize = jnp.dtype(work.dtype).itemsize
         weights = sum(x.size for x in jax.tree.leaves(self.params["backbone"]))
         kept = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
-        rows = work.batch_size // self._num_devices
-        tokens = rows * (work.prompt_length + work.response_length // 2)
+        tokens = self._rows() * (work.prompt_length + work.response_length // 2)
         return itemsize * (weights + kept * tokens)
 
     def least_kept(self) -> int:

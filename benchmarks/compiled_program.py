@@ -122,6 +122,11 @@ class CompiledProgram:
             if x.opcode == "while" and (not of_unknown_length or self._trips(x) is None)
         ]
 
+    def carries(self, body: str, array: str) -> bool:
+        """Whether a loop carries an array of this type, such as "s32[8,56]"."""
+        inside = self.computations[body].values()
+        return any(x.opcode == "parameter" and array in x.type for x in inside)
+
     def _of(self, x: Instruction, computation: str) -> Cost:
         here = self.computations[computation]
         opcode = x.opcode.removesuffix("-start")

@@ -307,6 +307,9 @@ def floor_seconds(
     Multiply-adds of the matrix products, those of causal attention included; while decoding, the
     bytes of the weights once a step, and of each row's keys and values up to its place. What is
     frozen needs no gradient of its own, and below the lowest layer that learns there is none.
+    With adapters the model itself is frozen: gradients pass through its products and attention, and
+    only the adapters' own products have all three. The reference has none, and in a rollout they
+    are in the weights.
     """
     d, head = config.hidden_size, config.head_dim
     attention = d * head * (config.num_attention_heads + config.num_key_value_heads) * 2
@@ -330,8 +333,15 @@ def floor_seconds(
     passed = 0 if work.freeze_embeddings else work.num_frozen_layers
     backward = learning * 2 * (products + attended) + passed * (products + 2 * attended)
     backward += logits * (1 if work.freeze_embeddings else 2)
+    adapters = 0  # of all layers that have some, forward
+    if work.lora_rank is not None:
+        inner = head * (config.num_attention_heads + config.num_key_value_heads)
+        widths = 2 * (2 * d + inner) + 3 * (d + config.intermediate_size)  # in and out, of seven
+        adapters = learning * 2 * work.lora_rank * widths * (prompts + responses)
+        backward = learning * (products + 2 * attended) + 2 * adapters + logits
     # Old and reference log-probabilities, then forward and backward once an epoch.
-    update = (2 * forward + work.epochs * (forward + backward)) / flops
+    learned = forward + adapters
+    update = (forward + learned + work.epochs * (learned + backward)) / flops
     return {"rollout": rollout, "update": update, "iteration": rollout + update}
 
 

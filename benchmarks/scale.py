@@ -2,9 +2,12 @@
 
     python benchmarks/scale.py --device h100
     python benchmarks/scale.py --device v5e
+    python benchmarks/scale.py --device v5e --compiled
 
-Nothing is run or compiled: parameters are counted, and the rest is arithmetic over published peaks.
-`benchmarks/compile_ahead.py --num-devices` says what XLA makes of some of the rows.
+Nothing is run: parameters are counted, and the rest is arithmetic over published peaks. With
+`--compiled`, XLA compiles the programs for so many chips of a TPU v5e (`pip install -e '.[tpu]'`;
+an hour for all of them), and what they hold and send is read from them. A chip has 4 rows at a time
+in the update, of 192 + 512 positions, and 3B and 8B recompute activations.
 
 An iteration is one of PPO on GSM8K's lengths: prompts of 103 tokens, responses of 275 on average
 and at most 512, one epoch of 256 rows, or of four a device where that is more.
@@ -23,6 +26,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
+from compile_ahead import GIB, Iteration, mesh_of, v5e_topology
+from compiled_program import CompiledProgram
 from flax import nnx
 from ppo import SHAPES, Work, floor_seconds
 from rich.console import Console
@@ -69,11 +74,23 @@ class Arguments:
 
     device: Literal["h100", "v5e"] = "h100"
     """The device."""
+    compiled: bool = False
+    """Compile the programs for a v5e, and read what they hold and send."""
+    models: tuple[str, ...] = tuple(PLACES)
+    """Which to compile."""
+    num_devices: tuple[int, ...] = (8, 64, 256)
+    """For how many devices to compile."""
 
 
 def main() -> None:
     arguments = flags.parse(Arguments(), sys.argv[1:], prog="python benchmarks/scale.py")
-    device = DEVICES[arguments.device]
+    if arguments.compiled:
+        show_compiled(arguments)
+    else:
+        show_arithmetic(DEVICES[arguments.device])
+
+
+def show_arithmetic(device: Device) -> None:
     table = Table(
         "model", "devices", "shards", "state, GB", "whole, GB", "fits", "rows", "arithmetic, s",
         "links, s", "device hours for 435 iterations", "dollars",
@@ -83,6 +100,50 @@ def main() -> None:
             cells = row(SHAPES[model], device, num_devices, num_shards)
             table.add_row(model.removeprefix("random:"), str(num_devices), str(num_shards), *cells)
     Console(width=130).print(table)
+
+
+def show_compiled(arguments: Arguments) -> None:
+    jax.config.update("jax_platforms", "cpu")  # no device is looked for
+    table = Table(
+        "model", "devices", "shards", "parts", "arguments, GiB", "update, GiB", "rollout, GiB",
+        "collectives of an update", "GB on links",
+    )  # fmt: skip
+    for model in arguments.models:
+        for num_devices, num_shards in PLACES[model]:
+            if num_devices in arguments.num_devices and num_shards > 1:
+                cells = compiled_row(model, num_devices, num_shards)
+                print(model, num_devices, num_shards, *cells, sep="  ", file=sys.stderr)
+                places = str(num_devices), str(num_shards)
+                table.add_row(model.removeprefix("random:"), *places, *cells)
+    Console(width=130).print(table)
+
+
+def compiled_row(model: str, num_devices: int, num_shards: int) -> list[str]:
+    """Of a micro-batch of 4 rows a chip; all of a chip's responses are written at once."""
+    config = SHAPES[model]
+    rows = max(256, 4 * num_devices)
+    work = Work(
+        model,
+        batch_size=rows,
+        microbatches=rows // num_devices // 4,
+        prompt_length=704 - LONGEST,
+        response_length=LONGEST,
+        epochs=1,
+        dtype="bfloat16",
+        remat=num_parameters(config) > 2e9,
+    )
+    mesh = mesh_of(v5e_topology(num_devices), num_devices, num_shards)
+    programs = dict(Iteration(work, mesh).programs(("rollout", "update")))
+    held = {name: x.memory_analysis() for name, x in programs.items()}
+    cost = CompiledProgram(programs["update"].as_text()).cost()
+    return [
+        str(work.microbatches),
+        f"{held['update'].argument_size_in_bytes / GIB:.1f}",
+        f"{held['update'].peak_memory_in_bytes / GIB:.1f}",
+        f"{held['rollout'].peak_memory_in_bytes / GIB:.1f}",
+        ", ".join(f"{count} {kind}" for kind, count in cost.collectives.items()),
+        f"{cost.linked / 1e9:.1f}",
+    ]
 
 
 def row(config: DecoderConfig, device: Device, num_devices: int, num_shards: int) -> list[str]:

@@ -115,7 +115,9 @@ class Actor:
         self._mesh = mesh
 
         def writing(greedy: bool) -> Writing:
-            return Writing(task.rules, sampling, greedy, compacts_rows, num_slots)
+            # A CPU would copy the part of a cache that it reads.
+            bounds_reads = jax.default_backend() != "cpu"
+            return Writing(task.rules, sampling, greedy, compacts_rows, num_slots, bounds_reads)
 
         def begins(
             params: nnx.State[Any, Any],

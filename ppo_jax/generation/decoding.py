@@ -98,6 +98,7 @@ def decode(
     cache: tuple[KeyValue, ...],
     step: Int[Array, ""],
     rules: mdp.Rules,
+    num_read: int,
 ) -> tuple[Float[Array, "B D"], tuple[KeyValue, ...]]:
     """The hidden state of each row's last token, and caches that hold it.
 
@@ -105,6 +106,7 @@ def decode(
 
     Args:
         step: the decode steps so far. With one turn, this one's tokens go to slot P + step mod T.
+        num_read: how many of the S slots are read, from the first on; see `num_slots_in_use`.
     """
     position = (state.length - 1)[:, None]
     token = jnp.take_along_axis(state.tokens, position, axis=1)
@@ -116,8 +118,17 @@ def decode(
         is_prompt = jnp.arange(rules.max_prompt_length) < state.prompt_length[:, None]
         is_response = age < mdp.response_length(state)[:, None]
         mask = jnp.concatenate([is_prompt, is_response], axis=1)
-    hidden, cache = _read(network, layers, token, position, mask[:, None], cache, slot)
+    seen = mask[:, None, :num_read]
+    hidden, cache = _read(network, layers, token, position, seen, cache, slot)
     return hidden[:, 0], cache
+
+
+def num_slots_in_use(state: mdp.State, step: Int[Array, ""], rules: mdp.Rules) -> Int[Array, ""]:
+    """How many slots `decode` must read at least."""
+    longest: Array = state.length.max()
+    if rules.max_turns > 1:
+        return longest
+    return rules.max_prompt_length + jnp.minimum(step + 1, rules.max_new_tokens)
 
 
 _READ_AT_ONCE = 32

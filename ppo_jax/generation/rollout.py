@@ -50,9 +50,10 @@ def rollout(
     greedy: bool = False,
     compacts_rows: bool = False,
     num_slots: int | None = None,
+    bounds_reads: bool = False,
 ) -> Rollout:
     """The whole of episodes that have one turn; see `begin` and `Writing` for the arguments."""
-    writing = Writing(rules, sampling, greedy, compacts_rows, num_slots)
+    writing = Writing(rules, sampling, greedy, compacts_rows, num_slots, bounds_reads)
     numbers = jnp.arange(prompt_ids.shape[0]) if prompt_number is None else prompt_number
     keys = row_keys(key, numbers, completions_per_prompt)
     return begin(network, prompt_ids, prompt_length, keys, writing).rollout

@@ -77,10 +77,12 @@ def attend(
     """softmax(q·k / √N) v. A query whose keys are all masked gets some mean of values, not NaN.
 
     Args:
-        seen: the keys that each query sees; where Q = S, none after the query's own place.
+        seen: the keys that each query sees; where Q = S, none after the query's own place. Keys
+            behind its last column are not read.
     """
     if not isinstance(seen, Sequences):
-        return _attend_by_formula(query, *key_value, seen)
+        key, value = (x[:, :, : seen.shape[-1]] for x in key_value)
+        return _attend_by_formula(query, key, value, seen)
     found = kernels(query, key_value.key, is_one_a_row=seen.is_one_a_row)
     if not found:
         return _attend_by_formula(query, *key_value, seen.mask)

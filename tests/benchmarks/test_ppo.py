@@ -48,6 +48,38 @@ def test_the_floor_in_closed_form() -> None:
     assert faster["update"] == 8 * adds
 
 
+def test_the_floor_of_adapters_in_closed_form() -> None:
+    """Of rank 4, in two layers of widths 5 and 3, of which the lower one may be frozen."""
+    config = DecoderConfig(
+        vocab_size=11,
+        hidden_size=5,
+        intermediate_size=3,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+    )
+    # Multiply-adds of a token in each matrix [out, in], and in its adapter [out, 4] [4, in].
+    matrices = [(24, 5), (12, 5), (12, 5), (5, 24), (3, 5), (3, 5), (5, 3)]
+    body = sum(out * into for out, into in matrices)
+    adapter = sum(out * 4 + 4 * into for out, into in matrices)
+    # A prompt of 3, a response of 4: half of 7 x 7 pairs, in two products of 24.
+    layer, attended, logits = 7 * body, 2 * 24 * 49 / 2, 4 * 11 * 5
+    reference = 2 * (layer + attended) + logits
+    for frozen, learning in ((0, 2), (1, 1)):
+        work = ppo.Work("random:tiny", epochs=3, lora_rank=4, num_frozen_layers=frozen)
+        floor = ppo.floor_seconds(config, work, [(3, 4)], flops=2.0, bandwidth=np.inf)
+        forward = reference + learning * 7 * adapter
+        # Of what a matrix is given; of both operands in attention and in both parts of an adapter.
+        backward = learning * (layer + 2 * attended + 2 * 7 * adapter) + logits
+        assert floor["update"] == reference + forward + 3 * (forward + backward)
+        assert floor["rollout"] == reference
+        whole = ppo.floor_seconds(
+            config, ppo.Work("random:tiny", epochs=3), [(3, 4)], flops=2.0, bandwidth=np.inf
+        )
+        assert whole["update"] == 2 * reference + 3 * 3 * reference
+
+
 def test_responses_end_by_chance_where_a_mean_length_is_asked_for() -> None:
     """Of a thousand lengths that are drawn token by token, cut off at the limit."""
     work = ppo.Work("random:tiny", mean_response_length=8, packed_sizes=2)

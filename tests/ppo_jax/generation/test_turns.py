@@ -15,6 +15,7 @@ from ppo_jax.agent import PPOAgent, _turn_start
 from ppo_jax.config import PPOConfig, TrainConfig
 from ppo_jax.generation.actor import Actor
 from ppo_jax.generation.episode_metrics import sample_record
+from ppo_jax.generation.slots import Writer
 from ppo_jax.learning.response_outputs import response_outputs
 from ppo_jax.mesh import make_mesh
 from ppo_jax.sampling import Sampling
@@ -154,18 +155,25 @@ def test_turns_that_cost_something_where_endless_ones_are_free(
         assert all("A turn earned less than 0, and a turn that never ends" in x for x in said)
 
 
-def test_in_fewer_rows_and_on_several_devices_it_writes_the_same(
-    network, make_test_task, experience
-):
+def assert_it_writes_the_same(network, experience, **settings):
     task, done = experience
-    for settings in ({"compacts_rows": True}, {"mesh": make_mesh(2)}):
-        other = respond(Actor(network, task, Sampling(0.8, top_k=300), **settings), network, task)
-        for name, mine, theirs in zip(
-            mdp.State._fields, done.rollout.state, other.rollout.state, strict=True
-        ):
-            assert (mine is None) or np.array_equal(mine, theirs), name
-        np.testing.assert_allclose(done.rollout.logprobs, other.rollout.logprobs, atol=1e-5)
-        np.testing.assert_array_equal(done.rollout.sampling_mask, other.rollout.sampling_mask)
+    other = respond(Actor(network, task, Sampling(0.8, top_k=300), **settings), network, task)
+    for name, mine, theirs in zip(
+        mdp.State._fields, done.rollout.state, other.rollout.state, strict=True
+    ):
+        assert (mine is None) or np.array_equal(mine, theirs), name
+    np.testing.assert_allclose(done.rollout.logprobs, other.rollout.logprobs, atol=1e-5)
+    np.testing.assert_array_equal(done.rollout.sampling_mask, other.rollout.sampling_mask)
+
+
+def test_in_fewer_rows_and_on_several_devices_it_writes_the_same(network, experience):
+    assert_it_writes_the_same(network, experience, compacts_rows=True)
+    assert_it_writes_the_same(network, experience, mesh=make_mesh(2))
+
+
+def test_reading_no_more_slots_than_are_in_use_it_writes_the_same(network, experience, monkeypatch):
+    monkeypatch.setattr(Writer, "_reads", lambda *_: [16, 24, 56])
+    assert_it_writes_the_same(network, experience)
 
 
 def test_nothing_is_compiled_the_second_time(network, experience, make_test_task, compilations):
