@@ -18,7 +18,7 @@ from pathlib import Path
 
 from learning.jobs import Job, Record, Tick, Worker, finish
 from learning.turns_report import brief, write
-from learning.turns_settings import BY_NAME, jobs
+from learning.turns_settings import BY_NAME, config, jobs
 
 from ppo_jax.cli import errors_as_sentences
 from ppo_jax.flags import parse
@@ -42,9 +42,10 @@ class Arguments:
 
 def start() -> Worker:
     """What does jobs in a process; it keeps what they share."""
-    from learning.turns import Trainer
+    from learning.trainer import Trainer
+    from learning.turns import make_bench, means
 
-    trainer = Trainer()
+    trainer = Trainer(make_bench, config, means)
 
     def work(job: Job, tick: Tick) -> Record:
         return trainer.train(BY_NAME[job.name], job.iterations, job.seed, tick)

@@ -64,21 +64,22 @@ def demonstrate(
     task: TextTask, prompts: Sequence[Prompt], player: Player, rng: np.random.Generator
 ) -> mdp.State:
     """Episodes that `player` plays, one for each prompt, in the MDP and with its interaction."""
-    assert task.partner is not None
-    state = task.initial_state(prompts)
-    talks = [task.partner.start(prompt, int(rng.integers(2**32))) for prompt in prompts]
+    partner, state = task.partner, task.initial_state(prompts)
+    talks = [
+        Conversation(prompt, seed, ()) if partner is None else partner.start(prompt, seed)
+        for prompt, seed in zip(prompts, rng.integers(2**32, size=len(prompts)), strict=True)
+    ]
     while (running := np.flatnonzero(mdp.is_running(state))).size:
         some = mdp.at(state, running)
         turns = [task.tokenizer.encode(player(talks[i], rng) + END) for i in running]
         for actions in zip_longest(*turns, fillvalue=0):  # what comes after a turn is not taken
             some = mdp.step(some, np.array(actions), task.rules, np)
-        spoke = np.flatnonzero(mdp.turns_ended(some) > mdp.turns_ended(mdp.at(state, running)))
-        after, answers = task.partner.answer(
-            [talks[i] for i in running[spoke]], mdp.at(some, spoke)
-        )
-        for i, talk in zip(running[spoke], after, strict=True):
-            talks[i] = talk
-        some = mdp.put(some, spoke, mdp.reply(mdp.at(some, spoke), *answers, task.rules, np))
+        if partner is not None:
+            spoke = np.flatnonzero(mdp.turns_ended(some) > mdp.turns_ended(mdp.at(state, running)))
+            after, answers = partner.answer([talks[i] for i in running[spoke]], mdp.at(some, spoke))
+            for i, talk in zip(running[spoke], after, strict=True):
+                talks[i] = talk
+            some = mdp.put(some, spoke, mdp.reply(mdp.at(some, spoke), *answers, task.rules, np))
         state = mdp.put(state, running, some)
     return state
 

@@ -6,20 +6,14 @@ and makes an answer up instead.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from learning.jobs import Record, Tick
-from learning.tiny import Player, demonstrate, imitate, make_network, make_tokenizer
-from learning.turns_settings import HIGH, LOW, TURNS, Setting, config
-from ppo_jax.agent import PPOAgent
-from ppo_jax.generation.actor import Experience
+from learning.tiny import make_tokenizer
+from learning.trainer import Bench, Lesson
+from learning.turns_settings import HIGH, LOW, TURNS, Setting
 from qwen_env.conversation import Conversation
 from qwen_env.episodes import Episode, Outcome
 from qwen_env.interaction import Reply, TurnBatch
@@ -41,25 +35,6 @@ class Blaming:
         """The game's, and the cost."""
         replies = self._game.reply(batch)
         return [r if r.done else replace(r, reward=r.reward - self._cost) for r in replies]
-
-
-class Lesson(NamedTuple):
-    """What is imitated before PPO begins."""
-
-    player: Player
-    num_episodes: int
-    num_epochs: int
-    learning_rate: float
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What the seeds of a setting share."""
-
-    task: TextTask
-    held_out: list[Prompt]
-    hidden_size: int
-    lessons: Sequence[Lesson]
 
 
 def guesser(conversation: Conversation, rng: np.random.Generator) -> str:
@@ -109,54 +84,8 @@ def _held_out(named: NamedTask, task: TextTask) -> list[Prompt]:
     return list(load_prompts(named.held_out, task.prompt_encoder, named.name))
 
 
-class Trainer:
-    """Seeds of one setting that follow each other compile once."""
-
-    def __init__(self) -> None:
-        self._last: tuple[Setting, int, Bench, PPOAgent] | None = None
-
-    def train(self, setting: Setting, iterations: int, seed: int, tick: Tick) -> Record:
-        """A run: its measures before each update, and at the end in episodes of their own."""
-        bench, agent = self._fresh(setting, iterations, seed)
-        curve = []
-        for experience, _ in agent.learn():
-            curve.append(measures(experience) | {"iteration": agent.iteration - 1})
-            tick()
-        episodes, outcomes = agent.evaluate(bench.held_out, greedy=False)
-        return {"curve": curve, "end": _means(episodes, outcomes)}
-
-    def _fresh(self, setting: Setting, iterations: int, seed: int) -> tuple[Bench, PPOAgent]:
-        if self._last is None or self._last[:2] != (setting, iterations):
-            bench = make_bench(setting)
-            network = make_network(bench.task, bench.hidden_size, seed)
-            agent = PPOAgent(network, bench.task, config(setting, seed), iterations)
-            self._last = setting, iterations, bench, agent
-        *_, bench, agent = self._last
-        network = make_network(bench.task, bench.hidden_size, seed)
-        rng = np.random.default_rng(seed)
-        for player, num_episodes, num_epochs, learning_rate in bench.lessons:
-            chosen = rng.integers(0, len(bench.task.prompts), num_episodes)
-            prompts = [bench.task.prompts[i] for i in chosen]
-            episodes = demonstrate(bench.task, prompts, player, rng)
-            imitate(
-                network,
-                episodes,
-                bench.task,
-                num_epochs=num_epochs,
-                learning_rate=learning_rate,
-                rng=rng,
-            )
-        agent.config = config(setting, seed)
-        agent.state = agent.learner.init(jax.tree.map(jnp.copy, nnx.state(network)), seed)
-        return bench, agent
-
-
-def measures(experience: Experience) -> dict[str, float]:
-    """Means over a batch of episodes."""
-    return _means(experience.episodes, experience.outcomes)
-
-
-def _means(episodes: Any, outcomes: list[Outcome]) -> dict[str, float]:
+def means(episodes: Sequence[Episode], outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Over a batch of episodes."""
     columns: dict[str, Callable[[Episode, Outcome], float]] = {
         "score": lambda e, o: o.reward,
         "accuracy": lambda e, o: o.info["reward_components"]["accuracy"],

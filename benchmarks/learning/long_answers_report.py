@@ -1,0 +1,138 @@
+"""What the runs on long answers say: at equal samples, at equal time, and a picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from learning.jobs import Record
+from learning.long_answers_settings import GROUP, PPO, SETTINGS
+from learning.plots import BLUE, GREEN, GREY, ORANGE, describe, save
+from learning.report import (
+    Column,
+    Finals,
+    difference_text,
+    differences_between,
+    interval_text,
+    markdown,
+)
+from ppo_jax.runs.seeds import interval
+
+VARIANCE, TIME = "value/explained_variance", "time/iteration_s"
+COLUMNS = (
+    Column("right at the end", "accuracy", 3),
+    Column("right, mean of the run", "run/accuracy", 3),
+    Column("right at equal time", "same_time/accuracy", 3),
+    Column("right steps", "right_steps", 4),
+    Column("explained variance", VARIANCE, 2),
+    Column("s an iteration", TIME, 2),
+)
+COMPARED = COLUMNS[:3]
+COLORS = {PPO: ORANGE, "critic's lambda 1": GREEN, GROUP: BLUE, "leave one out": GREY}
+
+
+def brief(record: Record) -> str:
+    """A run in a line."""
+    end, curve = record["end"], record["curve"]
+    return f"right {curve[0]['accuracy']:.3f} -> {end['accuracy']:.3f}"
+
+
+def write(records: Sequence[Record], folder: Path) -> None:
+    """Print the tables, write them as tables.md, and draw long_answers.png."""
+    curves: dict[str, dict[int, list[dict[str, float]]]] = {}
+    for record in records:
+        curves.setdefault(record["name"], {})[record["seed"]] = record["curve"]
+    seconds = {
+        name: median(point[TIME] for curve in runs.values() for point in curve)
+        for name, runs in curves.items()
+    }
+    values: dict[str, dict[int, dict[str, float]]] = {}
+    for record in records:
+        name, curve = record["name"], record["curve"]
+        # Those whose iterations take longer are asked earlier.
+        same_time = int(len(curve) * min(seconds.values()) / seconds[name]) - 1
+        late = curve[-len(curve) // 3 :]
+        measures = record["end"] | {
+            "run/accuracy": mean_of(curve, "accuracy"),
+            "same_time/accuracy": mean_of(curve[max(same_time - 4, 0) : same_time + 1], "accuracy"),
+            TIME: seconds[name],
+        }
+        if VARIANCE in curve[0]:
+            measures[VARIANCE] = mean_of(late, VARIANCE)
+        values.setdefault(name, {})[record["seed"]] = measures
+    starts = [runs[0]["accuracy"] for runs in curves[records[0]["name"]].values()]
+    tables = [_ends(values, float(np.mean(starts))), _changes(values)]
+    for table in tables:
+        Console().print(table)
+    (folder / "tables.md").write_text("\n".join(map(markdown, tables)))
+    save(_picture(curves), folder / "long_answers.png")
+
+
+def mean_of(points: Sequence[Mapping[str, Any]], name: str) -> float:
+    return float(np.mean([point[name] for point in points]))
+
+
+def _ends(values: Finals, before: float) -> Table:
+    table = Table(
+        title="Mean ± half of the 95 % confidence interval over seeds; "
+        f"{before:.3f} are right before"
+    )
+    table.add_column("")
+    for column in COLUMNS:
+        table.add_column(column.title, justify="right")
+    for setting in SETTINGS:
+        if runs := list(values.get(setting.name, {}).values()):
+            texts = [
+                interval_text(interval([run[c.metric] for run in runs]), c.digits)
+                if c.metric in runs[0]
+                else ""
+                for c in COLUMNS
+            ]
+            table.add_row(setting.name, *texts)
+    return table
+
+
+def _changes(values: Finals) -> Table:
+    table = Table(
+        title="Difference by seed: mean [95 % interval]; ** stands after Holm's correction for the "
+        "number of comparisons, * does not; what has no mark is unresolved"
+    )
+    table.add_column("")
+    table.add_column("against")
+    for column in COMPARED:
+        table.add_column(column.title, justify="right")
+    pairs = [(s.name, s.against) for s in SETTINGS if s.against and s.name in values]
+    differences = {c.metric: differences_between(pairs, values, c.metric) for c in COMPARED}
+    for name, against in pairs:
+        if name in differences[COMPARED[0].metric]:
+            texts = [difference_text(differences[c.metric][name], c.digits) for c in COMPARED]
+            table.add_row(name, against, *texts)
+    return table
+
+
+def _picture(curves: Mapping[str, Mapping[int, Sequence[Mapping[str, float]]]]) -> Figure:
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    right, variance = figure.subplots(1, 2)
+    for name, color in COLORS.items():
+        for axis, metric in ((right, "accuracy"), (variance, VARIANCE)):
+            runs = np.array(
+                [
+                    [point[metric] for point in curve]
+                    for curve in curves.get(name, {}).values()
+                    if metric in curve[0]
+                ]
+            )
+            if runs.size:
+                axis.plot(runs.T, color=color, lw=0.6, alpha=0.5)
+                axis.plot(runs.mean(0), color=color, lw=1.8, label=name)
+    describe(right, "Right answers", "share", "iteration")
+    describe(variance, "Explained variance of the value function", "share", "iteration")
+    for axis in (right, variance):
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=8)
+    return figure
