@@ -25,7 +25,7 @@ from ppo_jax.generation.decoding import choose_token
 from ppo_jax.generation.episode_metrics import component_means, repetition
 from ppo_jax.generation.rollout import Rollout
 from ppo_jax.inspector.tokens import rows_to_keep, tokens_record
-from ppo_jax.learning.frozen import join, network_of, partition
+from ppo_jax.learning.frozen import initial_state, join, network_of, partition
 from ppo_jax.learning.inspection import look
 from ppo_jax.learning.learner import Learner, TrainState
 from ppo_jax.learning.metrics import fetch
@@ -111,13 +111,8 @@ class PPOAgent:
         self.frozen: Params = place(frozen, mesh)
         self._initial_backbone = params["backbone"]
 
-        def init(params: Params) -> TrainState:
-            # Updates donate the state's buffers, so the policy must not share the reference's.
-            return self.learner.init(jax.tree.map(jnp.copy, params), config.run.seed)
-
-        if mesh is not None:  # each device makes its own shards
-            init = jit(init, out_shardings=shardings(jax.eval_shape(init, params), mesh))
-        self.state = init(params)
+        init = functools.partial(self.learner.init, seed=config.run.seed)
+        self.state: TrainState = initial_state(init, params, mesh)
         self._mesh, whole = mesh, replicated(mesh)
         self._learn = jit(
             self.learner.learn,

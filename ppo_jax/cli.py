@@ -11,7 +11,8 @@ from typing import NoReturn
 import jax
 from gymnasium.error import DependencyNotInstalled
 
-from ppo_jax.hosts import is_first
+from ppo_jax.config import ProcessesConfig
+from ppo_jax.hosts import is_first, joined
 from ppo_jax.runs.interruption import EXIT_STATUS
 from qwen_env.errors import UsageError, UserFacingError
 
@@ -74,6 +75,19 @@ def keep_compiled_programs() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "ppo_jax", "xla"))
+
+
+@contextlib.contextmanager
+def started(processes: ProcessesConfig) -> Iterator[None]:
+    """Within the block, JAX runs, and this process has joined the others, if there are several.
+
+    Raises:
+        UsageError: JAX does not start, or the others cannot be found.
+    """
+    keep_compiled_programs()
+    with joined(processes.coordinator, processes.num_processes, processes.process_id):
+        find_devices()
+        yield
 
 
 def find_devices() -> None:

@@ -32,8 +32,9 @@ from ppo_jax.generation.episode_metrics import (
 )
 from ppo_jax.generation.intervals import Interval, share_interval
 from ppo_jax.mesh import make_mesh
+from ppo_jax.models.loading import model_in
 from ppo_jax.runs.progress import counting
-from ppo_jax.runs.trained import TrainedRun, model_in, named_run
+from ppo_jax.runs.trained import TrainedRun, named_run
 from qwen_env import pocket
 from qwen_env.episodes import Outcome
 from qwen_env.errors import UsageError

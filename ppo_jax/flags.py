@@ -48,17 +48,22 @@ def hidden(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"hidden": True})
 
 
-def parse(default: Arguments, argv: Sequence[str], *, prog: str) -> Arguments:
+def parse(
+    default: Arguments, argv: Sequence[str], *, prog: str, about: str | None = None
+) -> Arguments:
     """`default`, an instance of a dataclass, with what the flags in `argv` say instead.
 
     A dataclass may say in `replaces` which of its other fields a flag that changes something makes
     None, where these are not given as well.
 
+    Args:
+        about: what the program does, for `--help`; None takes it from the dataclass's docstring.
+
     Raises:
         UsageError: an unknown flag, a flag without its value, or a value that cannot be.
         SystemExit: after `--help`, which prints the flags and their defaults.
     """
-    description = inspect.getdoc(type(default)) or ""
+    description = about or inspect.getdoc(type(default)) or ""
     parser = _Parser(
         prog=prog,
         description=description.split("\n\n")[0],

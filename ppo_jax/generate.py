@@ -22,7 +22,8 @@ from ppo_jax.config import DevicesConfig, ResponseConfig, SamplingConfig, TaskCo
 from ppo_jax.config.fields import Checked, Seed, part_of
 from ppo_jax.generation.actor import Actor
 from ppo_jax.mesh import make_mesh
-from ppo_jax.runs.trained import TrainedRun, model_in, named_run
+from ppo_jax.models.loading import model_in
+from ppo_jax.runs.trained import TrainedRun, named_run
 from qwen_env.errors import UsageError
 from qwen_env.rewards import RewardBatch
 

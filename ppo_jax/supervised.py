@@ -1,27 +1,28 @@
 """What `ppo-sft` and `ppo-reward-model` share: flags, examples and the run itself."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from ppo_jax import cli, flags
-from ppo_jax.config import AdamWConfig
-from ppo_jax.config.fields import Checked
-from ppo_jax.config.supervised import (
+from ppo_jax import cli, flags, hosts
+from ppo_jax.config import (
+    AdamWConfig,
     ExamplesConfig,
     LearningConfig,
+    ProcessesConfig,
     RewardModelConfig,
     SFTConfig,
     SupervisedConfig,
 )
+from ppo_jax.config.fields import Checked
 from ppo_jax.examples import Example, ExampleEncoder, Kind, Pair, load_examples, set_apart
-from ppo_jax.models.loading import read_max_length, refuse_adapter
-from ppo_jax.runs.config_file import read_config
+from ppo_jax.models.loading import model_in, read_max_length, refuse_adapter
+from ppo_jax.runs.config_file import facts, read_config
 from ppo_jax.runs.folder import open_folder
 from ppo_jax.runs.run import Run, Trainer
-from ppo_jax.runs.trained import model_in
 from qwen_env.prompts import PromptEncoder
 from qwen_env.tokenizer import Tokenizer
 
@@ -40,34 +41,64 @@ class Arguments(Checked):
     learning: SupervisedConfig
     optimizer: AdamWConfig
     run: LearningConfig
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
     resume: bool = False
     """Continue the run in output-dir with the settings it was started with; a larger num-iterations
     extends a finished run."""
 
 
-def parse(
-    argv: Sequence[str], kind: type[Config], arguments: type[Arguments], folder: str, prog: str
-) -> tuple[Path, bool, Config]:
-    """The run's folder, whether it is resumed, and its settings: flags over the defaults or, with
-    --resume, over the interrupted run's settings.
+@dataclass(frozen=True)
+class Command(Generic[Config]):
+    """A command that learns from texts."""
 
-    Args:
-        folder: the default one.
+    config: type[Config]
+    about: str
+    """What it does."""
+    output_dir: Path
+    """The folder of a run that names none."""
+    make_trainer: Callable[[Config], Trainer]
+    """Reads what the settings name."""
 
-    Raises:
-        UsageError: an unknown flag or value, or settings that contradict each other.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--output-dir", "--output_dir", type=Path, nargs="?")
-    first.add_argument("--resume", nargs="?", const=True)
-    known, _ = first.parse_known_args(argv)
-    path = (known.output_dir or Path(folder)).expanduser()
-    base = read_config(path, kind) if known.resume else kind()
-    default = arguments(path, base.data, base.learning, base.optimizer, base.run)
-    given: Any = flags.parse(default, argv, prog=prog)
-    data = replace(given.data, model=model_in(given.data.model))
-    output_dir = given.output_dir.expanduser()
-    return output_dir, given.resume, kind(data, given.learning, given.optimizer, given.run)
+    def main(self, argv: Sequence[str] | None = None) -> None:
+        """The command."""
+        with cli.errors_as_sentences():
+            argv = sys.argv[1:] if argv is None else argv
+            arguments, config = self.parse_arguments(argv)
+            with cli.started(arguments.processes):
+                self.train(config, arguments.output_dir, resume=arguments.resume, argv=argv)
+
+    def parse_arguments(self, argv: Sequence[str]) -> tuple[Arguments, Config]:
+        """Flags over the defaults or, with --resume, over the interrupted run's settings.
+
+        Raises:
+            UsageError: an unknown flag or value, or settings that contradict each other.
+        """
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--output-dir", "--output_dir", type=Path, nargs="?")
+        first.add_argument("--resume", nargs="?", const=True)
+        known, _ = first.parse_known_args(argv)
+        path = (known.output_dir or self.output_dir).expanduser()
+        base = read_config(path, self.config) if known.resume else self.config()
+        default = Arguments(path, base.data, base.learning, base.optimizer, base.run)
+        given = flags.parse(default, argv, prog=self.config.command, about=self.about)
+        data = replace(given.data, model=model_in(given.data.model))
+        given = replace(given, output_dir=given.output_dir.expanduser(), data=data)
+        groups: Any = data, given.learning, given.optimizer, given.run
+        return given, self.config(*groups)
+
+    def train(
+        self, config: Config, output_dir: Path, *, resume: bool = False, argv: Sequence[str] = ()
+    ) -> None:
+        """Run or resume a run in `output_dir`; see `ppo_jax.train.train`."""
+        output_dir = output_dir.absolute()
+        hosts.check_alike(lambda: facts(config) | {"output_dir": str(output_dir)})
+        if config.optimizer.lora_rank is not None:
+            refuse_adapter(config.data.model)
+        with open_folder(output_dir, config, resume=resume, argv=argv) as folder:
+            trainer = self.make_trainer(config)
+            sources = trainer.training, trainer.held_out
+            hosts.check_alike(lambda: {source.what: source.digest for source in sources})
+            Run(trainer, folder).go(resume=resume)
 
 
 def load_data(
@@ -108,18 +139,3 @@ def load_data(
 
 def _is_cut(item: Example | Pair) -> bool:
     return any(x.is_cut for x in (item[:2] if isinstance(item, Pair) else (item,)))
-
-
-def train(
-    config: SFTConfig | RewardModelConfig,
-    output_dir: Path,
-    make_trainer: Callable[[], Trainer],
-    *,
-    resume: bool,
-    argv: Sequence[str] = (),
-) -> None:
-    """Run or resume a run in `output_dir`; see `ppo_jax.train.train`."""
-    if config.optimizer.lora_rank is not None:
-        refuse_adapter(config.data.model)
-    with open_folder(output_dir.absolute(), config, resume=resume, argv=argv) as folder:
-        Run(make_trainer(), folder).go(resume=resume)

@@ -9,7 +9,7 @@ if __name__ == "__main__":  # before the imports below
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,21 +19,21 @@ from ppo_jax.assembly import assemble
 from ppo_jax.config import (
     OptimizerConfig,
     PPOConfig,
+    ProcessesConfig,
     RunConfig,
     TaskConfig,
     TrainConfig,
     preset,
 )
-from ppo_jax.config.fields import Checked, Count, Natural
+from ppo_jax.config.fields import Checked
 from ppo_jax.mesh import make_mesh
-from ppo_jax.models.loading import refuse_adapter
+from ppo_jax.models.loading import model_in, refuse_adapter
 from ppo_jax.runs.config_file import facts, read_config
 from ppo_jax.runs.folder import open_folder
 from ppo_jax.runs.ppo import PPOTrainer, prompts_digest
 from ppo_jax.runs.publishing import check_can_push, push
 from ppo_jax.runs.run import Run
 from ppo_jax.runs.solvable import kept, measure, read_rates
-from ppo_jax.runs.trained import model_in
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Arguments(Checked):
     ppo: PPOConfig
     optimizer: OptimizerConfig
     run: RunConfig
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
     preset: str = "pocket"
     """Preset that the defaults come from: pocket, smollm2, or qwen2.5-0.5b."""
     resume: bool = False
@@ -54,22 +55,13 @@ class Arguments(Checked):
     push_to_hub: str | None = None
     """USER/NAME of a repository on the Hugging Face hub that gets the best model, or else the final
     one, when the run is done."""
-    coordinator: str | None = None
-    """HOST:PORT of process 0, where the processes of a run meet that has several; None takes what
-    SLURM, Open MPI or a Cloud TPU says, if they start several."""
-    num_processes: Count | None = None
-    """Processes of the run, each with devices of its own."""
-    process_id: Natural | None = None
-    """Number of this process, from 0."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with cli.errors_as_sentences():
         argv = sys.argv[1:] if argv is None else argv
         arguments, config = parse_arguments(argv)
-        cli.keep_compiled_programs()
-        with hosts.joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
-            cli.find_devices()
+        with cli.started(arguments.processes):
             repository, run = arguments.push_to_hub, arguments.output_dir
             if repository is not None:
                 hosts.on_first(partial(check_can_push, repository))
@@ -95,7 +87,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainConfig]:
     if known.resume:
         base = read_config(folder.expanduser())
     default = Arguments(folder, base.task, base.ppo, base.optimizer, base.run, preset=name)
-    arguments = flags.parse(default, argv, prog=PPOTrainer.prog)
+    arguments = flags.parse(default, argv, prog=TrainConfig.command)
     arguments = replace(
         arguments,
         output_dir=arguments.output_dir.expanduser(),

@@ -32,13 +32,15 @@ class Clock(TrainerCallback):
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
-        self.began = 0.0
+        self.processor_seconds: list[float] = []
+        self.began = 0.0, 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.began = time.perf_counter()
+        self.began = time.perf_counter(), time.process_time()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.began)
+        self.seconds.append(time.perf_counter() - self.began[0])
+        self.processor_seconds.append(time.process_time() - self.began[1])
 
 
 def main() -> None:
@@ -47,7 +49,9 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=3, help="after the first")
+    parser.add_argument("--steps", type=int, default=3, help="that are timed")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps before these")
+    parser.add_argument("--trainers", nargs="+", default=["sft", "reward_model"])
     work = parser.parse_args()
     policy = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
     vocab_size = policy.config.vocab_size
@@ -55,10 +59,11 @@ def main() -> None:
         tokenizers.models.WordLevel({str(i): i for i in range(vocab_size)}, unk_token="0")
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="0", eos_token="0")
-    count = (work.steps + 1) * work.batch_size
+    steps = work.warm_up + work.steps
+    count = steps * work.batch_size
     ids = np.random.default_rng(0).integers(1, vocab_size // 2, (count, work.length)).tolist()
     common: dict[str, Any] = {
-        "max_steps": work.steps + 1,
+        "max_steps": steps,
         "learning_rate": 1e-6,
         "bf16": False,
         "gradient_checkpointing": False,
@@ -69,11 +74,15 @@ def main() -> None:
         "max_length": work.length,
     }
     seconds: dict[str, float] = {}
+    busy: dict[str, float] = {}
 
     def timed(name: str, trainer_class: Any, **arguments: Any) -> None:
+        if name not in work.trainers:
+            return
         clock = Clock()
         trainer_class(processing_class=tokenizer, callbacks=[clock], **arguments).train()
-        seconds[name] = median(clock.seconds[1:])
+        seconds[name] = median(clock.seconds[work.warm_up :])
+        busy[name] = median(clock.processor_seconds[work.warm_up :])
 
     with tempfile.TemporaryDirectory() as folder:
         timed(
@@ -97,7 +106,8 @@ def main() -> None:
             train_dataset=Dataset.from_dict(pairs),
         )
     versions = {name: version(name) for name in ("trl", "torch", "transformers")}
-    print(json.dumps({"work": vars(work), "versions": versions, "seconds": seconds}))
+    times = {"seconds": seconds, "processor_seconds": busy}
+    print(json.dumps({"work": vars(work), "versions": versions, **times}))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,13 @@
 from ppo_jax.config.optimizer import AdamWConfig, OptimizerConfig
 from ppo_jax.config.ppo import PPOConfig, SamplingConfig
 from ppo_jax.config.presets import PRESETS, preset
-from ppo_jax.config.session import DevicesConfig, RunConfig, SessionConfig, TrackerName
+from ppo_jax.config.session import (
+    DevicesConfig,
+    ProcessesConfig,
+    RunConfig,
+    SessionConfig,
+    TrackerName,
+)
 from ppo_jax.config.settings import RunSettings, TrainConfig, as_json, from_json
 from ppo_jax.config.supervised import (
     CompletionsConfig,
@@ -14,6 +20,7 @@ from ppo_jax.config.supervised import (
     RewardModelConfig,
     SFTConfig,
     SupervisedConfig,
+    SupervisedRunConfig,
     total_iterations,
 )
 from ppo_jax.config.task import ModelConfig, ResponseConfig, TaskConfig
@@ -30,6 +37,7 @@ __all__ = [
     "PPOConfig",
     "PreferenceLossConfig",
     "PreferencesConfig",
+    "ProcessesConfig",
     "ResponseConfig",
     "RewardModelConfig",
     "RunConfig",
@@ -38,6 +46,7 @@ __all__ = [
     "SamplingConfig",
     "SessionConfig",
     "SupervisedConfig",
+    "SupervisedRunConfig",
     "TaskConfig",
     "TrackerName",
     "TrainConfig",

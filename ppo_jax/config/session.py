@@ -30,6 +30,19 @@ class MeshConfig(Checked):
 
 
 @dataclass(frozen=True)
+class ProcessesConfig(Checked):
+    """Which processes there are, if there are several."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where the processes of a run meet that has several; None takes what
+    SLURM, Open MPI or a Cloud TPU says, if they start several."""
+    num_processes: Count | None = None
+    """Processes of the run, each with devices of its own."""
+    process_id: Natural | None = None
+    """Number of this process, from 0."""
+
+
+@dataclass(frozen=True)
 class DevicesConfig(MeshConfig):
     """What a computation is split over, and how much of it is done at a time."""
 

@@ -26,6 +26,8 @@ class TrainConfig:
         UsageError: two settings contradict each other; it names both and the way out.
     """
 
+    command: ClassVar[str] = "ppo-train"
+
     task: TaskConfig = field(default_factory=TaskConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -81,6 +83,8 @@ class RunSettings(Protocol):
     """The settings of a run of any kind: a frozen dataclass of groups."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    command: ClassVar[str]
+    """What starts and resumes such a run."""
 
     @property
     def run(self) -> SessionConfig: ...
@@ -103,5 +107,5 @@ def from_json(content: Mapping[str, Any]) -> TrainConfig: ...
 def from_json(content: Mapping[str, Any], kind: type[Config]) -> Config: ...
 def from_json(content: Mapping[str, Any], kind: type[Any] = TrainConfig) -> Any:
     """The inverse of `as_json`, for a dataclass of groups of settings."""
-    groups = get_type_hints(kind)
-    return kind(**{name: group(**content[name]) for name, group in groups.items()})
+    hints, groups = get_type_hints(kind), [field.name for field in dataclasses.fields(kind)]
+    return kind(**{name: hints[name](**content[name]) for name in groups})

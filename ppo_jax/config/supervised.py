@@ -1,6 +1,7 @@
 """Settings of supervised learning: fine-tuning on answers, and reward models from preferences."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ppo_jax.config.fields import Checked, Count, Factor, Share
 from ppo_jax.config.optimizer import AdamWConfig
@@ -84,55 +85,51 @@ class LearningConfig(SessionConfig):
 
 
 @dataclass(frozen=True)
-class SFTConfig:
-    """A whole run of supervised fine-tuning.
+class SupervisedRunConfig:
+    """A whole run of supervised learning.
 
     Raises:
         UsageError: two settings contradict each other; it names both and the way out.
     """
 
-    completions: CompletionsConfig = field(default_factory=CompletionsConfig)
+    command: ClassVar[str]
+
+    data: ExamplesConfig
+    learning: SupervisedConfig
+    optimizer: AdamWConfig
+    run: LearningConfig
+
+    def __post_init__(self) -> None:
+        learning, num_devices = self.learning, self.run.num_devices
+        if learning.batch_size % (learning.num_microbatches * num_devices):
+            raise UsageError(
+                f"batch_size ({learning.batch_size}) must be a multiple of num_microbatches x "
+                f"num_devices ({learning.num_microbatches} x {num_devices})."
+            )
+
+
+@dataclass(frozen=True)
+class SFTConfig(SupervisedRunConfig):
+    """A whole run of supervised fine-tuning."""
+
+    command: ClassVar[str] = "ppo-sft"
+
+    data: CompletionsConfig = field(default_factory=CompletionsConfig)
     learning: SupervisedConfig = field(default_factory=SupervisedConfig)
     optimizer: AdamWConfig = field(default_factory=lambda: AdamWConfig(learning_rate=5e-4))
     run: LearningConfig = field(default_factory=LearningConfig)
 
-    def __post_init__(self) -> None:
-        _check(self.learning, self.run)
-
-    @property
-    def data(self) -> CompletionsConfig:
-        """Which model learns, and what from."""
-        return self.completions
-
 
 @dataclass(frozen=True)
-class RewardModelConfig:
-    """A whole run of reward-model training.
+class RewardModelConfig(SupervisedRunConfig):
+    """A whole run of reward-model training."""
 
-    Raises:
-        UsageError: two settings contradict each other; it names both and the way out.
-    """
+    command: ClassVar[str] = "ppo-reward-model"
 
-    preferences: PreferencesConfig = field(default_factory=PreferencesConfig)
+    data: PreferencesConfig = field(default_factory=PreferencesConfig)
     learning: PreferenceLossConfig = field(default_factory=PreferenceLossConfig)
     optimizer: AdamWConfig = field(default_factory=lambda: AdamWConfig(learning_rate=1e-3))
     run: LearningConfig = field(default_factory=LearningConfig)
-
-    def __post_init__(self) -> None:
-        _check(self.learning, self.run)
-
-    @property
-    def data(self) -> PreferencesConfig:
-        """Which model learns, and what from."""
-        return self.preferences
-
-
-def _check(learning: SupervisedConfig, run: LearningConfig) -> None:
-    if learning.batch_size % (learning.num_microbatches * run.num_devices):
-        raise UsageError(
-            f"batch_size ({learning.batch_size}) must be a multiple of num_microbatches x "
-            f"num_devices ({learning.num_microbatches} x {run.num_devices})."
-        )
 
 
 def total_iterations(learning: SupervisedConfig, optimizer: AdamWConfig, num_examples: int) -> int:

@@ -114,10 +114,12 @@ class Actor:
         self.task = task
         self._mesh = mesh
 
-        def writing(greedy: bool) -> Writing:
+        def writing(greedy: bool, keeps_masks: bool = True) -> Writing:
             # A CPU would copy the part of a cache that it reads.
             bounds_reads = jax.default_backend() != "cpu"
-            return Writing(task.rules, sampling, greedy, compacts_rows, num_slots, bounds_reads)
+            return Writing(
+                task.rules, sampling, greedy, compacts_rows, num_slots, bounds_reads, keeps_masks
+            )
 
         def begins(
             params: nnx.State[Any, Any],
@@ -127,13 +129,14 @@ class Actor:
             key: jax.Array,
             completions_per_prompt: int,
             greedy: bool,
+            keeps_masks: bool,
         ) -> Pause:
             def of_rows(whole: tuple[nnx.State[Any, Any], jax.Array], rows: Any) -> Pause:
                 params, key = whole
                 ids, length, number = rows
                 keys = row_keys(key, number, completions_per_prompt)
                 network = nnx.merge(graphdef, gather(params))
-                return begin(network, ids, length, keys, writing(greedy))
+                return begin(network, ids, length, keys, writing(greedy, keeps_masks))
 
             number = first_prompt + jnp.arange(len(length))
             return on_own_rows(of_rows, mesh)((params, key), (ids, length, number))
@@ -148,7 +151,9 @@ class Actor:
 
             return on_own_rows(of_rows, mesh)(params, (pause, answers))
 
-        self._begin = jit(begins, static_argnames=("completions_per_prompt", "greedy"))
+        self._begin = jit(
+            begins, static_argnames=("completions_per_prompt", "greedy", "keeps_masks")
+        )
         self._resume = jit(resumes, static_argnames="greedy", donate_argnums=1)
 
     def respond(
@@ -160,6 +165,7 @@ class Actor:
         first_prompt: int = 0,
         completions_per_prompt: int = 1,
         greedy: bool = False,
+        keeps_masks: bool = True,
     ) -> Experience:
         """Respond to each prompt and score the responses in one call of the reward function.
 
@@ -168,6 +174,8 @@ class Actor:
         Args:
             first_prompt: the number of the first of the prompts, where they are a part of those
                 that `key` is for: what a prompt is answered depends on its number.
+            keeps_masks: under top-k or top-p, record what each token was drawn from, a bit for
+                every id, which learning reads.
 
         Raises:
             RewardError: the reward function raised, or its answer cannot be a reward.
@@ -182,6 +190,7 @@ class Actor:
             key,
             completions_per_prompt=completions_per_prompt,
             greedy=greedy,
+            keeps_masks=keeps_masks,
         )
         rows = [prompt for prompt in prompts for _ in range(completions_per_prompt)]
         end: mdp.State = fetch(pause.rollout.state)
@@ -299,6 +308,7 @@ class Actor:
                 first_prompt=start,
                 completions_per_prompt=completions_per_prompt,
                 greedy=greedy,
+                keeps_masks=False,
             )
             episodes += done.episodes[: len(batch) * completions_per_prompt]
             outcomes += done.outcomes[: len(batch) * completions_per_prompt]

@@ -9,7 +9,7 @@ from gymnasium.error import DependencyNotInstalled
 
 from ppo_jax.compilation import jit
 from ppo_jax.models import load_reward_model
-from ppo_jax.models.loading import tokenizer_place
+from ppo_jax.models.loading import model_in, tokenizer_place
 from qwen_env.errors import UsageError, UserFacingError
 from qwen_env.rewards import RewardBatch, RewardError, RewardFn, Scores, load_reward, score
 from qwen_env.rewards.addresses import shown
@@ -58,7 +58,8 @@ class FlaxReward:
     id where the policy chose one. `HuggingFaceReward` without a chat template reads the same.
 
     Args:
-        folder: a folder in Hugging Face layout, or a hub id.
+        folder: a folder in Hugging Face layout, or a hub id; or that of a run, whose last model
+            it is.
         policy_tokenizer: the policy's.
 
     Raises:
@@ -67,6 +68,7 @@ class FlaxReward:
 
     def __init__(self, folder: str, policy_tokenizer: Tokenizer):
         self.__qualname__ = f"flax:{folder}"  # the name in messages
+        folder = model_in(folder)
         model = load_reward_model(folder)
         self._tokenizer = load_tokenizer(tokenizer_place(folder))
         # JAX clamps an index that is out of range: the scores would be wrong, and nothing said.

@@ -91,7 +91,7 @@ def begin(
     num_rows, num_slots = len(keys), writing.num_slots
     prompts = mdp.initial_state(prompt_ids, prompt_length, writing.rules, jnp)
     states = each(prompts, num_rows)
-    draws = Draws.none(num_rows, writing.rules, writing.sampling)
+    draws = Draws.none(num_rows, writing)
     writer = Writer.of(network, writing)
     if num_slots is not None and num_slots < num_rows:
         states, draws = writer.write_in_turn(prompts, states, keys, draws)

@@ -41,7 +41,8 @@ class Writing(NamedTuple):
     the number of rows, no more are written at a time, and caches have room for no more; there is
     one turn then. With `bounds_reads` the loop is cut where a quarter, a half and three quarters of
     the caches' room for responses are in use, and reads no more of them until then, if that saves a
-    tenth of what a step reads.
+    tenth of what a step reads. With `keeps_masks`, what each token was drawn from is recorded, for
+    learning.
     """
 
     rules: mdp.Rules
@@ -50,6 +51,7 @@ class Writing(NamedTuple):
     compacts_rows: bool = False
     num_slots: int | None = None
     bounds_reads: bool = False
+    keeps_masks: bool = True
 
 
 class Slots(NamedTuple):
@@ -68,10 +70,11 @@ class Draws(NamedTuple):
     sampling_mask: UInt8[Array, "B T V/8"] | None  # all bits 1 where none was drawn
 
     @classmethod
-    def none(cls, num_rows: int, rules: mdp.Rules, sampling: Sampling) -> Self:
+    def none(cls, num_rows: int, writing: Writing) -> Self:
+        rules = writing.rules
         shape = num_rows, rules.max_new_tokens
         sampling_mask = None
-        if sampling.is_truncated:
+        if writing.keeps_masks and writing.sampling.is_truncated:
             sampling_mask = jnp.full((*shape, -(-rules.vocab_size // 8)), _EVERYTHING)
         return cls(jnp.zeros(shape, jnp.float32), sampling_mask)
 

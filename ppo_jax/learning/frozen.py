@@ -8,18 +8,24 @@ policy and the reference model, and no checkpoint holds it: it is in the model t
 with.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
+from ppo_jax.compilation import jit
 from ppo_jax.config import AdamWConfig
 from ppo_jax.learning.optimizer import Params
+from ppo_jax.mesh import shardings
 from ppo_jax.models import PolicyValueNetwork, RewardModel
 from ppo_jax.models.lora import add_adapters, has_adapters, merged
 from qwen_env.errors import UsageError
 
 Network = TypeVar("Network", bound=PolicyValueNetwork | RewardModel)
+State = TypeVar("State")
 
 NOTHING: Params = nnx.State({})
 """Where everything learns."""
@@ -76,6 +82,20 @@ def partition(
     graphdef, params = nnx.split(network)
     frozen, learning = nnx.split_state(params, is_frozen, ...)
     return graphdef, learning, frozen
+
+
+def initial_state(init: Callable[[Params], State], params: Params, mesh: Mesh | None) -> State:
+    """`init` of a copy of the parameters that learn, of which every device makes its own shards.
+
+    A copy, since updates consume the state, and the reference or a caller may have its parameters.
+    """
+
+    def of_copy(params: Params) -> State:
+        return init(jax.tree.map(jnp.copy, params))
+
+    if mesh is not None:
+        of_copy = jit(of_copy, out_shardings=shardings(jax.eval_shape(of_copy, params), mesh))
+    return of_copy(params)
 
 
 def network_of(graphdef: nnx.GraphDef[Network], params: Params, frozen: Params) -> Network:

@@ -30,6 +30,9 @@ from qwen_env.errors import UsageError
 from qwen_env.files import expand
 from qwen_env.hub import resolve
 
+RUN_MODELS = "final", "best"
+"""The folders of models in that of a run."""
+
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 
 Network = TypeVar("Network", PolicyValueNetwork, RewardModel)
@@ -120,6 +123,27 @@ def tokenizer_place(folder_or_hub_id_or_gguf: str | Path) -> str | Path:
     base = base_model_of(folder_or_hub_id_or_gguf)
     has_own = (expand(folder_or_hub_id_or_gguf) / "tokenizer.json").exists()
     return folder_or_hub_id_or_gguf if base is None or has_own else base
+
+
+def model_in(name: str) -> str:
+    """The last model of a run, of whatever kind, where `name` is its folder; anything else as it
+    is.
+
+    Raises:
+        UsageError: the run has saved no model yet.
+    """
+    folder = Path(name).expanduser()
+    if not is_run(folder):
+        return name
+    for model in RUN_MODELS:
+        if (folder / model).is_dir():
+            return str(folder / model)
+    raise UsageError(f"The run in {folder} has saved no model yet; let it go on, or --resume it.")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is one that a training command has written."""
+    return (folder / "metrics.jsonl").exists() and (folder / "config.json").exists()
 
 
 def read_max_length(folder_or_hub_id_or_gguf: str | Path) -> int:

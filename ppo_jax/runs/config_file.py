@@ -1,6 +1,8 @@
 """`config.json` of a run folder: the settings and, beside them, what wrote them.
 
-    task, ppo, optimizer, run   the settings, as in `ppo_jax.config`
+    task, ppo, optimizer, run   the settings of PPO, as in `ppo_jax.config`; those of other runs
+                                have `data` and `learning` in the place of the first two
+    command                     what started the run; "ppo-train", if it is not there
     created_by                  command line and versions that the run was started with
     resumed_by                  likewise, of the last time that it was resumed
 
@@ -55,7 +57,7 @@ def read_config(folder: Path, kind: type[Any] = TrainConfig) -> Any:
         )
     if not is_of(folder, kind):
         raise UsageError(
-            f"{folder} holds a run of another command; resume it with the one that started it."
+            f"{folder} holds a run of another command; resume it with {_command(folder)}."
         )
     try:
         return from_json(_read(path), kind)
@@ -69,8 +71,7 @@ def read_config(folder: Path, kind: type[Any] = TrainConfig) -> Any:
 def is_of(folder: Path, kind: type[RunSettings]) -> bool:
     """Whether the run in `folder` has settings of that kind; True where they cannot be read."""
     try:
-        groups = _read(folder / "config.json").keys()
-        return "run" not in groups or kind.__dataclass_fields__.keys() <= groups
+        return _command(folder) == kind.command
     except (OSError, ValueError, TypeError, RecursionError):
         return True
 
@@ -87,7 +88,12 @@ def write_config(folder: Path, config: RunSettings, argv: Sequence[str]) -> None
         "arguments": shlex.join(map(redacted, argv)),
         "versions": _versions(),
     }
-    content = old | settings(config) | {"resumed_by" if old else "created_by": by}
+    content = (
+        old
+        | {"command": config.command}
+        | settings(config)
+        | {"resumed_by" if old else "created_by": by}
+    )
     with atomic(path) as partial:
         write_json(partial, content)
 
@@ -159,6 +165,11 @@ def other_versions(folder: Path) -> list[str]:
         for name, new in _versions().items()
         if old.get(name, new) != new
     ]
+
+
+def _command(folder: Path) -> str:
+    command: str = _read(folder / "config.json").get("command", TrainConfig.command)
+    return command
 
 
 def _read(path: Path) -> dict[str, Any]:

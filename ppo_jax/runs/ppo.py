@@ -34,7 +34,7 @@ class PPOTrainer:
         held_out: prompts; `eval_size` of them are answered at every evaluation.
     """
 
-    prog, title = "ppo-train", "PPO"
+    title = "PPO"
 
     def __init__(self, agent: PPOAgent, held_out: PromptDataset):
         self.agent, task = agent, agent.config.task

@@ -60,10 +60,6 @@ class Trainer(Protocol):
     def config(self) -> RunSettings: ...
 
     @property
-    def prog(self) -> str:
-        """The command that resumes the run."""
-
-    @property
     def title(self) -> str:
         """In a word or two, what goes on."""
 
@@ -313,8 +309,8 @@ class Run:
             return "Nothing is saved: the updates were not finite."
         return (
             f"The run is saved as it was after iteration {saved[-1]}, in "
-            f"{self.checkpoints.folder}; continue it with: {self.trainer.prog} --output-dir "
-            f"{self.folder.path} --resume"
+            f"{self.checkpoints.folder}; continue it with: {self.trainer.config.command} "
+            f"--output-dir {self.folder.path} --resume"
         )
 
 

@@ -16,9 +16,9 @@ from flax import nnx
 
 from ppo_jax import algorithm, hosts
 from ppo_jax.compilation import jit
-from ppo_jax.config import RewardModelConfig, SFTConfig, total_iterations
+from ppo_jax.config import RewardModelConfig, SFTConfig, SupervisedRunConfig, total_iterations
 from ppo_jax.examples import Example, Pair
-from ppo_jax.learning.frozen import join, network_of, partition
+from ppo_jax.learning.frozen import initial_state, join, network_of, partition
 from ppo_jax.learning.metrics import fetch
 from ppo_jax.learning.nonfinite import check_finite
 from ppo_jax.learning.objectives import (
@@ -46,7 +46,7 @@ from qwen_env.prompt_order import prompt_indices
 from qwen_env.tokenizer import Tokenizer
 
 Item = TypeVar("Item", bound=Example | Pair)
-Config = TypeVar("Config", bound=SFTConfig | RewardModelConfig)
+Config = TypeVar("Config", bound=SupervisedRunConfig)
 
 
 class _SupervisedTrainer(Generic[Config, Item]):
@@ -58,7 +58,6 @@ class _SupervisedTrainer(Generic[Config, Item]):
         held_out: `eval_size` of them are looked at in every evaluation.
     """
 
-    prog: ClassVar[str]
     title: ClassVar[str]
 
     def __init__(
@@ -99,13 +98,7 @@ class _SupervisedTrainer(Generic[Config, Item]):
         self.held_out = Source(
             "held-out rows", config.data.eval_data or config.data.data, _digest(held_out)
         )
-
-        def init(params: Any) -> SupervisedState:
-            return learner.init(jax.tree.map(jnp.copy, params))
-
-        if mesh is not None:  # each device makes its own shards
-            init = jit(init, out_shardings=shardings(jax.eval_shape(init, params), mesh))
-        self.state = init(params)
+        self.state: SupervisedState = initial_state(learner.init, params, mesh)
         whole = replicated(mesh)
         self._update = jit(
             learner.update, donate_argnums=0, out_shardings=(shardings(self.state, mesh), whole)
@@ -184,7 +177,7 @@ class _SupervisedTrainer(Generic[Config, Item]):
 class SFTTrainer(_SupervisedTrainer[SFTConfig, Example]):
     """A policy that learns answers to prompts, by cross-entropy."""
 
-    prog, title = "ppo-sft", "SFT"
+    title = "SFT"
 
     def _objective(self, network: PolicyValueNetwork) -> Objective:
         return CompletionObjective(self._width, network.config.vocab_size, self.config.run.remat)
@@ -219,7 +212,7 @@ class SFTTrainer(_SupervisedTrainer[SFTConfig, Example]):
 class RewardModelTrainer(_SupervisedTrainer[RewardModelConfig, Pair]):
     """A reward model that learns which of two answers people chose."""
 
-    prog, title = "ppo-reward-model", "Reward model"
+    title = "Reward model"
 
     def _objective(self, network: RewardModel) -> Objective:
         return PreferenceObjective(self.config.learning.centring_coef, self.config.run.remat)

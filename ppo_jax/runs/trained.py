@@ -9,12 +9,11 @@ from typing import NamedTuple
 from ppo_jax.agent import PPOAgent
 from ppo_jax.config import DevicesConfig, TrainConfig
 from ppo_jax.models import PolicyValueNetwork
+from ppo_jax.models.loading import RUN_MODELS, is_run
 from ppo_jax.runs.checkpoints import Checkpoints
 from ppo_jax.runs.config_file import is_of, read_config
 from qwen_env.errors import UsageError
 from qwen_env.task import TextTask
-
-_MODELS = ("final", "best")
 
 
 class TrainedRun(NamedTuple):
@@ -27,7 +26,7 @@ class TrainedRun(NamedTuple):
     @property
     def model(self) -> str:
         """The model to load: the run's, or for a checkpoint the one that training began with."""
-        return str(self.folder / self.which) if self.which in _MODELS else self.config.task.model
+        return str(self.folder / self.which) if self.which in RUN_MODELS else self.config.task.model
 
     def trained(
         self, network: PolicyValueNetwork, task: TextTask, devices: DevicesConfig
@@ -39,7 +38,7 @@ class TrainedRun(NamedTuple):
         Raises:
             UserFacingError: the checkpoint is damaged, or of another version.
         """
-        if self.which in _MODELS:
+        if self.which in RUN_MODELS:
             return network
         run = replace(self.config.run, **asdict(devices))
         # Nothing is learnt, so a horizon that fits the whole run need not fit one iteration.
@@ -69,7 +68,7 @@ def named_run(argv: Sequence[str]) -> TrainedRun | None:
         )
     if known.run is not None:
         return _open(Path(known.run).expanduser(), known.which)
-    if known.model is not None and _is_run(folder := Path(known.model).expanduser()):
+    if known.model is not None and is_run(folder := Path(known.model).expanduser()):
         return _open(folder, known.which) if _is_of_ppo(folder) else None
     if known.which is not None:
         raise UsageError(
@@ -78,33 +77,13 @@ def named_run(argv: Sequence[str]) -> TrainedRun | None:
     return None
 
 
-def model_in(name: str) -> str:
-    """The last model of a run, of whatever kind, where `name` is its folder; anything else as it
-    is.
-
-    Raises:
-        UsageError: the run has saved no model yet.
-    """
-    folder = Path(name).expanduser()
-    if not _is_run(folder):
-        return name
-    for model in _MODELS:
-        if (folder / model).is_dir():
-            return str(folder / model)
-    raise UsageError(f"The run in {folder} has saved no model yet; let it go on, or --resume it.")
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").exists() and (folder / "config.json").exists()
-
-
 def _is_of_ppo(folder: Path) -> bool:
     """Whether the run in `folder` was PPO's, which has settings of how the model answers."""
     return is_of(folder, TrainConfig)
 
 
 def _open(folder: Path, which: str | None) -> TrainedRun:
-    if not _is_run(folder):
+    if not is_run(folder):
         raise UsageError(
             f"{folder} holds no run; name a folder that ppo-train has written (its --output-dir)."
         )
@@ -112,7 +91,8 @@ def _open(folder: Path, which: str | None) -> TrainedRun:
         raise UsageError(f"The run in {folder} is not PPO's; name it as --model.")
     config = read_config(folder)
     iterations = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints).iterations()
-    there = [name for name in _MODELS if (folder / name).is_dir()] + [*map(str, iterations[::-1])]
+    models = [name for name in RUN_MODELS if (folder / name).is_dir()]
+    there = [*models, *map(str, iterations[::-1])]
     if not there:
         raise UsageError(
             f"The run in {folder} has saved no model yet; let it go on, or continue it with "

@@ -11,12 +11,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
+from safetensors.numpy import load_file
 
 import ppo_jax
-from ppo_jax import hosts
+from ppo_jax import hosts, reward_model, sft
 from ppo_jax.models import load_pretrained
 from ppo_jax.train import main
 
@@ -44,7 +48,7 @@ def address() -> str:
         return f"localhost:{free.getsockname()[1]}"
 
 
-def start(arguments: list[str], *paths: Path) -> subprocess.Popen[str]:
+def start(arguments: list[str], *paths: Path, cwd: Path | None = None) -> subprocess.Popen[str]:
     places = [str(Path(ppo_jax.__file__).parents[1]), *map(str, paths)]
     environment = {"PYTHONPATH": os.pathsep.join(places), "JAX_NUM_CPU_DEVICES": "1"}
     return subprocess.Popen(
@@ -53,6 +57,7 @@ def start(arguments: list[str], *paths: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=cwd,
     )
 
 
@@ -164,10 +169,11 @@ def test_alone_nothing_changes() -> None:
 def test_wrong_flags(
     flags: list[str], message: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    with pytest.raises(SystemExit) as exit:
-        main([*flags, "--output-dir", str(tmp_path / "run")])
-    assert exit.value.code == 2
-    assert message in capfd.readouterr().err
+    for command in (main, sft.main):
+        with pytest.raises(SystemExit) as exit:
+            command([*flags, "--output-dir", str(tmp_path / "run")])
+        assert exit.value.code == 2
+        assert message in capfd.readouterr().err
 
 
 REWARD = """
@@ -223,19 +229,132 @@ def test_a_run_of_two_processes_is_that_of_one(
     [rest], [all_of_them] = scored("rest"), scored("alone")
     assert sorted(one + other + rest) == sorted(all_of_them)
     assert (run / "samples.jsonl").read_bytes() == (alone / "samples.jsonl").read_bytes()
+    assert_alike_but_for_rounding(run, alone)
+
+
+def assert_alike_but_for_rounding(run: Path, other: Path) -> None:
+    """In their metrics, and in all files of tensors of their last models."""
     ours, theirs = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (run, alone)
+        for folder in (run, other)
     )
     for line, expected in zip(ours, theirs, strict=True):
+        assert line.keys() == expected.keys()
         for name, value in line.items():
             if not name.startswith(("time/", "throughput/", "memory/")):
                 assert value == pytest.approx(expected[name], rel=1e-3, abs=1e-4, nan_ok=True), name
-    tables = (
-        np.asarray(load_pretrained(folder / "final").backbone.embed_tokens[...])
-        for folder in (run, alone)
+    files = [
+        {path.relative_to(folder) for path in (folder / "final").rglob("*") if path.is_file()}
+        for folder in (run, other)
+    ]
+    assert files[0] == files[1]
+    for path in files[0]:
+        if path.suffix == ".safetensors":
+            tensors, others = load_file(run / path), load_file(other / path)
+            for name, tensor in tensors.items():
+                np.testing.assert_allclose(tensor, others[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_adapters_on_two_processes_are_those_of_one(
+    inputs: Path, flags: list[str], tmp_path: Path, address: str
+) -> None:
+    """A shard of the frozen backbone on the device of each; the first writes the adapters whole."""
+    flags = [*flags, "--lora-rank", "2", "--learning-rate", "1e-3", "--num-minibatches", "1"]
+    flags += ["--num-iterations", "1"]
+    alone, run = tmp_path / "run_of_one", tmp_path / "run_of_two"
+    main([*flags, "--output-dir", str(alone)])
+    flags += ["--num-devices", "2", "--num-shards", "2", "--output-dir", str(run)]
+    flags += ["--coordinator", address, "--num-processes", "2", "--process-id"]
+    results = ended(*(start(["-m", "ppo_jax.train", *flags, f"{i}"]) for i in range(2)))
+    assert [status for status, *_ in results] == [0, 0], results
+    assert_alike_but_for_rounding(run, alone)
+    policy, adapted = (load_pretrained(run / name) for name in ("final", "final/adapter"))
+    first = inputs / "model" / "model.safetensors"
+    assert np.abs(load_file(run / "final" / first.name)[_QUERY] - load_file(first)[_QUERY]).max()
+    for ours, theirs in zip(*map(jax.tree.leaves, map(nnx.state, (policy, adapted))), strict=True):
+        if ours.ndim > 2 or len(ours) > 1:  # a value head is no part of an adapter
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+_QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+
+LEARNING = """
+import importlib, signal, sys
+from ppo_jax.runs import supervised
+
+def stop(self, metrics):
+    if metrics["iteration"] == 3 and sys.argv[-2:] == ["--process-id", "1"]:
+        signal.raise_signal(signal.SIGINT)
+
+supervised._SupervisedTrainer.remark = stop
+importlib.import_module("ppo_jax." + sys.argv.pop(1)).main()
+"""
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Rows that are answers to learn as well as pairs."""
+    words = ["fine", "dull", "good", "bad", "superb"]
+    answers = [f" was {a} and {b}." for a in words for b in words]
+    rows = [
+        {"prompt": "The plot", "completion": a, "chosen": f"{a} I liked it.", "rejected": a}
+        for a in answers
+    ]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "more"), [(sft, ["--lora-rank", "2"]), (reward_model, ["--center"])]
+)
+def test_learning_from_texts_on_two_processes_is_that_of_one(
+    command: ModuleType, more: list[str], inputs: Path, texts: Path, tmp_path: Path, address: str
+) -> None:
+    """A shard on the device of each; Ctrl-C on the second stops both, and one process goes on."""
+    flags = ["--model", str(inputs / "model"), "--data", str(texts), "--batch-size", "4", *more]
+    flags += ["--num-iterations", "5", "--learning-rate", "1e-2", "--eval-every", "2"]
+    alone, run = tmp_path / "run_of_one", tmp_path / "run_of_two"
+    command.main([*flags, "--output-dir", str(alone)])
+    flags += ["--num-devices", "2", "--num-shards", "2", "--output-dir", str(run)]
+    flags += ["--coordinator", address, "--num-processes", "2", "--process-id"]
+    name = command.__name__.rpartition(".")[2]
+    results = ended(*(start(["-c", LEARNING, name, *flags, f"{i}"]) for i in range(2)))
+    assert [status for status, *_ in results] == [130, 130], results
+    assert "The run is saved as it was after iteration 3" in results[0][2]
+    assert results[1][2] == "", "process 0 alone speaks"
+    command.main(["--output-dir", str(run), "--resume", "--num-devices", "1", "--num-shards", "1"])
+    assert_alike_but_for_rounding(run, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"prompt": "a"}', "Process 1 has failed: line 26 of texts.jsonl has no 'completion'"),
+        ('{"prompt": "a", "completion": "b"}', "Process 1 has rows "),
+    ],
+)
+def test_texts_that_differ_end_both(
+    line: str, sentence: str, inputs: Path, texts: Path, tmp_path: Path, address: str
+) -> None:
+    """The name is the same, in another folder."""
+    folders = [tmp_path, tmp_path / "elsewhere"]
+    folders[1].mkdir()
+    (folders[1] / texts.name).write_text(f"{texts.read_text()}{line}\n")
+    flags = ["--model", str(inputs / "model"), "--data", texts.name, "--num-devices", "2"]
+    flags += ["--output-dir", str(tmp_path / "run"), "--coordinator", address]
+    flags += ["--num-processes", "2", "--process-id"]
+    results = ended(
+        *(start(["-m", "ppo_jax.sft", *flags, f"{i}"], cwd=folders[i]) for i in range(2))
     )
-    np.testing.assert_allclose(*tables, rtol=1e-3, atol=1e-5)
+    assert [status for status, *_ in results] == [2, 2], results
+    assert f"error: {sentence}" in results[0][2]
+    assert all("Traceback" not in said for _, _, said in results)
+    assert not (tmp_path / "run").exists()
 
 
 TURNS = """

@@ -60,6 +60,32 @@ def test_to_no_prompts_there_is_no_response(make_network, make_test_task):
     assert nothing == ([], [])
 
 
+def test_under_top_k_only_learning_gets_what_tokens_were_drawn_from(make_network, make_test_task):
+    """A bit for every id of the vocabulary and token is not made for an evaluation, which draws the
+    same tokens."""
+    network, task = make_network(), make_test_task()
+    actor = Actor(network, task, Sampling(1.0, 3, None))
+    learnt, evaluated = (
+        actor.respond(nnx.state(network), task.prompts, jax.random.key(0), keeps_masks=kept)
+        for kept in (True, False)
+    )
+    assert learnt.rollout.sampling_mask is not None
+    assert evaluated.rollout.sampling_mask is None
+    for ours, theirs in zip(learnt.episodes, evaluated.episodes, strict=True):
+        np.testing.assert_array_equal(ours.completion_ids, theirs.completion_ids)
+    masks: list[object] = []
+    respond = actor.respond
+
+    def watched(*args, **kwargs):
+        done = respond(*args, **kwargs)
+        masks.append(done.rollout.sampling_mask)
+        return done
+
+    actor.respond = watched
+    actor.respond_to_all(nnx.state(network), task.prompts, jax.random.key(0), batch_size=5)
+    assert masks == [None]
+
+
 def test_tokens_and_seconds_of_a_batch(make_network, make_test_task, monkeypatch):
     """On a clock that shows 0 at the start, 2 behind the rollout and 5 behind the scores."""
     network, task = make_network(), make_test_task()

@@ -127,6 +127,19 @@ def test_transformers_and_our_port_give_one_model_the_same_score(
     assert np.abs(scores - score(ours, finished).values).min() > 1e-3
 
 
+def test_a_run_is_its_last_model(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name in ("config.json", "metrics.jsonl"):
+        run.mkdir(exist_ok=True)
+        (run / name).write_text("{}")
+    with pytest.raises(UsageError, match=f"The run in {run} has saved no model yet"):
+        load_training_reward(f"flax:{run}", tokenizer)
+    (run / "final").symlink_to(folder)
+    ours, theirs = (FlaxReward(str(place), tokenizer) for place in (run, folder))
+    episodes = batch(tokenizer)
+    np.testing.assert_array_equal(ours(episodes), theirs(episodes))
+
+
 def test_a_tokenizer_with_more_ids_than_the_model_has(
     make_folder: Callable[..., Path], tokenizer: Tokenizer
 ) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from ppo_jax import evaluate, generate
 from ppo_jax.config import SamplingConfig
+from ppo_jax.models.loading import model_in
 from ppo_jax.runs.config_file import read_config
-from ppo_jax.runs.trained import model_in, named_run
+from ppo_jax.runs.trained import named_run
 from ppo_jax.train import parse_arguments
 from qwen_env.errors import UsageError
 
