@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ppo_jax.assembly import assemble
+from ppo_jax.assembly import assemble, with_critic_model
 from ppo_jax.compilation import jit
 from ppo_jax.config import TrainConfig
 from ppo_jax.generation.actor import Actor, Experience
@@ -161,14 +161,16 @@ class PPOAgent:
                 "the prompts to train on."
             )
         run = config.run
+        mesh = make_mesh(run.num_devices, run.num_shards)
         network, task, _ = assemble(
             config.task,
             prompts=prompts,
             reward=reward,
             dtype=run.dtype,
             param_dtype=run.param_dtype,
-            mesh=make_mesh(run.num_devices, run.num_shards),
+            mesh=mesh,
         )
+        network = with_critic_model(network, config, task.tokenizer, mesh)
         return cls(network, task, config)
 
     @property

@@ -9,15 +9,21 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from ppo_jax.config import TaskConfig
+from ppo_jax.config import TaskConfig, TrainConfig
 from ppo_jax.generation.reward_models import load_training_reward
-from ppo_jax.models import PolicyValueNetwork, load_pretrained
+from ppo_jax.models import (
+    PolicyValueNetwork,
+    load_critic,
+    load_pretrained,
+    with_separate_critic,
+)
 from ppo_jax.models.loading import read_max_length, tokenizer_place
 from qwen_env.errors import UsageError
+from qwen_env.hub import resolve
 from qwen_env.prompts import PromptDataset, PromptEncoder, load_prompts
 from qwen_env.task import TextTask, make_task
 from qwen_env.tasks import NamedTask, has_one_turn, load_named_task
-from qwen_env.tokenizer import load_tokenizer
+from qwen_env.tokenizer import Tokenizer, load_tokenizer
 
 
 class Assembly(NamedTuple):
@@ -122,6 +128,38 @@ def assemble(
         max_turns=settings.max_turns,
     )
     return Assembly(network, task, held_out)
+
+
+def with_critic_model(
+    network: PolicyValueNetwork,
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    mesh: Mesh | None = None,
+) -> PolicyValueNetwork:
+    """The network, its critic the one that `critic_model` names; itself where it names none.
+
+    Args:
+        tokenizer: the policy's.
+        mesh: that the critic's parameters are cut over.
+
+    Raises:
+        UsageError: there is no such model, or it reads other tokens, or is of another size.
+    """
+    name, run = config.ppo.critic_model, config.run
+    if name is None:
+        return network
+    place = tokenizer_place(name)
+    has_own = (resolve(place, allow_patterns=["tokenizer*.json"]) / "tokenizer.json").exists()
+    if has_own and load_tokenizer(place).backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise UsageError(
+            f"critic_model is {name!r}, which reads other tokens than the policy writes; take one "
+            "with the policy's tokenizer."
+        )
+    critic = load_critic(name, dtype=run.dtype, param_dtype=run.param_dtype, mesh=mesh)
+    try:
+        return with_separate_critic(network, critic)
+    except UsageError as error:
+        raise UsageError(f"critic_model is {name!r}, which does not fit: {error}") from error
 
 
 def _set_apart(prompts: PromptDataset, name: str) -> tuple[PromptDataset, PromptDataset]:

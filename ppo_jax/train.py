@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ppo_jax import cli, flags, hosts
 from ppo_jax.agent import PPOAgent
-from ppo_jax.assembly import assemble
+from ppo_jax.assembly import assemble, with_critic_model
 from ppo_jax.config import (
     OptimizerConfig,
     PPOConfig,
@@ -93,6 +93,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, TrainConfig]:
         output_dir=arguments.output_dir.expanduser(),
         task=replace(arguments.task, model=model_in(arguments.task.model)),
     )
+    if (critic := arguments.ppo.critic_model) is not None:
+        arguments = replace(arguments, ppo=replace(arguments.ppo, critic_model=model_in(critic)))
     return arguments, TrainConfig(arguments.task, arguments.ppo, arguments.optimizer, arguments.run)
 
 
@@ -115,13 +117,15 @@ def train(
     if config.optimizer.lora_rank is not None:
         refuse_adapter(config.task.model)
     with open_folder(output_dir, config, resume=resume, argv=argv) as folder:
+        mesh = make_mesh(run.num_devices, run.num_shards)
         network, task, held_out = assemble(
             config.task,
             dtype=run.dtype,
             param_dtype=run.param_dtype,
-            mesh=make_mesh(run.num_devices, run.num_shards),
+            mesh=mesh,
             say=cli.say,
         )
+        network = with_critic_model(network, config, task.tokenizer, mesh)
         assert held_out is not None  # the prompts are those of the settings
         hosts.check_alike(
             lambda: {

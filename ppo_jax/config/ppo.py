@@ -127,6 +127,9 @@ class PPOConfig(SamplingConfig):
     critic: Literal["shared", "stopped", "separate"] = "shared"
     """Backbone of the value head: the policy's, the policy's without a gradient into it, or one of
     its own."""
+    critic_model: str | None = None
+    """What a separate critic begins as: a reward model (such as RUN/final of ppo-reward-model), or
+    a saved policy, whose critic it takes; None makes it the policy with values of zero."""
     target_kl: Limit | None = None
     """End an iteration's updates once KL(old‖new) exceeds this, in nats per token."""
     target_kl_estimator: KlEstimator = "k3"
@@ -163,6 +166,11 @@ class PPOConfig(SamplingConfig):
             self._refuse_set(
                 ("kl_penalty", "kl_target", "ref_ema_decay"),
                 "kl_coef is 0, so the reference model has no influence; raise kl_coef",
+            )
+        if self.critic_model is not None and self.critic != "separate":
+            raise UsageError(
+                f"critic_model is {self.critic_model!r}, but critic is {self.critic!r}; set critic "
+                "to 'separate', or leave critic_model out."
             )
         if self.value_coef == 0 and self.has_value_function:
             self._refuse_set(

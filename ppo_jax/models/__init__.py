@@ -4,10 +4,11 @@ from ppo_jax.models.config import DecoderConfig, Llama3Scaling, YarnScaling
 from ppo_jax.models.heads import (
     PolicyValueNetwork,
     RewardModel,
+    ValueFunction,
     as_reward_model,
     with_separate_critic,
 )
-from ppo_jax.models.loading import load_pretrained, load_reward_model
+from ppo_jax.models.loading import load_critic, load_pretrained, load_reward_model
 from ppo_jax.models.saving import Generation, save_pretrained, save_reward_model
 
 __all__ = [
@@ -16,8 +17,10 @@ __all__ = [
     "Llama3Scaling",
     "PolicyValueNetwork",
     "RewardModel",
+    "ValueFunction",
     "YarnScaling",
     "as_reward_model",
+    "load_critic",
     "load_pretrained",
     "load_reward_model",
     "save_pretrained",

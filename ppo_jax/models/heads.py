@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from ppo_jax.models.config import DecoderConfig
 from ppo_jax.models.decoder import Decoder, last_hidden, project
 from ppo_jax.models.lora import merged
+from qwen_env.errors import UsageError
 
 
 class ScalarHead(nnx.Module):
@@ -73,15 +74,50 @@ class PolicyValueNetwork(nnx.Module):
         return project(hidden, self.backbone.unembedding)
 
 
-def with_separate_critic(network: PolicyValueNetwork) -> PolicyValueNetwork:
-    """The network with a backbone for its values alone: at first, on the policy's own arrays.
+class ValueFunction(nnx.Module):
+    """A decoder and a value head, without a policy: what a separate critic can begin as."""
 
-    Adapters are merged.
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        config = _without_projection(config)
+        self.backbone = Decoder(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.value_head = ScalarHead(jnp.zeros((config.hidden_size,)), bias=True)
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.backbone.config
+
+    def __call__(
+        self, input_ids: Int[Array, "B S"], attention_mask: Int[Array, "B S"] | Bool[Array, "B S"]
+    ) -> Float[Array, "B S"]:
+        """float32 values of every position."""
+        return self.value_head(self.backbone(input_ids, attention_mask)[0])
+
+
+def with_separate_critic(
+    network: PolicyValueNetwork, critic: ValueFunction | None = None
+) -> PolicyValueNetwork:
+    """The network with a backbone for its values alone.
+
+    It is that of `critic`, with its head, and else the one that the network has for itself
+    already, or the policy's. Its arrays are shared, at first; adapters are merged.
+
+    Raises:
+        UsageError: `critic` is of another size than the policy, and the sentence names the size.
     """
-    if network.critic is not None:
+    if critic is None and network.critic is not None:
         return network
     network = merged(network)
-    backbone, dtype = nnx.state(network.backbone), network.backbone.dtype
+    dtype = network.backbone.dtype
+    if critic is not None:
+        _check_same_size(network.config, critic.config)
+    backbone = nnx.state((critic or network).backbone)
     shaped = nnx.eval_shape(
         lambda: PolicyValueNetwork(
             network.config, rngs=nnx.Rngs(0), dtype=dtype, separate_critic=True
@@ -89,7 +125,13 @@ def with_separate_critic(network: PolicyValueNetwork) -> PolicyValueNetwork:
     )
     # Variables of its own, or they would be one parameter.
     own = jax.tree.map(lambda x: x, {n: x for n, x in backbone.items() if n != "lm_head"})
-    params = nnx.State({**nnx.state(network), "critic": nnx.State(own)})
+    params = nnx.State(
+        {
+            **nnx.state(network),
+            "critic": nnx.State(own),
+            "value_head": nnx.state((critic or network).value_head),
+        }
+    )
     with_critic: PolicyValueNetwork = nnx.merge(nnx.graphdef(shaped), params)
     return with_critic
 
@@ -135,6 +177,19 @@ def as_reward_model(policy: PolicyValueNetwork, seed: int) -> RewardModel:
     params: nnx.State[str, Any] = nnx.State({"backbone": nnx.State(backbone), "score": score})
     merged: RewardModel = nnx.merge(nnx.graphdef(shaped), params)
     return merged
+
+
+def _check_same_size(policy: DecoderConfig, critic: DecoderConfig) -> None:
+    policy = dataclasses.replace(
+        _without_projection(policy), max_position_embeddings=critic.max_position_embeddings
+    )
+    for field in dataclasses.fields(DecoderConfig):
+        ours, theirs = (getattr(config, field.name) for config in (policy, critic))
+        if ours != theirs:
+            raise UsageError(
+                f"The critic's {field.name} is {theirs}, and the policy's is {ours}; take a critic "
+                "that was made from a model of the policy's size."
+            )
 
 
 def _without_projection(config: DecoderConfig) -> DecoderConfig:

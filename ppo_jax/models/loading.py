@@ -22,7 +22,7 @@ from ppo_jax.mesh import from_host
 from ppo_jax.models.adapter_folder import ADAPTER_CONFIG, AdaptedTensors, base_of, is_adapter
 from ppo_jax.models.config import DecoderConfig
 from ppo_jax.models.gguf import GGUFTensors
-from ppo_jax.models.heads import PolicyValueNetwork, RewardModel
+from ppo_jax.models.heads import PolicyValueNetwork, RewardModel, ValueFunction
 from ppo_jax.models.safetensors_folder import SafetensorsFolder, read_config
 from ppo_jax.models.tensor_names import HEAD, TABLE, tensor_names
 from ppo_jax.models.tensor_source import TensorSource
@@ -35,7 +35,7 @@ RUN_MODELS = "final", "best"
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 
-Network = TypeVar("Network", PolicyValueNetwork, RewardModel)
+Network = TypeVar("Network", PolicyValueNetwork, RewardModel, ValueFunction)
 
 
 def load_pretrained(
@@ -87,6 +87,41 @@ def load_reward_model(
     def load(source: TensorSource) -> RewardModel:
         # Made from a language model, the file may still hold what that wrote tokens with.
         return _load(RewardModel, _Plan(source, source.config, spare=(HEAD,)), dtype, param_dtype)
+
+    return _load_source(folder_or_hub_id, load)
+
+
+def load_critic(
+    folder_or_hub_id: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+) -> ValueFunction:
+    """Read a value function: a reward model, or the critic of a saved policy.
+
+    Of a reward model, the score is the value. Of a policy with a separate critic, the policy is not
+    read; one whose critic shares its backbone gives that backbone.
+
+    Errors as in `load_pretrained`, and a UsageError where there is neither.
+    """
+
+    def load(source: TensorSource) -> ValueFunction:
+        names = source.shapes.keys()
+        if "score.weight" in names:
+            plan = _Plan(source, source.config, (HEAD,), {"value_head.weight": "score.weight"})
+        elif not any(name.startswith("value_head.") for name in names):
+            raise UsageError(
+                f"{source.where} is a language model without a value head, so neither a reward "
+                "model nor a saved critic; name a folder of ppo-reward-model, or of a run of "
+                "ppo-train."
+            )
+        elif own := {n.removeprefix("critic."): n for n in names if n.startswith("critic.")}:
+            policys = [n for n in names if not n.startswith(("critic.", "value_head."))]
+            plan = _Plan(source, source.config, policys, own)
+        else:
+            plan = _Plan(source, source.config, (HEAD,))
+        return _load(ValueFunction, plan, dtype, param_dtype, mesh)
 
     return _load_source(folder_or_hub_id, load)
 

@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ppo_jax.models import load_pretrained, save_pretrained, with_separate_critic
+from ppo_jax.models import load_critic, load_pretrained, save_pretrained, with_separate_critic
 from qwen_env.errors import UsageError
 
 
@@ -91,3 +91,52 @@ def test_cut_short(folder):
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(UsageError, match=r"critic/model.safetensors is not a readable"):
         load_pretrained(folder)
+
+
+class TestAsWhatACriticBeginsAs:
+    @pytest.mark.parametrize("kind", ["ForCausalLM", "ForSequenceClassification"])
+    def test_of_a_reward_model_the_score_is_the_value(
+        self, kind, torch_model, outputs, ragged, model_folder, tmp_path
+    ):
+        """transformers' own, at every position of a row, whatever the file still holds."""
+        theirs = torch_model("Qwen2ForSequenceClassification", num_labels=1)
+        theirs.save_pretrained(tmp_path / "reward")
+        if kind == "ForCausalLM":  # whose output projection may still be there
+            path = tmp_path / "reward" / "model.safetensors"
+            save_file(load_file(path) | {"lm_head.weight": np.ones((96, 32), np.float32)}, path)
+        ids, mask = ragged()
+        with torch.no_grad():
+            hidden = theirs.model(torch.tensor(ids), attention_mask=torch.tensor(mask))[0]
+            expected = theirs.score(hidden)[..., 0].numpy()
+        policy = load_pretrained(model_folder)
+        before = outputs(policy, ids, mask)[0]
+        network = with_separate_critic(policy, load_critic(tmp_path / "reward"))
+        logits, values = outputs(network, ids, mask)
+        np.testing.assert_allclose(values[mask], expected[mask], rtol=0, atol=1e-5)
+        assert np.std(expected[mask]) > 0.1
+        np.testing.assert_array_equal(logits, before)
+
+    def test_of_a_saved_policy_its_critic_is_taken(self, network, folder, model_folder):
+        """And takes the place of one that is there, its head too."""
+        other = with_separate_critic(load_pretrained(model_folder))
+        again = with_separate_critic(other, load_critic(folder))
+        assert other.critic is not again.critic
+        chex.assert_trees_all_equal(nnx.state(again), nnx.state(network))
+
+    def test_of_a_critic_that_shares_its_backbone(self, model_folder, tmp_path):
+        policy = load_pretrained(model_folder)
+        policy.value_head.weight[...] = jnp.arange(32.0)[None] / 32
+        save_pretrained(policy, tmp_path / "shared")
+        critic = load_critic(tmp_path / "shared")
+        chex.assert_trees_all_equal(nnx.state(critic.backbone), nnx.state(policy.backbone))
+        chex.assert_trees_all_equal(nnx.state(critic.value_head), nnx.state(policy.value_head))
+
+    def test_a_language_model_is_neither(self, model_folder):
+        with pytest.raises(UsageError, match=r"without a value head, so neither a reward model"):
+            load_critic(model_folder)
+
+    def test_of_another_size(self, network, torch_model, tmp_path):
+        theirs = torch_model("Qwen2ForSequenceClassification", num_labels=1, num_hidden_layers=2)
+        theirs.save_pretrained(tmp_path / "small")
+        with pytest.raises(UsageError, match=r"critic's num_hidden_layers is 2, and the policy's"):
+            with_separate_critic(network, load_critic(tmp_path / "small"))
