@@ -2,9 +2,9 @@
 
     python benchmarks/learning_long.py --output-dir runs/learning_long
 
-A tiny model writes sixteen sums out, one after another, in 96 tokens, and is paid for the last
-digit alone. PPO's value function, and what improves it, against advantages among the answers to a
-prompt: at equal samples, and at equal time.
+A tiny model writes 64 symbols, and is paid at the end if the good ones among them prevail. PPO's
+value function, and what improves it, against advantages among the answers to a prompt: at equal
+samples, and at equal time.
 
 Every finished run is a line of `runs.jsonl` in the output folder, and is not run again: after an
 interruption, the same command goes on. It ends with tables, also as Markdown, and a picture.

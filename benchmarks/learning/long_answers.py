@@ -1,12 +1,10 @@
-"""Counting on by sevens, from one of 36 symbols, paid for the last symbol alone.
+"""Good and bad pairs of symbols, and a reward at the end for answers in which the good ones prevail.
 
-    prompt  3
-    answer  ahov29gnu18fmt07els6dkryz...
-
-The model knows how it goes, for it has imitated a player who writes now and then any symbol, and
-counts on from there. A mistake cannot be mended: what follows ends right by chance. So few answers
-end right, and which of its tokens was wrong, an answer's reward does not say; a value function can
-see it.
+Which symbols are good depends on the one before: there are four kinds of symbols, and after each of
+them 18 of 36 are good, which the model, a random one, does not know. An answer is 64 symbols long,
+and earns 1 if at least 40 of them are good, or else 0. Of answers that are drawn by chance that is
+one in thirty, and its reward does not say which of its symbols helped. A value function can see
+what there is so far.
 """
 
 import string
@@ -14,40 +12,34 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from learning.long_answers_settings import LENGTH, MISTAKES, Setting
+from learning.long_answers_settings import ENOUGH, LENGTH, Setting
 from learning.tiny import make_tokenizer
-from learning.trainer import Bench, Lesson
-from qwen_env.conversation import Conversation
+from learning.trainer import Bench
 from qwen_env.episodes import Episode, Outcome
 from qwen_env.prompts import load_prompts
 from qwen_env.rewards import RewardBatch
 from qwen_env.task import make_task
 
 SYMBOLS = string.digits + string.ascii_lowercase
+KINDS = 1
+GOOD = [
+    frozenset(np.random.default_rng(kind).permutation(list(SYMBOLS))[: len(SYMBOLS) // 2])
+    for kind in range(KINDS)
+]
 
 
-def after(symbol: str, count: int = 1) -> str:
-    """The symbol so many sevens later, which begins anew behind the last."""
-    return SYMBOLS[(SYMBOLS.index(symbol) + 7 * count) % len(SYMBOLS)]
+def is_good(before: str, symbol: str) -> bool:
+    """Whether `symbol` is good after the one before."""
+    return symbol in GOOD[SYMBOLS.index(before) % KINDS]
 
 
-def player(conversation: Conversation, rng: np.random.Generator) -> str:
-    """Counts on, but for a share of symbols that are any."""
-    written = str(conversation.prompt.row["prompt"])
-    for is_mistake in rng.random(LENGTH) < MISTAKES:
-        written += SYMBOLS[rng.integers(len(SYMBOLS))] if is_mistake else after(written[-1])
-    return written[1:]
-
-
-def last_symbol(batch: RewardBatch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """1 where the last symbol is the right one, or else 0; and the share of right steps."""
-    right, share = np.zeros(len(batch), np.float32), np.zeros(len(batch), np.float32)
-    for i, (completion, row) in enumerate(zip(batch.completions, batch.rows, strict=True)):
-        prompt = str(row["prompt"])
-        right[i] = completion[LENGTH - 1 :] == after(prompt, LENGTH)
-        pairs = zip(prompt + completion, completion, strict=False)
-        share[i] = np.mean([after(one) == other for one, other in pairs] or 0.0)
-    return right, {"accuracy": right, "right_steps": share}
+def enough_are_good(batch: RewardBatch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """1 where there are enough, or else 0; and their share."""
+    texts = zip((str(row["prompt"]) for row in batch.rows), batch.completions, strict=True)
+    pairs = [zip(prompt + text, text, strict=False) for prompt, text in texts]
+    counts = np.array([sum(is_good(*pair) for pair in of_answer) for of_answer in pairs])
+    enough = (counts >= ENOUGH).astype(np.float32)
+    return enough, {"accuracy": enough, "good": (counts / LENGTH).astype(np.float32)}
 
 
 def make_bench(setting: Setting) -> Bench:
@@ -56,14 +48,14 @@ def make_bench(setting: Setting) -> Bench:
     task = make_task(
         tokenizer=make_tokenizer((), SYMBOLS),
         prompts=prompts,
-        reward=last_symbol,
+        reward=enough_are_good,
         max_prompt_length=1,
         min_new_tokens=LENGTH,
         max_new_tokens=LENGTH,
         chat_template=False,
     )
     again = list(load_prompts(prompts, task.prompt_encoder, "the prompts")) * 16
-    return Bench(task, again, 48, [Lesson(player, 2048, 4, 3e-3)])
+    return Bench(task, again, 48, [])
 
 
 def means(episodes: Sequence[Episode], outcomes: Sequence[Outcome]) -> dict[str, float]:

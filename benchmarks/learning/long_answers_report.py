@@ -25,10 +25,10 @@ from ppo_jax.runs.seeds import interval
 
 VARIANCE, TIME = "value/explained_variance", "time/iteration_s"
 COLUMNS = (
-    Column("right at the end", "accuracy", 3),
-    Column("right, mean of the run", "run/accuracy", 3),
-    Column("right at equal time", "same_time/accuracy", 3),
-    Column("right steps", "right_steps", 4),
+    Column("paid at the end", "accuracy", 3),
+    Column("paid, mean of the run", "run/accuracy", 3),
+    Column("paid at equal time", "same_time/accuracy", 3),
+    Column("good symbols", "good", 3),
     Column("explained variance", VARIANCE, 2),
     Column("s an iteration", TIME, 2),
 )
@@ -39,7 +39,7 @@ COLORS = {PPO: ORANGE, "critic's lambda 1": GREEN, GROUP: BLUE, "leave one out":
 def brief(record: Record) -> str:
     """A run in a line."""
     end, curve = record["end"], record["curve"]
-    return f"right {curve[0]['accuracy']:.3f} -> {end['accuracy']:.3f}"
+    return f"paid {curve[0]['accuracy']:.3f} -> {end['accuracy']:.3f}"
 
 
 def write(records: Sequence[Record], folder: Path) -> None:
@@ -80,7 +80,7 @@ def mean_of(points: Sequence[Mapping[str, Any]], name: str) -> float:
 def _ends(values: Finals, before: float) -> Table:
     table = Table(
         title="Mean ± half of the 95 % confidence interval over seeds; "
-        f"{before:.3f} are right before"
+        f"{before:.3f} are paid before"
     )
     table.add_column("")
     for column in COLUMNS:
@@ -117,9 +117,9 @@ def _changes(values: Finals) -> Table:
 
 def _picture(curves: Mapping[str, Mapping[int, Sequence[Mapping[str, float]]]]) -> Figure:
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    right, variance = figure.subplots(1, 2)
+    paid, variance = figure.subplots(1, 2)
     for name, color in COLORS.items():
-        for axis, metric in ((right, "accuracy"), (variance, VARIANCE)):
+        for axis, metric in ((paid, "accuracy"), (variance, VARIANCE)):
             runs = np.array(
                 [
                     [point[metric] for point in curve]
@@ -130,9 +130,9 @@ def _picture(curves: Mapping[str, Mapping[int, Sequence[Mapping[str, float]]]]) 
             if runs.size:
                 axis.plot(runs.T, color=color, lw=0.6, alpha=0.5)
                 axis.plot(runs.mean(0), color=color, lw=1.8, label=name)
-    describe(right, "Right answers", "share", "iteration")
+    describe(paid, "Answers that are paid", "share", "iteration")
     describe(variance, "Explained variance of the value function", "share", "iteration")
-    for axis in (right, variance):
+    for axis in (paid, variance):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=8)
     return figure

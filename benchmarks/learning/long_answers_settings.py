@@ -8,7 +8,7 @@ from ppo_jax.config import OptimizerConfig, PPOConfig, RunConfig, TrainConfig
 from qwen_env.errors import UsageError
 
 LENGTH = 64  # symbols of an answer
-MISTAKES = 0.03  # share of symbols that are any
+ENOUGH = 42  # of them that must be good
 
 PPO, GROUP = "PPO", "group"
 
@@ -25,7 +25,7 @@ class Setting:
     @property
     def changes(self) -> str:
         """All that is not in the name."""
-        return f"{LENGTH} symbols, {MISTAKES} wrong, ppo {self.ppo}, optimizer {self.optimizer}"
+        return f"{LENGTH} symbols, {ENOUGH} good, ppo {self.ppo}, optimizer {self.optimizer}"
 
 
 _EIGHT: dict[str, Any] = {"completions_per_prompt": 8}

@@ -129,7 +129,7 @@ class Actor:
             key: jax.Array,
             completions_per_prompt: int,
             greedy: bool,
-            keeps_masks: bool,
+            keeps_masks: bool = True,
         ) -> Pause:
             def of_rows(whole: tuple[nnx.State[Any, Any], jax.Array], rows: Any) -> Pause:
                 params, key = whole
