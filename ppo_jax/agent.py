@@ -32,7 +32,7 @@ from ppo_jax.learning.metrics import fetch
 from ppo_jax.learning.nonfinite import check_finite
 from ppo_jax.learning.optimizer import Params
 from ppo_jax.mesh import make_mesh, place, replicate, replicated, shardings
-from ppo_jax.models import PolicyValueNetwork, with_separate_critic
+from ppo_jax.models import PolicyValueNetwork, with_separate_critic, with_value_bins
 from ppo_jax.models.decoder import last_hidden
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
@@ -85,6 +85,8 @@ class PPOAgent:
                 f"critic is {config.ppo.critic!r}, but the model has a separate critic "
                 "(critic/model.safetensors); set critic to 'separate', or remove that file."
             )
+        if config.ppo.has_value_function:
+            network = with_value_bins(network, config.ppo.bins)
         mesh = make_mesh(config.run.num_devices, config.run.num_shards)
         graphdef, params, frozen = partition(network, config.optimizer, config.run.seed)
         self.task = task

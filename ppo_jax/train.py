@@ -48,7 +48,8 @@ class Arguments(Checked):
     run: RunConfig
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
     preset: str = "pocket"
-    """Preset that the defaults come from: pocket, smollm2, or qwen2.5-0.5b."""
+    """Preset that the defaults come from: pocket, sao, smollm2, arithmetic, gsm8k, or
+    qwen2.5-0.5b."""
     resume: bool = False
     """Continue the run in output-dir with the settings it was started with, whatever the preset;
     a larger num-iterations extends a finished run."""

@@ -12,6 +12,7 @@ from ppo_jax.algorithm.advantages import (
 )
 from ppo_jax.algorithm.gae import generalized_advantage_estimation, length_adaptive_lambda
 from ppo_jax.algorithm.histogram import ADVANTAGE_EDGES, RATIO_EDGES, masked_histogram
+from ppo_jax.algorithm.hl_gauss import Bins, expected_value, hl_gauss_loss, hl_gauss_targets
 from ppo_jax.algorithm.kl import KlEstimator, adapted_kl_coef, approx_kl, is_clamped, kl_estimate
 from ppo_jax.algorithm.losses import (
     ClipShares,
@@ -46,6 +47,7 @@ __all__ = [
     "RATIO_EDGES",
     "AdvantageEstimator",
     "Aggregation",
+    "Bins",
     "ClipShares",
     "ClipSides",
     "KlEstimator",
@@ -61,8 +63,11 @@ __all__ = [
     "clip_shares",
     "clipped_policy_loss",
     "cross_entropy",
+    "expected_value",
     "generalized_advantage_estimation",
     "group_advantages",
+    "hl_gauss_loss",
+    "hl_gauss_targets",
     "is_clamped",
     "is_in_equal_group",
     "kl_estimate",

@@ -39,6 +39,7 @@ Limit = Annotated[float, Range("above 0", lambda x: x > 0)]
 LimitAboveOne = Annotated[float, Range("above 1", lambda x: x > 1)]
 Factor = Annotated[float, Range("at least 0 and finite", lambda x: 0 <= x < math.inf)]
 Probability = Annotated[float, Range("above 0 and at most 1", lambda x: 0 < x <= 1)]
+Finite = Annotated[float, Range("finite", math.isfinite)]
 Temperature = Annotated[
     float, Range("above 0 (greedy decoding is its limit) and finite", lambda x: 0 < x < math.inf)
 ]

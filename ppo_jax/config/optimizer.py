@@ -82,8 +82,20 @@ class OptimizerConfig(AdamWConfig):
     critic_warmup_iterations: Natural = 0
     """First iterations in which only the value function learns, at the peak learning rate; the
     schedule begins after them."""
+    critic_warmup_patience: Count | None = None
+    """End the critic's warm-up earlier, once its explained variance has not risen for this many
+    iterations in a row; None lets it last as long as critic_warmup_iterations says."""
 
     _warmups: ClassVar[Sequence[str]] = ("critic_warmup_iterations", "warmup_iterations")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.critic_warmup_patience is not None and not self.critic_warmup_iterations:
+            raise UsageError(
+                f"critic_warmup_patience is {self.critic_warmup_patience}, but "
+                "critic_warmup_iterations is 0, so there is no warm-up to end; set it to the most "
+                "iterations that it may last, or leave critic_warmup_patience out."
+            )
 
     def check_warmups(self, num_iterations: int) -> None:
         """Likewise, of the critic's warm-up too."""

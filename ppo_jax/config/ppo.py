@@ -4,12 +4,20 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ppo_jax.algorithm import AdvantageEstimator, Aggregation, ClipSides, KlEstimator, RatioLevel
+from ppo_jax.algorithm import (
+    AdvantageEstimator,
+    Aggregation,
+    Bins,
+    ClipSides,
+    KlEstimator,
+    RatioLevel,
+)
 from ppo_jax.config.fields import (
     Checked,
     Count,
     Decay,
     Factor,
+    Finite,
     Limit,
     LimitAboveOne,
     Probability,
@@ -90,6 +98,9 @@ class PPOConfig(SamplingConfig):
 
     num_epochs: Count = 4
     """Passes over the batch per iteration, unless the KL early stop ends them."""
+    critic_epochs: Count | None = None
+    """Passes of the value function over the batch, which no KL early stop ends; None makes it the
+    policy's. More of them cost the critic's pass alone."""
     num_minibatches: Count = 1
     """Optimizer steps per pass."""
     num_microbatches: Count = 1
@@ -124,6 +135,14 @@ class PPOConfig(SamplingConfig):
     the loss has one."""
     entropy_coef: Factor = 0.0
     """Weight of the entropy bonus."""
+    value_loss: Literal["squared", "hl_gauss"] = "squared"
+    """Loss of the value function: the squared error, or the cross-entropy of bins that a return is
+    spread over (HL-Gauss), whose mean is then the value."""
+    value_range: tuple[Finite, Finite] | None = None
+    """Least and greatest return that the bins of hl_gauss reach to, such as -5 5; a return beyond
+    counts as the end."""
+    value_bins: Count = 51
+    """Bins of hl_gauss."""
     critic: Literal["shared", "stopped", "separate"] = "shared"
     """Backbone of the value head: the policy's, the policy's without a gradient into it, or one of
     its own."""
@@ -167,6 +186,13 @@ class PPOConfig(SamplingConfig):
                 ("kl_penalty", "kl_target", "ref_ema_decay"),
                 "kl_coef is 0, so the reference model has no influence; raise kl_coef",
             )
+        self._check_bins()
+        if self.critic_epochs is not None and self.critic == "shared":
+            raise UsageError(
+                f"critic_epochs is {self.critic_epochs}, but critic is 'shared', whose passes are "
+                "the policy's too; set critic to 'separate' or 'stopped', or leave critic_epochs "
+                "out."
+            )
         if self.critic_model is not None and self.critic != "separate":
             raise UsageError(
                 f"critic_model is {self.critic_model!r}, but critic is {self.critic!r}; set critic "
@@ -174,7 +200,7 @@ class PPOConfig(SamplingConfig):
             )
         if self.value_coef == 0 and self.has_value_function:
             self._refuse_set(
-                ("critic", "value_clip_range"),
+                ("critic", "value_clip_range", "value_loss"),
                 "value_coef is 0, so the value function never learns; raise value_coef",
             )
         if self.kl_target is None:
@@ -214,7 +240,8 @@ class PPOConfig(SamplingConfig):
             self._refuse_set(
                 (
                     *("gae_lambda", "gae_lambda_alpha", "critic_gae_lambda", "critic"),
-                    *("value_coef", "value_clip_range", "length_limit"),
+                    *("value_coef", "value_clip_range", "value_loss", "length_limit"),
+                    *("critic_model", "critic_epochs"),
                 ),
                 f"advantage is {self.advantage!r}, which has no value function; set it to 'gae'",
             )
@@ -250,6 +277,33 @@ class PPOConfig(SamplingConfig):
                     f"importance_cap is {self.importance_cap}, but advantage_whitening 'minibatch' "
                     "would scale its weights away; set advantage_whitening to 'batch' or 'none'."
                 )
+
+    def _check_bins(self) -> None:
+        if self.value_loss == "squared":
+            self._refuse_set(
+                ("value_range", "value_bins"),
+                "value_loss is 'squared', which has no bins; set it to 'hl_gauss'",
+            )
+            return
+        if self.value_range is None:
+            raise UsageError(
+                "value_loss is 'hl_gauss', but value_range is None; set it to the least and the "
+                "greatest return that there can be, such as -5 5."
+            )
+        low, high = self.value_range
+        if low >= high:
+            raise UsageError(f"value_range is {low:g} {high:g}; the first must be the lower.")
+        if self.value_bins == 1:
+            raise UsageError("value_bins is 1, so every value would be the same; raise it.")
+        self._refuse_set(
+            ("value_clip_range",),
+            "value_loss is 'hl_gauss', and the clip is the squared error's; set it to 'squared'",
+        )
+
+    @property
+    def bins(self) -> Bins | None:
+        """The bins of the value head; None where it says one number."""
+        return None if self.value_range is None else Bins(*self.value_range, self.value_bins)
 
     @property
     def has_value_function(self) -> bool:

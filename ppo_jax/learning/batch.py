@@ -148,7 +148,7 @@ def make_batch(
     }
     if values is not None and returns is not None:
         metrics["value/mean"] = algorithm.masked_mean(values, mask)
-        metrics["value/explained_variance"] = _explained_variance(values, returns, mask)
+        metrics["value/explained_variance"] = explained_variance(values, returns, mask)
     if config.completions_per_prompt > 1:
         metrics["objective/equal_groups_fraction"] = is_equal.mean()
     if state.num_turns is not None:
@@ -229,7 +229,7 @@ def _advantages(
     return values, advantages, returns
 
 
-def _explained_variance(
+def explained_variance(
     values: Float[Array, "B T"], returns: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Quotient:
     """1 - Var(G - V) / Var(G); undefined where the returns differ by no more than rounding."""

@@ -23,21 +23,31 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ppo_jax import algorithm
 from ppo_jax.config import OptimizerConfig, PPOConfig
 from ppo_jax.generation.rollout import Rollout
-from ppo_jax.learning.batch import Batch, Controls, Prepared, TokenNumbers, make_batch
+from ppo_jax.learning.batch import (
+    Batch,
+    Controls,
+    Prepared,
+    TokenNumbers,
+    explained_variance,
+    make_batch,
+)
+from ppo_jax.learning.critic_epochs import critic_epochs
+from ppo_jax.learning.critic_warmup import CriticWarmup, begin_warmup, go_on
 from ppo_jax.learning.frozen import NOTHING, join
-from ppo_jax.learning.loss import MinibatchSums, averaged, ppo_loss
+from ppo_jax.learning.loss import MinibatchSums, averaged, ppo_loss, values_loss
 from ppo_jax.learning.metrics import Distributions, Metrics
 from ppo_jax.learning.optimizer import (
+    AdamState,
+    Learns,
     Params,
     adamw,
     global_norm,
     learning_rate_schedule,
     mean_step,
-    trainable_mask,
 )
 from ppo_jax.learning.packing import Layout, in_fewest_rows
 from ppo_jax.learning.parts import ADD, CONCATENATE, Totals, in_parts
-from ppo_jax.learning.response_outputs import ResponseOutputs, response_outputs
+from ppo_jax.learning.response_outputs import ResponseOutputs, response_outputs, response_values
 from ppo_jax.mesh import gather
 from qwen_env import mdp
 
@@ -46,8 +56,9 @@ class TrainState(NamedTuple):
     """All that changes from one iteration to the next, and all that a resumed run needs."""
 
     params: Params  # those that learn, see `ppo_jax.learning.frozen`
-    opt_state: optax.ScaleByAdamState
+    opt_state: AdamState
     controls: Controls
+    warmup: CriticWarmup | None  # of a critic whose warm-up ends by itself
     reference: Params | None  # of a moving reference model's backbone what learns, in float32
     root_key: Array  # uint32, jax.random.key_data of the root key; never changes
     iteration: Int[Array, ""]
@@ -83,6 +94,9 @@ class Learner:
             params=params,
             opt_state=adamw(self.optimizer_config).init(params),
             controls=Controls(jnp.float32(self.config.kl_coef), algorithm.no_moments()),
+            warmup=None
+            if self.optimizer_config.critic_warmup_patience is None
+            else begin_warmup(self.optimizer_config),
             reference=reference,
             root_key=jax.random.key_data(jax.random.key(seed)),
             iteration=jnp.zeros((), jnp.int32),
@@ -158,6 +172,9 @@ class Learner:
         def outputs(params: Params, rows: Any, layout: Layout | None) -> ResponseOutputs:
             return self.response_outputs(params, *rows, layout=layout)
 
+        def to_prepare(params: Params, rows: Any, layout: Layout | None) -> ResponseOutputs:
+            return outputs(params, rows, layout)._replace(value_logits=None)  # for learning alone
+
         of_reference = nnx.State({**whole, "backbone": reference})
         ref_logprobs = of_all_rows(ref_outputs, of_reference, (*written, None, own))
 
@@ -166,7 +183,7 @@ class Learner:
 
         rows = *written, rollout.sampling_mask, own
         if num_parts > 1 or self.mesh is not None:
-            return batch_of(of_all_rows(outputs, whole, rows)), None
+            return batch_of(of_all_rows(to_prepare, whole, rows)), None
 
         def at_once(layout: Layout | None) -> tuple[Prepared, Gradients]:
             old, pulled_back = jax.vjp(lambda x: outputs(join(x, frozen), rows, layout), params)
@@ -193,7 +210,8 @@ class Learner:
 
         At the grain of minibatches, one whose KL(old ‖ new) exceeds the target ends the iteration
         without a step; at the grain of epochs, an epoch whose mean does is the last. A minibatch
-        whose loss or gradient is not finite is skipped.
+        whose loss or gradient is not finite is skipped. What is left then of the critic's own
+        epochs follows, without the policy.
 
         Args:
             frozen: the policy's parameters that are not in the state, since they never learn.
@@ -203,24 +221,28 @@ class Learner:
         num_minibatches = config.num_minibatches
         num_steps = config.num_epochs * num_minibatches
         optimizer = adamw(self.optimizer_config)
-        schedule = learning_rate_schedule(self.optimizer_config, self.num_iterations)
-        learning_rate = jnp.asarray(schedule(state.iteration), jnp.float32)
-        trainable = trainable_mask(state.params, self.optimizer_config, state.iteration)
+        warmup = self._warmup(state, batch)
+        longest_warmup = self.optimizer_config.critic_warmup_iterations
+        policy_start = jnp.asarray(longest_warmup if warmup is None else warmup.policy_start)
+        schedule = learning_rate_schedule(self.optimizer_config, self.num_iterations, policy_start)
+        learning_rate = schedule(state.iteration)
+        num_critic_steps = (config.critic_epochs or config.num_epochs) * num_minibatches
 
         def is_running(carry: _UpdateCarry) -> Array:
             return (carry.num_seen < num_steps) & ~carry.stopped
 
         def one_minibatch(carry: _UpdateCarry) -> _UpdateCarry:
-            epoch, part = carry.num_seen // num_minibatches, carry.num_seen % num_minibatches
-            order = jax.random.permutation(jax.random.fold_in(key, epoch), len(batch.length))
-            rows = order.reshape(num_minibatches, -1)[part]
-            minibatch = self._whitened(jax.tree.map(lambda x: x[rows], batch))
+            minibatch = self._whitened(_minibatch(batch, key, num_minibatches, carry.num_seen))
             return one_step(carry, self.gradients(carry.params, minibatch, frozen))
 
         def one_step(carry: _UpdateCarry, of_minibatch: Gradients) -> _UpdateCarry:
             part = carry.num_seen % num_minibatches
             gradients, sums, ratio_max_error = of_minibatch
-            gradients = jax.tree.map(jnp.multiply, gradients, trainable)
+            learns = Learns(
+                state.iteration >= policy_start if longest_warmup else True,
+                carry.num_seen < num_critic_steps if num_critic_steps < num_steps else True,
+            )
+            gradients = learns.masked(gradients)
             norm = global_norm(gradients, self.mesh)
             metrics = sums.metrics | {"policy/grad_norm": norm}
             finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
@@ -234,8 +256,7 @@ class Learner:
                 carry.params,
                 norm=norm,
                 learning_rate=learning_rate,
-                trainable=trainable,
-                applied=applied,
+                learns=Learns(*(applied & x for x in learns)),
             )
             return _UpdateCarry(
                 num_seen=carry.num_seen + 1,
@@ -253,22 +274,12 @@ class Learner:
                 sums={k: v + jnp.where(finite, metrics[k], 0.0) for k, v in carry.sums.items()},
             )
 
-        opt_state = state.opt_state
-        if warmup := self.optimizer_config.critic_warmup_iterations:
-            # Adam's bias correction counts steps: without a fresh start, the policy's first ones
-            # after the critic's warm-up would be several times too long. There is one count, so the
-            # critic's moments start afresh as well.
-            opt_state = jax.tree.map(
-                partial(jnp.where, state.iteration == warmup),
-                optimizer.init(state.params),
-                opt_state,
-            )
         start = _UpdateCarry(
             num_seen=jnp.zeros((), jnp.int32),
             stopped=jnp.zeros((), bool),
             epoch_kl=jnp.zeros((), jnp.float32),
             params=state.params,
-            opt_state=opt_state,
+            opt_state=state.opt_state,
             nonfinite_in_a_row=state.nonfinite_in_a_row,
             num_nonfinite=jnp.zeros((), jnp.int32),
             num_applied=jnp.zeros((), jnp.int32),
@@ -290,27 +301,85 @@ class Learner:
             "policy/first_ratio_max_error": end.first_ratio_max_error,
             "policy/learning_rate": learning_rate,
             "policy/step_per_learning_rate": mean_step(
-                end.opt_state, trainable, self.optimizer_config, self.mesh
+                end.opt_state, self.optimizer_config, self.mesh
             ),
             "update/epochs": end.num_applied / num_minibatches,
             "update/early_stopped": stopped_early.astype(jnp.int32),
             "update/nonfinite": end.num_nonfinite,
         }
+        params, opt_state = end.params, end.opt_state
+        if config.critic_epochs is not None and (
+            num_critic_steps > num_steps or config.target_kl is not None
+        ):
+            params, opt_state = critic_epochs(
+                params,
+                opt_state,
+                partial(_minibatch, batch, key, num_minibatches),
+                numbers=(end.num_seen, num_critic_steps),
+                gradients=partial(self.critic_gradients, frozen=frozen),
+                update=partial(optimizer.update, learning_rate=learning_rate),
+                mesh=self.mesh,
+            )
         reference = state.reference
         if (decay := config.ref_ema_decay) is not None:
             reference = jax.tree.map(
                 lambda old, new: decay * old + (1 - decay) * new.astype(old.dtype),
                 reference,
-                end.params["backbone"],
+                params["backbone"],
             )
         next_state = state._replace(
-            params=end.params,
-            opt_state=end.opt_state,
+            params=params,
+            opt_state=opt_state,
+            warmup=warmup,
             reference=reference,
             iteration=state.iteration + 1,
             nonfinite_in_a_row=end.nonfinite_in_a_row,
         )
         return next_state, metrics, {"ratio": end.ratios}
+
+    def _warmup(self, state: TrainState, batch: Batch) -> CriticWarmup | None:
+        """Whether the critic's warm-up goes on, by what it explains of this batch."""
+        patience = self.optimizer_config.critic_warmup_patience
+        if state.warmup is None or patience is None or batch.values is None:
+            return state.warmup
+        assert batch.returns is not None
+        explained = explained_variance(batch.values, batch.returns, batch.mask)
+        return go_on(state.warmup, state.iteration, explained, patience)
+
+    def critic_gradients(
+        self, critic: Params, policy: Params, minibatch: Batch, frozen: Params = NOTHING
+    ) -> Params:
+        """Of the value loss of a minibatch, by the critic's parameters alone."""
+        weights = algorithm.token_weights(minibatch.mask, self.config.loss_aggregation)
+
+        def of_part(
+            parts: tuple[Params, Params], rows: tuple[Batch, Array], layout: Layout | None
+        ) -> Totals:
+            critic, others = parts
+            batch, weights = rows
+
+            def loss(critic: Params) -> Array:
+                network = nnx.merge(self.graphdef, gather(join(critic, others)))
+                values = response_values(
+                    network,
+                    *(batch.tokens, batch.prompt_length, batch.length),
+                    num_steps=self.rules.max_new_tokens,
+                    remat=self.remat,
+                    layout=layout,
+                )
+                return self.config.value_coef * values_loss(values, batch, weights, self.config)
+
+            return Totals(jax.grad(loss)(critic), ())
+
+        gradients: Params = self._in_parts(
+            of_part,
+            (critic, join(policy, frozen)),
+            (minibatch, weights),
+            length=minibatch.length,
+            reduction=ADD,
+            num_microbatches=self.config.num_microbatches,
+        ).sums
+        return gradients
 
     def gradients(self, params: Params, minibatch: Batch, frozen: Params = NOTHING) -> Gradients:
         """Of the loss of a minibatch by `params`."""
@@ -402,12 +471,23 @@ class Learner:
         return ends_epoch & (epoch_kl / config.num_minibatches > config.target_kl), never
 
 
+def _minibatch(
+    batch: Batch, key: PRNGKeyArray, num_minibatches: int, number: Int[Array, ""]
+) -> Batch:
+    """Of an iteration's minibatches the one of that number; each epoch has an order of its own."""
+    epoch, part = number // num_minibatches, number % num_minibatches
+    order = jax.random.permutation(jax.random.fold_in(key, epoch), len(batch.length))
+    rows = order.reshape(num_minibatches, -1)[part]
+    minibatch: Batch = jax.tree.map(lambda x: x[rows], batch)
+    return minibatch
+
+
 class _UpdateCarry(NamedTuple):
     num_seen: Int[Array, ""]  # minibatches
     stopped: Bool[Array, ""]
     epoch_kl: Float[Array, ""]  # summed over the minibatches of the epoch under way
     params: Params
-    opt_state: optax.ScaleByAdamState
+    opt_state: AdamState
     nonfinite_in_a_row: Int[Array, ""]
     num_nonfinite: Int[Array, ""]
     num_applied: Int[Array, ""]

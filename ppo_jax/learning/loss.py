@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from ppo_jax import algorithm
 from ppo_jax.config import PPOConfig
 from ppo_jax.learning.batch import Batch
-from ppo_jax.learning.response_outputs import ResponseOutputs
+from ppo_jax.learning.response_outputs import ResponseOutputs, ResponseValues
 
 
 def averaged(config: PPOConfig) -> tuple[str, ...]:
@@ -61,15 +61,8 @@ def ppo_loss(
         "policy/clip_active_fraction": shares.active,
         "policy/clamped_fraction": shares.clamped,
     }
-    if new.values is not None and batch.returns is not None:
-        metrics["value/loss"] = algorithm.value_loss(
-            new.values,
-            batch.returns,
-            mask,
-            old_values=None if config.value_clip_range is None else batch.values,
-            clip_range=config.value_clip_range,
-            weights=weights,
-        )
+    if new.values is not None:
+        metrics["value/loss"] = values_loss(new, batch, weights, config)
     loss = algorithm.total_loss(
         policy.loss,
         metrics.get("value/loss", 0.0),
@@ -90,3 +83,26 @@ def ppo_loss(
         ratios=algorithm.masked_histogram(ratio, mask, algorithm.RATIO_EDGES),
     )
     return loss, (sums, jnp.abs(ratio - 1).max())
+
+
+def values_loss(
+    new: ResponseOutputs | ResponseValues,
+    batch: Batch,
+    weights: Float[Array, "M T"],
+    config: PPOConfig,
+) -> Float[Array, ""]:
+    """The value loss alone, without its coefficient; see `ppo_loss`."""
+    assert new.values is not None and batch.returns is not None
+    if config.bins is not None:
+        assert new.value_logits is not None
+        return algorithm.hl_gauss_loss(
+            new.value_logits, batch.returns, batch.mask, config.bins, weights=weights
+        )
+    return algorithm.value_loss(
+        new.values,
+        batch.returns,
+        batch.mask,
+        old_values=None if config.value_clip_range is None else batch.values,
+        clip_range=config.value_clip_range,
+        weights=weights,
+    )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,39 @@ from ppo_jax.mesh import sum_over_arrays
 Params = nnx.State[Any, Any]
 
 
+class Learns(NamedTuple):
+    """Which of the two learn from a gradient."""
+
+    policy: Bool[Array, ""] | bool
+    critic: Bool[Array, ""] | bool  # the value head, and its backbone where it has one of its own
+
+    def of_each(self, params: Params) -> Any:
+        """Whether each of some parameters learns."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: self.critic if _is_critic(_name(path)) else self.policy, params
+        )
+
+    def masked(self, gradients: Params) -> Params:
+        """The gradients, 0 where nothing learns from them."""
+        if self.policy is True and self.critic is True:
+            return gradients
+        masked: Params = jax.tree.map(jnp.multiply, gradients, self.of_each(gradients))
+        return masked
+
+
+class AdamState(NamedTuple):
+    """Adam's moments, and how many steps they are made of.
+
+    Those of the policy and of its critic are counted apart, since each may learn while the other
+    does not.
+    """
+
+    count: Int[Array, ""]  # type: ignore[assignment]  # the policy's; it hides tuple.count
+    critic_count: Int[Array, ""]
+    mu: Params
+    nu: Params
+
+
 def adamw(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """AdamW (arXiv:1711.05101) on clipped gradients.
 
@@ -29,48 +62,55 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     Beside gradients, state and parameters, `update` takes:
         norm: of all gradients together.
         learning_rate: of the policy; the critic's is in the same proportion as in `config`.
-        trainable: the mask of `trainable_mask`.
-        applied: False leaves the state as it is, and makes all updates 0.
+        learns: whose moments and parameters change; the others' updates are 0.
     """
     b1, b2 = config.adam_b1, config.adam_b2
     critic_factor = (config.critic_learning_rate or config.learning_rate) / config.learning_rate
 
-    def init(params: Params) -> optax.ScaleByAdamState:
+    def init(params: Params) -> AdamState:
         mu = jax.tree.map(jnp.zeros_like, params)
         nu = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
-        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
+        return AdamState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), mu, nu)
 
     def update(
         gradients: Params,
-        state: optax.ScaleByAdamState,
+        state: AdamState,
         params: Params,
         *,
         norm: Float[Array, ""],
         learning_rate: Float[Array, ""],
-        trainable: Any,
-        applied: Bool[Array, ""],
-    ) -> tuple[Params, optax.ScaleByAdamState]:
-        count = state.count + applied
+        learns: Learns,
+    ) -> tuple[Params, AdamState]:
+        count, critic_count = state.count + learns.policy, state.critic_count + learns.critic
         clip = jnp.where(norm < config.max_grad_norm, 1.0, config.max_grad_norm / norm)
-        adam_step = _adam_step(count, config)
+        adam_step, critic_adam_step = (_adam_step(x, config) for x in (count, critic_count))
+        each = learns.of_each(params)
 
-        def averaged(old: Array, new: Array, decay: float, scale: Array | float) -> Array:
+        def averaged(
+            old: Array, new: Array, applied: Array, decay: float, scale: Array | float
+        ) -> Array:
             average = decay * old + ((1 - decay) * scale) * new
             return jnp.where(applied, average, old).astype(old.dtype)
 
-        def updated(path: tuple[Any, ...], x: Array, mu: Array, nu: Array, learns: Any) -> Array:
+        def updated(path: tuple[Any, ...], x: Array, mu: Array, nu: Array, applied: Array) -> Array:
             name = _name(path)
-            step = adam_step(mu, nu)
+            of_critic = _is_critic(name)
+            step = (critic_adam_step if of_critic else adam_step)(mu, nu)
             if _is_decayed(name):
                 step = step + config.weight_decay * x
-            rate = learning_rate * (critic_factor if _is_critic(name) else 1.0)
-            return jnp.where(applied, -rate * learns * step, 0.0)
+            rate = learning_rate * (critic_factor if of_critic else 1.0)
+            return jnp.where(applied, -rate * step, 0.0)
 
         # In mu the clip goes into the factor: were `clip * g` in both, XLA would keep a copy of it.
-        mu = jax.tree.map(lambda old, g: averaged(old, g, b1, clip), state.mu, gradients)
-        nu = jax.tree.map(lambda old, g: averaged(old, (clip * g) ** 2, b2, 1), state.nu, gradients)
-        updates = jax.tree_util.tree_map_with_path(updated, params, mu, nu, trainable)
-        return updates, optax.ScaleByAdamState(count, mu, nu)
+        mu = jax.tree.map(
+            lambda old, g, applied: averaged(old, g, applied, b1, clip), state.mu, gradients, each
+        )
+        nu = jax.tree.map(
+            lambda old, g, applied: averaged(old, (clip * g) ** 2, applied, b2, 1),
+            *(state.nu, gradients, each),
+        )
+        updates = jax.tree_util.tree_map_with_path(updated, params, mu, nu, each)
+        return updates, AdamState(count, critic_count, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -85,12 +125,9 @@ def _adam_step(
 
 
 def mean_step(
-    state: optax.ScaleByAdamState,
-    trainable: Any,
-    config: OptimizerConfig,
-    mesh: Mesh | None = None,
+    state: AdamState, config: OptimizerConfig, mesh: Mesh | None = None
 ) -> Float[Array, ""]:
-    """Mean |Adam's last step| / learning rate of the policy's parameters that learn.
+    """Mean |Adam's last step| / learning rate of the policy's parameters; 0 before the first.
 
     Near 1 while Adam follows the signs of gradients; far below where `adam_eps` is larger than
     they are, so that a step is in proportion to them. Weight decay is not in it. Of every sixteenth
@@ -104,11 +141,11 @@ def mean_step(
         row = jnp.arange(x.size // x.shape[-1]).reshape(*x.shape[:-1], 1)
         return jnp.where(row % 16 == 0, x, 0)  # what is cut over devices stays as it lies
 
-    policy = (jax.tree.leaves(tree["backbone"]) for tree in (state.mu, state.nu, trainable))
+    policy = (jax.tree.leaves(tree["backbone"]) for tree in (state.mu, state.nu))
     total = count = jnp.zeros(())
-    for mu, nu, learns in zip(*policy, strict=True):
-        total += jnp.abs(adam_step(some(mu), some(nu))).sum()  # of what does not learn, 0
-        count += some(jnp.broadcast_to(learns, mu.shape)).sum()
+    for mu, nu in zip(*policy, strict=True):
+        total += jnp.abs(adam_step(some(mu), some(nu))).sum()
+        count += some(jnp.ones(mu.shape)).sum()
     return total / jnp.maximum(count, 1)
 
 
@@ -141,39 +178,34 @@ def _sum_of_sixteenths(x: Float[Array, "..."]) -> Float[Array, ""]:
     return reduce(jnp.add, map(squares, parts)).sum() + squares(rest).sum()
 
 
-def learning_rate_schedule(config: OptimizerConfig, num_iterations: int) -> optax.Schedule:
+def learning_rate_schedule(
+    config: OptimizerConfig, num_iterations: int, held: Int[Array, ""] | int | None = None
+) -> Callable[[Int[Array, ""] | int], Float[Array, ""]]:
     """The learning rate of each iteration: a linear warm-up, then the schedule.
 
     Both begin when the policy does learn: during the critic's warm-up the rate is the peak.
+
+    Args:
+        held: iterations of the critic's warm-up; None makes it `critic_warmup_iterations`.
     """
-    peak, held = config.learning_rate, config.critic_warmup_iterations
-    warmup = config.warmup_iterations
-    rest = max(num_iterations - held - warmup, 1)
-    falling = {
-        "constant": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(peak, rest),
-    }[config.schedule]
-    # The first iteration is the first step of the ramp, not a step of length zero.
-    rising = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-    level = optax.constant_schedule(peak)
-    return optax.join_schedules([level, rising, falling], [held, held + warmup])
+    begin = config.critic_warmup_iterations if held is None else held
+    rising = config.warmup_iterations
+    falling = jnp.maximum(num_iterations - begin - rising, 1)
 
+    def schedule(iteration: Int[Array, ""] | int) -> Float[Array, ""]:
+        done = jnp.asarray(iteration - begin, jnp.float32)
+        part = jnp.clip((done - rising) / falling, 0, 1)
+        left = {
+            "constant": jnp.ones_like(part),
+            "linear": 1 - part,
+            "cosine": (1 + jnp.cos(jnp.pi * part)) / 2,
+        }[config.schedule]
+        # The first iteration is the first step of the ramp, not a step of length zero.
+        risen = (done + 1) / max(rising, 1)
+        share = jnp.where(done < 0, 1.0, jnp.where(done < rising, risen, left))
+        return config.learning_rate * share
 
-def trainable_mask(params: Params, config: OptimizerConfig, iteration: Int[Array, ""]) -> Any:
-    """1 for what learns in an iteration, 0 for what does not, for each parameter.
-
-    During the critic's warm-up only the value function learns: its head, and its backbone where it
-    has one of its own. (What never learns is not here, see `ppo_jax.learning.frozen`.)
-    """
-    policy_learns: Array | float = 1.0
-    if config.critic_warmup_iterations:
-        policy_learns = jnp.where(iteration < config.critic_warmup_iterations, 0.0, 1.0)
-
-    def learns(path: tuple[Any, ...], _: Array) -> Array | float:
-        return 1.0 if _is_critic(_name(path)) else policy_learns
-
-    return jax.tree_util.tree_map_with_path(learns, params)
+    return schedule
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from ppo_jax.learning.logprobs import ChosenTokens, logprobs_and_entropy
 from ppo_jax.learning.packing import Layout, pack
 from ppo_jax.models.decoder import Decoder
-from ppo_jax.models.heads import PolicyValueNetwork
+from ppo_jax.models.heads import HistogramHead, PolicyValueNetwork, ValueHead
 from ppo_jax.sampling import Sampling
 from qwen_env import mdp
 
@@ -25,6 +25,7 @@ class ResponseOutputs(NamedTuple):
     entropy: Float[Array, "B T"]  # of the sampling distribution
     values: Float[Array, "B T"] | None  # of the state before each token
     last_value: Float[Array, "B"] | None  # of the state after the last token
+    value_logits: Float[Array, "B T K"] | None = None  # of the bins that a value is the mean of
 
 
 def response_outputs(
@@ -54,27 +55,21 @@ def response_outputs(
         stop_value_gradient: keep the gradient of the values out of the backbone.
         layout: rows that the sequences share; None leaves each in its own (`learning.packing`).
     """
-    (batch, width), num_steps = tokens.shape, rules.max_new_tokens
-    packed = pack(tokens, length, layout)
+    batch, num_steps = len(tokens), rules.max_new_tokens
     step = jnp.arange(num_steps)
-    # Clipped, because a row that ends early may have fewer than T places after its prompt.
-    index = jnp.minimum(prompt_length[:, None] + step, width - 1)
+    index = _response_index(tokens, prompt_length, num_steps)
     chosen = jnp.take_along_axis(tokens, index, axis=1)
-    before = packed.start[:, None] + jnp.minimum(index, length[:, None]) - 1
 
     def hidden_states(backbone: Decoder) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
-        """Before each response token, and at the end."""
-        hidden, _ = backbone(packed.tokens, packed.mask, remat=remat)
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        return hidden[before], hidden[packed.start + length - 1]
+        return _hidden_states(backbone, tokens, index, length, remat=remat, layout=layout)
 
     hidden, last = hidden_states(network.backbone)
-    values = last_value = None
+    values = last_value = value_logits = None
     if with_values:
         states = (hidden, last) if network.critic is None else hidden_states(network.critic)
         if stop_value_gradient:
             states = jax.lax.stop_gradient(states)
-        values, last_value = map(network.value_head, states)
+        values, last_value, value_logits = _values(network.value_head, *states)
     if own is None:
         own = step < (length - prompt_length)[:, None]
         number = jnp.broadcast_to(step, chosen.shape)
@@ -93,8 +88,83 @@ def response_outputs(
         temperature=sampling.temperature,
     )
     return ResponseOutputs(
-        logprobs.reshape(batch, num_steps), entropy.reshape(batch, num_steps), values, last_value
+        logprobs.reshape(batch, num_steps),
+        entropy.reshape(batch, num_steps),
+        values,
+        last_value,
+        value_logits,
     )
+
+
+class ResponseValues(NamedTuple):
+    """As in `ResponseOutputs`."""
+
+    values: Float[Array, "B T"]
+    last_value: Float[Array, "B"]
+    value_logits: Float[Array, "B T K"] | None
+
+
+def _values(
+    head: ValueHead, hidden: Float[Array, "B T D"], last: Float[Array, "B D"]
+) -> ResponseValues:
+    logits = head.logits(hidden) if isinstance(head, HistogramHead) else None
+    return ResponseValues(head(hidden), head(last), logits)
+
+
+def response_values(
+    network: PolicyValueNetwork,
+    tokens: Int[Array, "B S"],
+    prompt_length: Int[Array, "B"],
+    length: Int[Array, "B"],
+    *,
+    num_steps: int,
+    remat: bool = False,
+    layout: Layout | None = None,
+) -> ResponseValues:
+    """The values of `response_outputs` alone, without what the policy says.
+
+    Where they are read off the policy's backbone, no gradient goes into it.
+
+    Args:
+        num_steps: T.
+    """
+    is_own = network.critic is not None
+    states = _hidden_states(
+        network.critic if network.critic is not None else network.backbone,
+        tokens,
+        _response_index(tokens, prompt_length, num_steps),
+        length,
+        remat=remat and is_own,
+        layout=layout,
+    )
+    return _values(network.value_head, *(states if is_own else jax.lax.stop_gradient(states)))
+
+
+def _response_index(
+    tokens: Int[Array, "B S"], prompt_length: Int[Array, "B"], num_steps: int
+) -> Int[Array, "B T"]:
+    """Where each response token is in its row.
+
+    Clipped, because a row that ends early may have fewer than T places after its prompt.
+    """
+    return jnp.minimum(prompt_length[:, None] + jnp.arange(num_steps), tokens.shape[1] - 1)
+
+
+def _hidden_states(
+    backbone: Decoder,
+    tokens: Int[Array, "B S"],
+    index: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    *,
+    remat: bool,
+    layout: Layout | None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
+    """Before each response token, and at the end."""
+    packed = pack(tokens, length, layout)
+    before = packed.start[:, None] + jnp.minimum(index, length[:, None]) - 1
+    hidden, _ = backbone(packed.tokens, packed.mask, remat=remat)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    return hidden[before], hidden[packed.start + length - 1]
 
 
 def numbers_in_turn(own: Bool[Array, "B T"]) -> Int[Array, "B T"]:

@@ -19,7 +19,14 @@ from ppo_jax.config import AdamWConfig, OptimizerConfig
 from ppo_jax.learning.frozen import NOTHING, join
 from ppo_jax.learning.metrics import Metrics
 from ppo_jax.learning.objectives import Objective, Texts
-from ppo_jax.learning.optimizer import Params, adamw, global_norm, learning_rate_schedule
+from ppo_jax.learning.optimizer import (
+    AdamState,
+    Learns,
+    Params,
+    adamw,
+    global_norm,
+    learning_rate_schedule,
+)
 from ppo_jax.learning.packing import Layout
 from ppo_jax.learning.parts import ADD, CONCATENATE, Totals, in_parts
 from ppo_jax.mesh import gather
@@ -30,7 +37,7 @@ class SupervisedState(NamedTuple):
     number of the iteration say."""
 
     params: Params  # those that learn, see `ppo_jax.learning.frozen`
-    opt_state: optax.ScaleByAdamState
+    opt_state: AdamState
     iteration: Int[Array, ""]
     nonfinite_in_a_row: Int[Array, ""]
 
@@ -69,15 +76,14 @@ class SupervisedLearner:
         norm = global_norm(gradients, self.mesh)
         finite = jnp.isfinite(sums["train/loss"]) & jnp.isfinite(norm)
         schedule = learning_rate_schedule(self._config, self.num_iterations)
-        learning_rate = jnp.asarray(schedule(state.iteration), jnp.float32)
+        learning_rate = schedule(state.iteration)
         updates, opt_state = adamw(self._config).update(
             gradients,
             state.opt_state,
             state.params,
             norm=norm,
             learning_rate=learning_rate,
-            trainable=jax.tree.map(lambda _: 1.0, state.params),
-            applied=finite,
+            learns=Learns(finite, finite),
         )
         metrics: Metrics = {
             **sums,

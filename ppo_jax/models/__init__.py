@@ -7,6 +7,7 @@ from ppo_jax.models.heads import (
     ValueFunction,
     as_reward_model,
     with_separate_critic,
+    with_value_bins,
 )
 from ppo_jax.models.loading import load_critic, load_pretrained, load_reward_model
 from ppo_jax.models.saving import Generation, save_pretrained, save_reward_model
@@ -26,4 +27,5 @@ __all__ = [
     "save_pretrained",
     "save_reward_model",
     "with_separate_critic",
+    "with_value_bins",
 ]

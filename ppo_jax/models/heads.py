@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
+from ppo_jax.algorithm import Bins, expected_value
 from ppo_jax.models.config import DecoderConfig
 from ppo_jax.models.decoder import Decoder, last_hidden, project
 from ppo_jax.models.lora import merged
@@ -27,6 +28,40 @@ class ScalarHead(nnx.Module):
         return y if self.bias is None else y + self.bias[0]
 
 
+class HistogramHead(nnx.Module):
+    """A value as the mean of a histogram over K bins (`ppo_jax.algorithm.hl_gauss`), in float32.
+
+    It starts at zero: every bin is as likely, and all values are the middle of the range.
+    """
+
+    def __init__(self, hidden_size: int, bins: Bins):
+        self.weight = nnx.Param(jnp.zeros((bins.number, hidden_size), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((bins.number,), jnp.float32))
+        self.low, self.high = bins.low, bins.high
+
+    @property
+    def bins(self) -> Bins:
+        return Bins(self.low, self.high, self.bias.shape[0])
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch K"]:
+        """Of the bins."""
+        weight = self.weight[...]
+        return jnp.einsum("...d,kd->...k", hidden.astype(jnp.float32), weight) + self.bias[...]
+
+    def __call__(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+        return expected_value(self.logits(hidden), self.bins)
+
+
+ValueHead = ScalarHead | HistogramHead
+
+
+def make_value_head(hidden_size: int, bins: Bins | None) -> ValueHead:
+    """Of zeros: one number or, with `bins`, a histogram."""
+    if bins is not None:
+        return HistogramHead(hidden_size, bins)
+    return ScalarHead(jnp.zeros((hidden_size,)), bias=True)
+
+
 class PolicyValueNetwork(nnx.Module):
     """A policy, and a value function on its backbone or on one of its own.
 
@@ -35,6 +70,7 @@ class PolicyValueNetwork(nnx.Module):
 
     Args:
         separate_critic: give the value function a backbone of its own, `critic`.
+        bins: let the value be the mean of a histogram over these.
     """
 
     def __init__(
@@ -45,14 +81,15 @@ class PolicyValueNetwork(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         separate_critic: bool = False,
+        bins: Bins | None = None,
     ):
         self.backbone = Decoder(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.critic = (
+        self.critic: Decoder | None = nnx.data(
             Decoder(_without_projection(config), rngs=rngs, dtype=dtype, param_dtype=param_dtype)
             if separate_critic
             else None
         )
-        self.value_head = ScalarHead(jnp.zeros((config.hidden_size,)), bias=True)
+        self.value_head = make_value_head(config.hidden_size, bins)
 
     @property
     def config(self) -> DecoderConfig:
@@ -84,10 +121,11 @@ class ValueFunction(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        bins: Bins | None = None,
     ):
         config = _without_projection(config)
         self.backbone = Decoder(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.value_head = ScalarHead(jnp.zeros((config.hidden_size,)), bias=True)
+        self.value_head = make_value_head(config.hidden_size, bins)
 
     @property
     def config(self) -> DecoderConfig:
@@ -113,27 +151,41 @@ def with_separate_critic(
     """
     if critic is None and network.critic is not None:
         return network
-    network = merged(network)
-    dtype = network.backbone.dtype
+    network = nnx.merge(*nnx.split(merged(network)))  # a module of its own, on the same arrays
     if critic is not None:
         _check_same_size(network.config, critic.config)
+        network.value_head = nnx.merge(*nnx.split(critic.value_head))
+    config, dtype = _without_projection(network.config), network.backbone.dtype
+    shaped = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
     backbone = nnx.state((critic or network).backbone)
-    shaped = nnx.eval_shape(
-        lambda: PolicyValueNetwork(
-            network.config, rngs=nnx.Rngs(0), dtype=dtype, separate_critic=True
-        )
-    )
     # Variables of its own, or they would be one parameter.
     own = jax.tree.map(lambda x: x, {n: x for n, x in backbone.items() if n != "lm_head"})
-    params = nnx.State(
-        {
-            **nnx.state(network),
-            "critic": nnx.State(own),
-            "value_head": nnx.state((critic or network).value_head),
-        }
-    )
-    with_critic: PolicyValueNetwork = nnx.merge(nnx.graphdef(shaped), params)
-    return with_critic
+    network.critic = nnx.merge(nnx.graphdef(shaped), nnx.State(own))
+    return network
+
+
+def with_value_bins(network: PolicyValueNetwork, bins: Bins | None) -> PolicyValueNetwork:
+    """The network whose value is the mean of a histogram over `bins`, or one number.
+
+    A head of one number gives way to one of zeros.
+
+    Raises:
+        UsageError: it has a head of other bins already.
+    """
+    head = network.value_head
+    there = head.bins if isinstance(head, HistogramHead) else None
+    if there == bins:
+        return network
+    if there is not None:
+        wanted = f"value_bins {bins.number}" if bins else "value_loss 'squared'"
+        raise UsageError(
+            f"The value head has {there.number} bins from {there.low:g} to {there.high:g}, which "
+            f"does not go with {wanted}; set value_loss to 'hl_gauss', with that value_range and "
+            "those value_bins, or take another model."
+        )
+    network = nnx.merge(*nnx.split(network))
+    network.value_head = make_value_head(network.config.hidden_size, bins)
+    return network
 
 
 class RewardModel(nnx.Module):

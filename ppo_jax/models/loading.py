@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
+from ppo_jax.algorithm import Bins
 from ppo_jax.mesh import from_host
 from ppo_jax.models.adapter_folder import ADAPTER_CONFIG, AdaptedTensors, base_of, is_adapter
 from ppo_jax.models.config import DecoderConfig
@@ -33,6 +34,7 @@ from qwen_env.hub import resolve
 RUN_MODELS = "final", "best"
 """The folders of models in that of a run."""
 
+_VALUE_RANGE = "value_head.range"  # of a head that says a histogram
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 
 Network = TypeVar("Network", PolicyValueNetwork, RewardModel, ValueFunction)
@@ -67,7 +69,9 @@ def load_pretrained(
 
     def load(source: TensorSource) -> PolicyValueNetwork:
         has_critic = any(name.startswith("critic.") for name in source.shapes)
-        make = functools.partial(PolicyValueNetwork, separate_critic=has_critic)
+        make = functools.partial(
+            PolicyValueNetwork, separate_critic=has_critic, bins=_bins_of(source)
+        )
         return _load(make, _settle_tying(source), dtype, param_dtype, mesh)
 
     return _load_source(folder_or_hub_id_or_gguf, load)
@@ -121,7 +125,8 @@ def load_critic(
             plan = _Plan(source, source.config, policys, own)
         else:
             plan = _Plan(source, source.config, (HEAD,))
-        return _load(ValueFunction, plan, dtype, param_dtype, mesh)
+        make = functools.partial(ValueFunction, bins=_bins_of(source))
+        return _load(make, plan, dtype, param_dtype, mesh)
 
     return _load_source(folder_or_hub_id, load)
 
@@ -201,6 +206,18 @@ class _Plan(NamedTuple):
     """Tensors that say nothing."""
     aliases: Mapping[str, str] = MappingProxyType({})
     """The names under which some tensors are stored."""
+
+
+def _bins_of(source: TensorSource) -> Bins | None:
+    """Those of a value head that says a histogram; None for one number, or where there is none."""
+    if source.shapes.get(_VALUE_RANGE) != (2,):
+        return None
+    limits = np.zeros(2)
+    source.read(_VALUE_RANGE, limits)
+    low, high = map(float, limits)
+    if not (np.isfinite(limits).all() and low < high):
+        raise UsageError(f"{source.where}: tensor {_VALUE_RANGE} is no range; take another model.")
+    return Bins(low, high, *source.shapes.get("value_head.bias", (1,)))
 
 
 def _settle_tying(source: TensorSource) -> _Plan:
@@ -316,7 +333,7 @@ def _check_tensors(plan: _Plan, wanted: Mapping[str, tuple[int, ...]]) -> None:
                 f"{source.where}: tensor {name} has shape {found}, but by {source.config_where} it "
                 f"is {shape}; the two are of different models."
             )
-    used = {plan.aliases.get(name, name) for name in wanted}.union(plan.spare)
+    used = {plan.aliases.get(name, name) for name in wanted}.union(plan.spare, (_VALUE_RANGE,))
     # Angles that old versions of transformers saved, and new ones pass over.
     extra = [n for n in source.shapes if n not in used and not n.endswith("rotary_emb.inv_freq")]
     if extra:

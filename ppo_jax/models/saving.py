@@ -16,7 +16,7 @@ from flax import nnx
 from ppo_jax.files import replacing_folder, write_json
 from ppo_jax.models.adapter_folder import save_adapter
 from ppo_jax.models.config_json import config_to_json
-from ppo_jax.models.heads import PolicyValueNetwork, RewardModel
+from ppo_jax.models.heads import HistogramHead, PolicyValueNetwork, RewardModel
 from ppo_jax.models.lora import has_adapters, merged
 from ppo_jax.models.safetensors_folder import OWN_FILES, WEIGHTS, write_tensors
 from ppo_jax.models.tensor_names import tensor_names
@@ -109,6 +109,10 @@ def _save_model(
             prefix = next((prefix for prefix in OWN_FILES if name.startswith(prefix)), "")
             own = tensors.setdefault(OWN_FILES.get(prefix, WEIGHTS), {})
             own[name.removeprefix(prefix)] = np.ascontiguousarray(part)
+    value_head = getattr(network, "value_head", None)
+    if isinstance(value_head, HistogramHead):
+        limits = np.array([value_head.low, value_head.high])
+        tensors[OWN_FILES["value_head."]]["range"] = limits
     config["dtype"] = str(tensors[WEIGHTS]["model.norm.weight"].dtype)
     write_json(folder / "config.json", config)
     for file, content in tensors.items():

@@ -55,7 +55,7 @@ class TrainingState(Protocol):
 
 State = TypeVar("State", bound=TrainingState)
 
-_FORMAT = 4  # goes up when a checkpoint holds something else than before
+_FORMAT = 5  # goes up when a checkpoint holds something else than before
 _SMALL = 2**16  # bytes; files beyond that hold arrays, which have checksums of their own
 
 

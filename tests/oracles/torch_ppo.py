@@ -56,7 +56,8 @@ class TorchPPO:
             self.parameters |= {f"critic.{name}": x for name, x in named}
         self.mu = {name: torch.zeros_like(x) for name, x in self.parameters.items()}
         self.nu = {name: torch.zeros_like(x) for name, x in self.parameters.items()}
-        self.num_steps = self.num_iterations_done = 0
+        self.num_steps = dict.fromkeys(self.parameters, 0)  # that each parameter has learnt by
+        self.num_iterations_done = 0
         self.kl_coef = ppo.kl_coef
         self.scores: list[float] = []
         self.stop_margin = math.inf  # how near a KL came to target_kl: rounding may decide there
@@ -138,10 +139,6 @@ class TorchPPO:
     def update(self, batch: Tensors, orders: Sequence[np.ndarray]) -> dict[str, float]:
         """One step a minibatch, until the KL early stop; means of what the minibatches said."""
         ppo, said, epoch_kls, num_applied, stops = self.ppo, [], [], 0, False
-        if self.num_iterations_done == self.optimizer.critic_warmup_iterations > 0:
-            for moments in (*self.mu.values(), *self.nu.values()):
-                moments.zero_()
-            self.num_steps = 0
         for number, rows in enumerate(orders):
             taken = torch.tensor(np.asarray(rows))
             loss, metrics, stop_kl = self._loss({name: x[taken] for name, x in batch.items()})
@@ -266,13 +263,13 @@ class TorchPPO:
         config = self.optimizer
         b1, b2 = config.adam_b1, config.adam_b2
         clip = 1.0 if norm <= config.max_grad_norm else config.max_grad_norm / norm
-        self.num_steps += 1
         for name, gradient in gradients.items():
+            self.num_steps[name] += 1
             x, clipped = self.parameters[name], clip * gradient
             self.mu[name] = b1 * self.mu[name] + (1 - b1) * clipped
             self.nu[name] = b2 * self.nu[name] + (1 - b2) * clipped**2
-            mu = self.mu[name] / (1 - b1**self.num_steps)
-            nu = self.nu[name] / (1 - b2**self.num_steps)
+            mu = self.mu[name] / (1 - b1 ** self.num_steps[name])
+            nu = self.nu[name] / (1 - b2 ** self.num_steps[name])
             step = mu / (nu.sqrt() + config.adam_eps)
             if "norm" not in name and "bias" not in name:
                 step = step + config.weight_decay * x.data

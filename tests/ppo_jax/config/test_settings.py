@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -234,6 +235,41 @@ def test_values_that_cannot_be(changes: dict[str, dict[str, Any]], words: str) -
             },
             r"critic_warmup_iterations \+ warmup_iterations \(2 \+ 3\) must be below "
             r"num_iterations \(5\)",
+        ),
+        ({"ppo": {"critic_model": "final"}}, "critic_model is 'final', but critic is 'shared'"),
+        ({"ppo": {"critic_epochs": 2}}, "critic_epochs is 2, but critic is 'shared'"),
+        (
+            {"optimizer": {"critic_warmup_patience": 3}},
+            "critic_warmup_patience is 3, but critic_warmup_iterations is 0",
+        ),
+        ({"ppo": {"value_loss": "hl_gauss"}}, "value_loss is 'hl_gauss', but value_range is None"),
+        ({"ppo": {"value_range": (-1.0, 1.0)}}, "value_range is .*but value_loss is 'squared'"),
+        ({"ppo": {"value_bins": 11}}, "value_bins is 11, but value_loss is 'squared'"),
+        (
+            {"ppo": {"value_loss": "hl_gauss", "value_range": (1.0, 1.0)}},
+            "value_range is 1 1; the first must be the lower",
+        ),
+        (
+            {"ppo": {"value_loss": "hl_gauss", "value_range": (-math.inf, 1.0)}},
+            "value_range.0. is -inf; it must be finite",
+        ),
+        (
+            {"ppo": {"value_loss": "hl_gauss", "value_range": (0.0, 1.0), "value_bins": 1}},
+            "value_bins is 1, so every value",
+        ),
+        (
+            {
+                "ppo": {
+                    "value_loss": "hl_gauss",
+                    "value_range": (0.0, 1.0),
+                    "value_clip_range": 0.2,
+                }
+            },
+            "value_clip_range is 0.2, but value_loss is 'hl_gauss'",
+        ),
+        (
+            {"ppo": {"value_coef": 0.0, "value_loss": "hl_gauss", "value_range": (0.0, 1.0)}},
+            "value_loss is 'hl_gauss', but value_coef is 0",
         ),
         ({"ppo": {"advantage": "group"}}, r"advantage is 'group'.*completions_per_prompt is 1"),
         (

@@ -17,7 +17,12 @@ from ppo_jax.learning.batch import Batch, Prepared
 from ppo_jax.learning.frozen import partition
 from ppo_jax.learning.learner import Learner, TrainState
 from ppo_jax.mesh import make_mesh, place
-from ppo_jax.models import DecoderConfig, PolicyValueNetwork, with_separate_critic
+from ppo_jax.models import (
+    DecoderConfig,
+    PolicyValueNetwork,
+    with_separate_critic,
+    with_value_bins,
+)
 from qwen_env import mdp
 
 B, P, T = 4, 5, 6
@@ -69,6 +74,7 @@ class CompiledLearner:
         self.optimizer = dataclasses.replace(OPTIMIZER, **optimizer)
         if self.ppo.critic == "separate":
             network = with_separate_critic(network)
+        network = with_value_bins(network, self.ppo.bins)
         self.network = network
         mesh = make_mesh(num_devices, num_shards)
         graphdef, params, frozen = partition(network, self.optimizer)

@@ -13,11 +13,11 @@ from flax import nnx
 
 from ppo_jax.config import OptimizerConfig
 from ppo_jax.learning.optimizer import (
+    Learns,
     adamw,
     global_norm,
     learning_rate_schedule,
     mean_step,
-    trainable_mask,
 )
 from ppo_jax.models import with_separate_critic
 
@@ -31,16 +31,17 @@ def params(make_network):
     return nnx.state(make_network())
 
 
-def stepped(config, params, state, gradients, *, norm=1.0, learning_rate=None, applied=True):
-    """(parameters, state) after a step of all parameters."""
+def stepped(
+    config, params, state, gradients, *, norm=1.0, learning_rate=None, applied=True, critic=True
+):
+    """(parameters, state) after a step of all parameters, or of all but the critic's."""
     updates, state = adamw(config).update(
         gradients,
         state,
         params,
         norm=jnp.float32(norm),
         learning_rate=jnp.float32(learning_rate or config.learning_rate),
-        trainable=jax.tree.map(lambda _: 1.0, params),
-        applied=jnp.asarray(applied),
+        learns=Learns(jnp.asarray(applied), jnp.asarray(applied and critic)),
     )
     return optax.apply_updates(params, updates), state
 
@@ -146,24 +147,17 @@ def test_the_mean_step_is_that_of_what_learns(eps):
     """Adam's first step is |g| / (|g| + ε) learning rates long."""
     config = dataclasses.replace(OPTIMIZER, adam_eps=eps, max_grad_norm=1e9)
     rng = np.random.default_rng(0)
-    shapes = {"layers": (2, 48, 5), "norm": (33,), "frozen": (40,)}
+    shapes = {"layers": (2, 48, 5), "norm": (33,)}
     gradient = {k: 1e-5 * rng.normal(size=shape).astype(np.float32) for k, shape in shapes.items()}
-    gradient["layers"][0] = gradient["frozen"][:] = 0
     params = {"backbone": jax.tree.map(jnp.ones_like, gradient), "value_head": jnp.ones(3)}
-    trainable = {
-        "backbone": {"layers": jnp.array([0.0, 1.0])[:, None, None], "norm": 1.0, "frozen": 0.0},
-        "value_head": 1.0,
-    }
     initial = adamw(config).init(params)
     gradients = {"backbone": gradient, "value_head": 1e3 * jnp.ones(3)}
     _, state = stepped(config, params, initial, gradients, norm=1.0)
-    rows = gradient["layers"][1, ::16]  # one in sixteen, of a vector's one row all
+    rows = gradient["layers"].reshape(-1, 5)[::16]  # one in sixteen, of a vector's one row all
     learns = np.concatenate([rows.ravel(), gradient["norm"]]).astype(np.float64)
     expected = np.mean(np.abs(learns) / (np.abs(learns) + eps))
-    assert mean_step(state, trainable, config) == pytest.approx(expected, rel=1e-5)
-    assert mean_step(initial, trainable, config) == 0
-    nothing = jax.tree.map(jnp.zeros_like, trainable)
-    assert mean_step(initial, nothing, config) == 0
+    assert mean_step(state, config) == pytest.approx(expected, rel=1e-5)
+    assert mean_step(initial, config) == 0
 
 
 def test_norms_and_biases_do_not_decay(params):
@@ -209,30 +203,49 @@ def test_learning_rate_by_iteration(schedule, held, warmup, expected):
         np.testing.assert_allclose(rate(iteration), value, atol=1e-6)
 
 
-def masks(params, iteration=0, **changes):
-    """What `trainable_mask` says of each parameter, broadcast to its shape."""
-    config = dataclasses.replace(OPTIMIZER, **changes)
-    mask = by_name(trainable_mask(params, config, jnp.asarray(iteration)))
-    return {
-        name: np.broadcast_to(np.asarray(mask[name]), x.shape)
-        for name, x in by_name(params).items()
-    }
+def test_a_schedule_begins_whenever_the_policy_does():
+    """Where the critic's warm-up ended earlier than it might have."""
+    config = OptimizerConfig(
+        learning_rate=1.0, schedule="linear", critic_warmup_iterations=6, warmup_iterations=2
+    )
+    rate = jax.jit(lambda i, held: learning_rate_schedule(config, 10, held)(i))
+    for iteration, value in {0: 1.0, 2: 0.5, 3: 1.0, 4: 1.0, 7: 0.5, 9: 1 / 6}.items():
+        np.testing.assert_allclose(rate(iteration, 2), value, atol=1e-6)
 
 
-def test_by_default_everything_learns(params):
-    assert all((mask == 1).all() for mask in masks(params).values())
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_policy_and_its_critic_are_counted_apart(make_network, separate):
+    """Three steps of both after one of the policy alone: those of two Adams."""
+    network = make_network()
+    params = nnx.state(with_separate_critic(network) if separate else network)
+    config = dataclasses.replace(OPTIMIZER, max_grad_norm=1e9)
+    gradients = jax.tree.map(jnp.cos, params)
+    step = jax.jit(
+        lambda x, state, critic: stepped(config, x, state, gradients, critic=critic),
+        static_argnums=2,
+    )
+
+    def after(*critics):
+        x, state = params, adamw(config).init(params)
+        for critic in critics:
+            x, state = step(x, state, critic)
+        return by_name(x), by_name(state.mu), state
+
+    four, three, held = after(*[True] * 4), after(*[True] * 3), after(False, True, True, True)
+    assert (held[2].count, held[2].critic_count) == (4, 3)
+    for part in range(2):
+        for name, x in held[part].items():
+            is_critic = name.startswith(("critic.", "value_head."))
+            expected = (three if is_critic else four)[part][name]
+            np.testing.assert_array_equal(x, expected, err_msg=name)
 
 
-def test_the_critics_warm_up_ends(params):
-    for iteration, learns in ((0, 0), (2, 0), (3, 1), (9, 1)):
-        for name, mask in masks(params, iteration, critic_warmup_iterations=3).items():
-            assert (mask == (1 if name.startswith("value_head") else learns)).all(), name
-
-
-def test_a_separate_critic_is_not_held_back(make_network):
+def test_a_gradient_is_masked_where_nothing_learns_from_it(make_network):
     params = nnx.state(with_separate_critic(make_network()))
-    for name, mask in masks(params, critic_warmup_iterations=3).items():
-        assert (mask == name.startswith(("critic.", "value_head."))).all(), name
+    ones = jax.tree.map(jnp.ones_like, params)
+    for name, x in by_name(Learns(jnp.asarray(False), True).masked(ones)).items():
+        assert (x == name.startswith(("critic.", "value_head."))).all(), name
+    assert Learns(True, True).masked(ones) is ones
 
 
 @pytest.mark.parametrize("separate", [False, True])

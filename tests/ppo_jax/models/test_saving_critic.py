@@ -10,7 +10,14 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ppo_jax.models import load_critic, load_pretrained, save_pretrained, with_separate_critic
+from ppo_jax.algorithm import Bins
+from ppo_jax.models import (
+    load_critic,
+    load_pretrained,
+    save_pretrained,
+    with_separate_critic,
+    with_value_bins,
+)
 from qwen_env.errors import UsageError
 
 
@@ -140,3 +147,41 @@ class TestAsWhatACriticBeginsAs:
         theirs.save_pretrained(tmp_path / "small")
         with pytest.raises(UsageError, match=r"critic's num_hidden_layers is 2, and the policy's"):
             with_separate_critic(network, load_critic(tmp_path / "small"))
+
+
+class TestOfAHistogram:
+    BINS = Bins(-0.1, 2.3, 7)
+
+    def test_round_trip(self, model_folder, outputs, ragged, tmp_path):
+        network = with_value_bins(load_pretrained(model_folder), self.BINS)
+        network.value_head.weight[...] = jnp.linspace(-1, 1, 7 * 32).reshape(7, 32)
+        network.value_head.bias[...] = jnp.linspace(0, 1, 7)
+        save_pretrained(network, tmp_path / "saved")
+        again = load_pretrained(tmp_path / "saved")
+        assert again.value_head.bins == self.BINS
+        chex.assert_trees_all_equal(nnx.state(again), nnx.state(network))
+        assert with_value_bins(again, self.BINS) is again
+
+        ids, mask = ragged()
+        _, values = outputs(again, ids, mask)
+        hidden, _ = network.backbone(ids, mask)
+        logits = np.asarray(hidden) @ np.linspace(-1, 1, 7 * 32).reshape(7, 32).T
+        p = torch.softmax(torch.tensor(logits + np.linspace(0, 1, 7)), -1).numpy()
+        edges = np.linspace(-0.1, 2.3, 8)
+        np.testing.assert_allclose(values, p @ (edges[1:] + edges[:-1]) / 2, atol=1e-5)
+
+        as_critic = with_separate_critic(
+            load_pretrained(model_folder), load_critic(tmp_path / "saved")
+        )
+        assert as_critic.value_head.bins == self.BINS
+
+    def test_it_begins_in_the_middle(self, model_folder, outputs, ragged):
+        network = with_value_bins(load_pretrained(model_folder), self.BINS)
+        np.testing.assert_allclose(outputs(network, *ragged())[1], 1.1, rtol=1e-6)
+
+    def test_of_other_bins(self, model_folder, tmp_path):
+        save_pretrained(with_value_bins(load_pretrained(model_folder), self.BINS), tmp_path / "s")
+        network = load_pretrained(tmp_path / "s")
+        for bins in (None, Bins(-0.1, 2.3, 9)):
+            with pytest.raises(UsageError, match=r"has 7 bins from -0\.1 to 2\.3, which does not"):
+                with_value_bins(network, bins)
