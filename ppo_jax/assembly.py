@@ -17,7 +17,7 @@ from ppo_jax.models import (
     load_pretrained,
     with_separate_critic,
 )
-from ppo_jax.models.loading import read_max_length, tokenizer_place
+from ppo_jax.models.loading import model_in, read_max_length, tokenizer_place
 from qwen_env.errors import UsageError
 from qwen_env.hub import resolve
 from qwen_env.prompts import PromptDataset, PromptEncoder, load_prompts
@@ -145,9 +145,9 @@ def with_critic_model(
     Raises:
         UsageError: there is no such model, or it reads other tokens, or is of another size.
     """
-    name, run = config.ppo.critic_model, config.run
-    if name is None:
+    if config.ppo.critic_model is None:
         return network
+    name, run = model_in(config.ppo.critic_model), config.run
     place = tokenizer_place(name)
     has_own = (resolve(place, allow_patterns=["tokenizer*.json"]) / "tokenizer.json").exists()
     if has_own and load_tokenizer(place).backend.get_vocab() != tokenizer.backend.get_vocab():
