@@ -149,6 +149,9 @@ def make_batch(
     if values is not None and returns is not None:
         metrics["value/mean"] = algorithm.masked_mean(values, mask)
         metrics["value/explained_variance"] = explained_variance(values, returns, mask)
+        if config.bins is not None:
+            is_beyond = (returns < config.bins.low) | (returns > config.bins.high)
+            metrics["value/out_of_range_fraction"] = algorithm.masked_mean(is_beyond, mask)
     if config.completions_per_prompt > 1:
         metrics["objective/equal_groups_fraction"] = is_equal.mean()
     if state.num_turns is not None:

@@ -81,6 +81,8 @@ def test_a_critic_with_bins_in_one_program(compiled, finished, num_microbatches)
     )
     state, metrics, *_ = learner.learn(finished)
     prepared = learner.prepare(finished)
+    returns = np.asarray(prepared.batch.returns)[np.asarray(prepared.batch.mask)]
+    assert metrics["value/out_of_range_fraction"] == pytest.approx((abs(returns) > 4).mean())
     np.testing.assert_allclose(prepared.batch.values, 0.0, atol=1e-6)  # the middle
     expected, other, _ = learner.update(prepared.batch)
     assert metrics["value/loss"] == pytest.approx(other["value/loss"], rel=1e-5)
