@@ -1,4 +1,4 @@
-"""Good and bad pairs of symbols, and a reward at the end for answers in which the good ones prevail.
+"""Good and bad symbols, and a reward at the end for answers in which the good ones prevail.
 
 Which symbols are good depends on the one before: there are four kinds of symbols, and after each of
 them 18 of 36 are good, which the model, a random one, does not know. An answer is 64 symbols long,

@@ -37,10 +37,13 @@ def critic_epochs(
         update: of the optimizer.
     """
 
-    def of_critic(tree: Params) -> Params:
-        return nnx.State({name: x for name, x in tree.items() if name in _CRITIC})
+    def apart(tree: Params) -> tuple[Params, Params]:
+        critic, policy = nnx.split_state(tree, lambda path, _: path[0] in _CRITIC, ...)
+        return critic, policy
 
-    policy = nnx.State({name: x for name, x in params.items() if name not in _CRITIC})
+    (critic, policy), (mu, policy_mu), (nu, policy_nu) = map(
+        apart, (params, opt_state.mu, opt_state.nu)
+    )
 
     def one_step(carry: tuple[Array, Params, AdamState]) -> tuple[Array, Params, AdamState]:
         number, critic, state = carry
@@ -51,10 +54,9 @@ def critic_epochs(
         return number + 1, optax.apply_updates(critic, updates), state
 
     first, end = numbers
-    moments = opt_state._replace(mu=of_critic(opt_state.mu), nu=of_critic(opt_state.nu))
-    _, critic, moments = jax.lax.while_loop(
-        lambda carry: carry[0] < end, one_step, (first, of_critic(params), moments)
+    _, critic, state = jax.lax.while_loop(
+        lambda carry: carry[0] < end, one_step, (first, critic, opt_state._replace(mu=mu, nu=nu))
     )
-    return join(critic, policy), moments._replace(
-        mu=nnx.State({**opt_state.mu, **moments.mu}), nu=nnx.State({**opt_state.nu, **moments.nu})
+    return join(critic, policy), state._replace(
+        mu=join(state.mu, policy_mu), nu=join(state.nu, policy_nu)
     )

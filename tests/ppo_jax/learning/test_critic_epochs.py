@@ -35,7 +35,9 @@ def test_the_critics_passes_are_those_of_a_longer_run_the_policys_of_a_shorter(
     compiled, batch, settings
 ):
     """With a separate critic nothing of the one is in the other; a stopped one reads the policy."""
-    both = compiled(**settings, num_epochs=1, critic_epochs=3).update(batch)[0]
+    learner = compiled(**settings, num_epochs=1, critic_epochs=3)
+    both = learner.update(batch)[0]
+    chex.assert_trees_all_equal_structs(both, learner.start)  # so that it goes on
     policy, _ = parts(compiled(**settings, num_epochs=1).update(batch)[0])
     _, critic = parts(compiled(**settings, num_epochs=3).update(batch)[0])
     ours = parts(both)
@@ -85,7 +87,7 @@ def test_a_critic_with_bins_in_one_program(compiled, finished, num_microbatches)
     assert metrics["value/out_of_range_fraction"] == pytest.approx((abs(returns) > 4).mean())
     np.testing.assert_allclose(prepared.batch.values, 0.0, atol=1e-6)  # the middle
     expected, other, _ = learner.update(prepared.batch)
-    assert metrics["value/loss"] == pytest.approx(other["value/loss"], rel=1e-5)
+    assert metrics["value/loss"] == pytest.approx(float(other["value/loss"]), rel=1e-5)
     chex.assert_trees_all_close(parts(state), parts(expected), rtol=1e-3, atol=1e-6)
 
 
