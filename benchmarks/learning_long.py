@@ -33,7 +33,7 @@ class Arguments:
     """Which settings, by name; none is all of them."""
     seeds: int = 5
     """Seeds of each, from 0."""
-    iterations: int = 60
+    iterations: int = 30
     """Iterations of a run, of 256 answers each."""
     processes: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     """Runs at one time."""

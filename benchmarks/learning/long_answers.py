@@ -1,10 +1,9 @@
 """Good and bad symbols, and a reward at the end for answers in which the good ones prevail.
 
-Which symbols are good depends on the one before: there are four kinds of symbols, and after each of
-them 18 of 36 are good, which the model, a random one, does not know. An answer is 64 symbols long,
-and earns 1 if at least 40 of them are good, or else 0. Of answers that are drawn by chance that is
-one in thirty, and its reward does not say which of its symbols helped. A value function can see
-what there is so far.
+Eighteen of 36 symbols are good, and the others are bad, which the model, a random one, does not
+know. An answer is 64 symbols long, and earns 1 if at least 42 of them are good, or else 0. Of
+answers that are drawn by chance that is one in a hundred, and its reward does not say which of its
+symbols helped. A value function can see what there is so far.
 """
 
 import string
@@ -21,23 +20,12 @@ from qwen_env.rewards import RewardBatch
 from qwen_env.task import make_task
 
 SYMBOLS = string.digits + string.ascii_lowercase
-KINDS = 1
-GOOD = [
-    frozenset(np.random.default_rng(kind).permutation(list(SYMBOLS))[: len(SYMBOLS) // 2])
-    for kind in range(KINDS)
-]
-
-
-def is_good(before: str, symbol: str) -> bool:
-    """Whether `symbol` is good after the one before."""
-    return symbol in GOOD[SYMBOLS.index(before) % KINDS]
+GOOD = frozenset(SYMBOLS[::2])
 
 
 def enough_are_good(batch: RewardBatch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """1 where there are enough, or else 0; and their share."""
-    texts = zip((str(row["prompt"]) for row in batch.rows), batch.completions, strict=True)
-    pairs = [zip(prompt + text, text, strict=False) for prompt, text in texts]
-    counts = np.array([sum(is_good(*pair) for pair in of_answer) for of_answer in pairs])
+    counts = np.array([sum(symbol in GOOD for symbol in text) for text in batch.completions])
     enough = (counts >= ENOUGH).astype(np.float32)
     return enough, {"accuracy": enough, "good": (counts / LENGTH).astype(np.float32)}
 
