@@ -117,8 +117,19 @@ def shardings(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def place(tree: Tree, mesh: Mesh | None) -> Tree:
-    """The arrays where `shardings` says; outside of compiled functions."""
-    return tree if mesh is None else jax.device_put(tree, shardings(tree, mesh))
+    """The arrays where `shardings` says; outside of compiled functions.
+
+    Those that a process has made itself, such as adapters, all have made alike.
+    """
+    return tree if mesh is None else jax.tree.map(_placed, tree, shardings(tree, mesh))
+
+
+def _placed(x: Any, sharding: NamedSharding) -> jax.Array:
+    if x.is_fully_addressable and not sharding.is_fully_addressable:
+        array = np.asarray(x)  # what `device_put` makes of `x` cannot tell its shards (jax 0.10.2)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: array[index])
+    placed: jax.Array = jax.device_put(x, sharding)
+    return placed
 
 
 def from_host(path: tuple[Any, ...], array: np.ndarray, mesh: Mesh | None) -> jax.Array:

@@ -13,11 +13,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Literal, NamedTuple
 
 from rich.console import Console
 
-from ppo_jax import cli, flags, train
+from ppo_jax import cli, flags, reward_model, sft, train
 from ppo_jax.config.fields import Checked, Seed
 from ppo_jax.files import atomic, disk_errors, write_json
 from ppo_jax.runs.comparison import Runs, compare, draw, markdown, table
@@ -28,7 +29,13 @@ from qwen_env.files import read_json, read_text
 
 PROG = "ppo-sweep"
 
-_OWN = ("--seed", "--output-dir", "--resume")  # flags of ppo-train that the sweep gives itself
+_OWN = ("--seed", "--output-dir", "--resume")  # flags that the sweep gives itself
+
+_MODULES: dict[str, ModuleType] = {
+    "ppo-train": train,
+    "ppo-sft": sft,
+    "ppo-reward-model": reward_model,
+}
 
 
 @dataclass(frozen=True)
@@ -40,16 +47,19 @@ class Arguments(Checked):
     """Folder of the sweep: each run has a folder in it, and so have sweep.md and sweep.png."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
     """Seeds that each setting is trained with."""
+    command: Literal["ppo-train", "ppo-sft", "ppo-reward-model"] = "ppo-train"
+    """What trains."""
     settings: str | None = None
-    """A file of settings, one a line: a name, and flags of ppo-train ("long --max-new-tokens 64").
-    The others are compared with the first. None is one setting, without flags of its own."""
+    """A file of settings, one a line: a name, and flags of the command ("long --max-new-tokens
+    64"). The others are compared with the first. None is one setting, without flags of its own."""
     train: tuple[str, ...] = flags.positional("-- FLAG")
-    """Flags of ppo-train for all runs, behind --."""
+    """Flags of the command for all runs, behind --."""
 
 
 class Job(NamedTuple):
-    """One run: its setting, its seed, its folder, and the words of ppo-train."""
+    """One run: its command, setting, seed and folder, and the words of the command."""
 
+    command: str
     setting: str
     seed: int
     folder: Path
@@ -87,7 +97,7 @@ def make_jobs(arguments: Arguments) -> list[Job]:
     """Every setting with every seed, a seed of all settings before the next seed.
 
     Raises:
-        UsageError: a file of settings, or a flag of ppo-train, is wrong.
+        UsageError: a file of settings, or a flag of the command, is wrong.
     """
     settings = {"run": []} if arguments.settings is None else _read(Path(arguments.settings))
     jobs = []
@@ -99,8 +109,8 @@ def make_jobs(arguments: Arguments) -> list[Job]:
         for seed in arguments.seeds:
             folder = arguments.output_dir / f"{name}-seed{seed}"
             more = ["--seed", str(seed), "--output-dir", str(folder)]
-            train.parse_arguments([*words, *more])
-            jobs.append(Job(name, seed, folder, [*words, *more]))
+            _MODULES[arguments.command].parse_arguments([*words, *more])
+            jobs.append(Job(arguments.command, name, seed, folder, [*words, *more]))
     return sorted(jobs, key=lambda job: arguments.seeds.index(job.seed))
 
 
@@ -164,7 +174,8 @@ def run(job: Job) -> None:
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         words = [*job.words, *resume]
-        status = subprocess.Popen([sys.executable, "-m", "ppo_jax.train", *words]).wait()
+        module = _MODULES[job.command].__name__
+        status = subprocess.Popen([sys.executable, "-m", module, *words]).wait()
     finally:
         signal.signal(signal.SIGINT, before)
     if status == EXIT_STATUS:

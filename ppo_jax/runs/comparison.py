@@ -25,6 +25,8 @@ MEASURES = {
     "objective/kl": "KL",
     "policy/entropy": "entropy",
     "eval/sampled/length_mean": "length",
+    "eval/accuracy": "accuracy, held out",
+    "eval/loss": "loss, held out",
 }
 """What runs are compared by, as they are at the end."""
 
@@ -125,7 +127,8 @@ def _with_half(x: Interval, sign: str) -> str:
 
 def draw(runs: Runs, path: Path) -> None:
     """Each measure over iterations: means over the seeds, and bands of their 95 % intervals."""
-    measures = {"objective/score": "score, training"} | MEASURES
+    training = {"objective/score": "score, training", "train/loss": "loss, training"}
+    measures = training | MEASURES
     known = {
         measure: title
         for measure, title in measures.items()

@@ -24,12 +24,14 @@ class Processes:
     """Counts the runs; each writes metrics that depend on its flags and its seed alone."""
 
     def __init__(self, config: Path) -> None:
+        self.modules: list[str] = []
         self.words: list[list[str]] = []
         self.config = config
         self.statuses: dict[int, int] = {}  # by number of the run, from 1, if it does not end well
 
     def __call__(self, command: list[str]) -> "Processes":
-        assert command[:3] == [sys.executable, "-m", "ppo_jax.train"]
+        assert command[:2] == [sys.executable, "-m"]
+        self.modules.append(command[2])
         self.words.append(command[3:])
         return self
 
@@ -81,6 +83,7 @@ def test_every_setting_with_every_seed(
         for seed in (0, 1, 2)
         for name, own in (("plain", []), ("fast", ["--learning-rate", "1"]))
     ]
+    assert set(processes.modules) == {"ppo_jax.train"}
     assert all(w[:4] == ["--preset", "pocket", "--kl-coef", "0.1"] for w in processes.words)
     page = (folder / "sweep.md").read_text()
     half = stats.t.ppf(0.975, 2) * np.std([0, 0.6, 1.2], ddof=1) / np.sqrt(3)
@@ -91,6 +94,17 @@ def test_every_setting_with_every_seed(
     before = len(processes.words)
     main([*argv, "--", "--preset", "pocket", "--kl-coef", "0.1"])
     assert len(processes.words) == before, "all are done"
+
+
+def test_of_another_command(
+    processes: Processes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--output-dir", str(tmp_path / "sweep"), "--seeds", "0", "--command", "ppo-sft", "--"]
+    main([*argv, "--num-epochs", "1"])
+    assert processes.modules == ["ppo_jax.sft"]
+    with pytest.raises(SystemExit):
+        main([*argv, "--preset", "pocket"])
+    assert "error: Unrecognized arguments: --preset" in capsys.readouterr().err
 
 
 def test_an_interrupted_sweep_goes_on(
