@@ -53,6 +53,7 @@ class Setting:
 
 
 FOUR_MINIBATCHES = {"num_minibatches": 4}
+FOUR_ANSWERS = {"completions_per_prompt": 4}
 
 SETTINGS = (
     Setting(BASELINE, "preset"),
@@ -71,6 +72,19 @@ SETTINGS = (
     Setting("λ 0.8", "advantage", {"gae_lambda": 0.8}),
     Setting("γ 0.99", "advantage", {"gamma": 0.99}),
     Setting("bootstrap at the limit", "advantage", {"length_limit": "bootstrap"}),
+    Setting(
+        "group advantages",
+        "advantage",
+        FOUR_ANSWERS | {"advantage": "group"},
+        against="4 completions a prompt",
+    ),
+    Setting(
+        "leave-one-out advantages",
+        "advantage",
+        FOUR_ANSWERS | {"advantage": "leave_one_out"},
+        against="4 completions a prompt",
+    ),
+    Setting("REINFORCE++", "advantage", {"advantage": "reinforce_plus_plus"}),
     # the policy's loss
     Setting("clip 0.1", "policy loss", {"clip_range": 0.1}),
     Setting("clip 0.4", "policy loss", {"clip_range": 0.4}),
@@ -109,6 +123,6 @@ SETTINGS = (
     Setting("learning rate x 3", "updates", {}, {"learning_rate": 9e-4}),
     Setting("frozen embeddings", "updates", {}, {"freeze_embeddings": True}),
     # how responses are drawn
-    Setting("4 completions a prompt", "sampling", {"completions_per_prompt": 4}),
+    Setting("4 completions a prompt", "sampling", FOUR_ANSWERS),
     Setting("top-p 0.9", "sampling", {"top_p": 0.9}),
 )

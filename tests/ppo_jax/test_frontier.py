@@ -40,11 +40,10 @@ def test_a_run_against_the_best(finished_run: Path, capfd: pytest.CaptureFixture
     records = read_records(finished_run)
     assert records.frontier == found
     [axis, *_] = draw_grid([(gain_against_kl, records)], columns=1).axes
-    lines = [line for line in axis.get_lines() if line.get_linestyle() == "--"]
-    by_kl = lines[0].get_xdata(), lines[0].get_ydata()
-    assert list(by_kl[0]) == [0, *(point["kl"] for point in best)]
+    _, score, _ = (line for line in axis.get_lines() if line.get_linestyle() == "--")
+    assert list(score.get_xdata()) == [0, *(point["kl"] for point in best)]
     first, spread = metrics[0]["objective/score"], metrics[0]["objective/score_std"]
-    np.testing.assert_allclose(by_kl[1], (np.array(rewards) - first) / spread)
+    np.testing.assert_allclose(score.get_ydata(), (np.array(rewards) - first) / spread)
     (finished_run / "frontier.json").write_text("{")
     with pytest.raises(UsageError, match=r"frontier\.json is no JSON"):
         read_records(finished_run)
