@@ -33,7 +33,7 @@ from ppo_jax.algorithm.masking import (
     masked_whiten,
     token_weights,
 )
-from ppo_jax.algorithm.rewards import token_rewards
+from ppo_jax.algorithm.rewards import KlLevel, token_rewards
 from ppo_jax.algorithm.running import RunningMoments, no_moments, updated_moments
 from ppo_jax.algorithm.supervised import (
     bradley_terry_loss,
@@ -51,6 +51,7 @@ __all__ = [
     "ClipShares",
     "ClipSides",
     "KlEstimator",
+    "KlLevel",
     "PolicyLoss",
     "RatioLevel",
     "RunningMoments",

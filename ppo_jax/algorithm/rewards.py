@@ -10,6 +10,8 @@ from jaxtyping import Float, Real, Shaped
 from ppo_jax.algorithm.kl import kl_estimate
 from ppo_jax.algorithm.masking import AnyArray, Scalar, zero_invalid
 
+KlLevel = Literal["token", "sequence"]
+
 
 def token_rewards(
     score: Real[AnyArray, "B"],
@@ -19,6 +21,7 @@ def token_rewards(
     *,
     kl_coef: Scalar,
     estimator: Literal["k1", "k2", "k3"] = "k1",
+    level: KlLevel = "token",
 ) -> Float[Array, "B T"]:
     """The score where the episode ends, less a penalty for leaving the reference model:
 
@@ -26,6 +29,10 @@ def token_rewards(
 
     where klₜ estimates KL(policy‖reference) from the token that was chosen at t, and β = kl_coef.
     Summed over an episode, k1 makes the penalty β (log π(response) - log π_ref(response)).
+
+    At the level of the sequence, the last step pays for all. The gradient's mean is the same, since
+    what earlier tokens paid is a baseline of the later ones. Its noise is not: the best policy,
+    π_ref exp(score / β) / Z, makes score - Σ β klₜ = β log Z the same for all responses to a prompt.
 
     π is the policy that tokens are drawn from: tempered and, under top-k or top-p, normalised over
     the ids that those left. π_ref is tempered alike, but never truncated: what top-k and top-p take
@@ -38,6 +45,7 @@ def token_rewards(
         mask: True where a token is real. A row without any has no rewards.
         kl_coef: β, reward per nat.
         estimator: see `ppo_jax.algorithm.kl.kl_estimate`.
+        level: whether each token pays its own penalty, or the last one that of all.
 
     Returns:
         float32 [B, T]; 0 where `mask` is False.
@@ -49,4 +57,6 @@ def token_rewards(
     kl = kl_estimate(zero_invalid(logprobs, mask), zero_invalid(ref_logprobs, mask), estimator)
     seen = jnp.cumsum(mask, axis=1)
     is_last = mask & (seen == seen[:, -1:])
+    if level == "sequence":
+        kl = jnp.where(is_last, zero_invalid(kl, mask).sum(-1, keepdims=True), 0.0)
     return zero_invalid(jnp.where(is_last, score[:, None], 0.0) - kl_coef * kl, mask)

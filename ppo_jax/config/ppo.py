@@ -10,6 +10,7 @@ from ppo_jax.algorithm import (
     Bins,
     ClipSides,
     KlEstimator,
+    KlLevel,
     RatioLevel,
 )
 from ppo_jax.config.fields import (
@@ -59,6 +60,9 @@ class PPOConfig(SamplingConfig):
     value."""
     kl_penalty: Literal["k1", "k2", "k3"] = "k1"
     """Estimator of the KL penalty in the reward."""
+    kl_level: KlLevel = "token"
+    """Whether each token pays its own KL penalty, or the last one that of the whole sequence, with
+    which the best policy's returns are the same for all answers to a prompt."""
     kl_target: Limit | None = None
     """Adapt kl_coef so that the KL from the reference approaches this, in nats per response; None
     keeps kl_coef constant."""
@@ -247,7 +251,8 @@ class PPOConfig(SamplingConfig):
             )
         if self.compares_answers:
             self._refuse_set(
-                ("gamma",), f"advantage is {self.advantage!r}, which compares whole answers"
+                ("gamma", "kl_level"),
+                f"advantage is {self.advantage!r}, which compares whole answers",
             )
         if self.completions_per_prompt == 1 and (self.compares_answers or self.drop_equal_groups):
             name = "advantage" if self.compares_answers else "drop_equal_groups"

@@ -110,6 +110,7 @@ def make_batch(
         mask,
         kl_coef=controls.kl_coef,
         estimator=config.kl_penalty,
+        level=config.kl_level,
     )
     if rewards is not None:
         paid += scaled(jnp.where(is_last, 0.0, rewards))

@@ -18,7 +18,7 @@ class GoldenTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_by_hand(self):
         # log π - log π_ref is (1, 0, -2) and (2, 1); β = 1/2; the third row has no token
-        function = self.variant(token_rewards, static_argnames="estimator")
+        function = self.variant(token_rewards, static_argnames=("estimator", "level"))
         arrays = (SCORE, LOGPROBS, REF_LOGPROBS, MASK)
         np.testing.assert_array_equal(
             function(*arrays, kl_coef=0.5),
@@ -27,6 +27,10 @@ class GoldenTest(chex.TestCase):
         np.testing.assert_array_equal(
             function(*arrays, kl_coef=0.5, estimator="k2"),
             [[-0.25, 0, 10 - 1, 0], [0, -1, 20 - 0.25, 0], [0, 0, 0, 0]],
+        )
+        np.testing.assert_array_equal(
+            function(*arrays, kl_coef=0.5, level="sequence"),
+            [[0, 0, 10 + 0.5, 0], [0, 0, 20 - 1.5, 0], [0, 0, 0, 0]],
         )
         np.testing.assert_array_equal(
             function(*arrays, kl_coef=0.0), [[0, 0, 10, 0], [0, 0, 20, 0], [0, 0, 0, 0]]
@@ -45,6 +49,28 @@ def test_an_episode_earns_its_score_less_its_kl(estimator):
     np.testing.assert_allclose(
         rewards.sum(1), score - 0.3 * np.where(mask, kl, 0).sum(1), rtol=1e-5, atol=1e-5
     )
+
+
+def test_the_best_policys_returns_are_the_same_for_all_answers():
+    """Of two tokens each, by Bayes' rule from π*(y) = π_ref(y) exp(r(y) / β) / Z, listed."""
+    rng, beta = np.random.default_rng(0), 0.4
+    first, second = (rng.dirichlet(np.ones(5), size=size) for size in (1, 5))
+    score = rng.normal(size=(5, 5))
+    joint = first.T * second * np.exp(score / beta)
+    partition = joint.sum()
+    joint /= partition
+    best = np.stack([joint.sum(1)[:, None] + 0 * joint, joint / joint.sum(1, keepdims=True)], -1)
+    reference = np.stack([first.T + 0 * joint, second], -1)
+    logprobs, ref_logprobs = (np.log(x).reshape(25, 2) for x in (best, reference))
+
+    def returns(level):
+        mask = np.ones((25, 2), bool)
+        arrays = score.ravel(), logprobs, ref_logprobs, mask
+        rewards = np.asarray(token_rewards(*arrays, kl_coef=beta, level=level))
+        return rewards[:, ::-1].cumsum(1)[:, ::-1]
+
+    np.testing.assert_allclose(returns("sequence"), beta * np.log(partition), atol=1e-5)
+    assert returns("token")[:, 1].std() > 0.1  # β log Z of what is left: another after each token
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])

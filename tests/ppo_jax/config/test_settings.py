@@ -293,6 +293,10 @@ def test_values_that_cannot_be(changes: dict[str, dict[str, Any]], words: str) -
             r"gamma is 0.9, but advantage is 'leave_one_out'",
         ),
         (
+            {"ppo": {"advantage": "group", "completions_per_prompt": 2, "kl_level": "sequence"}},
+            r"kl_level is 'sequence', but advantage is 'group', which compares whole answers",
+        ),
+        (
             {"ppo": {"gae_lambda": 0.5, "gae_lambda_alpha": 0.1}},
             r"gae_lambda is 0.5, but gae_lambda_alpha",
         ),

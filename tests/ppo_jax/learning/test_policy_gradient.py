@@ -217,6 +217,14 @@ def test_rewards_penalty_baseline_and_loss_make_the_exact_gradient(mdp_task, lea
     assert_is_gradient(gradients(mdp_task.as_expected(batch)), expected)
 
 
+def test_so_does_a_penalty_of_the_whole_sequence(mdp_task, make_learner):
+    """Each token earns what the others paid as well, which is no part of its gradient's mean."""
+    learner = make_learner(mdp_task, temperature=TEMPERATURE, kl_level="sequence")
+    batch = batch_of(learner, mdp_task).batch
+    expected = mdp_task.gradient(learner.start.params)
+    assert_is_gradient(gradients_of(learner)(mdp_task.as_expected(batch)), expected)
+
+
 def test_of_a_truncated_policy_too(mdp_task, truncated_task, make_learner):
     """Its KL is from the whole reference: of what it never writes, the reference knows better."""
     task, p = truncated_task, truncated_task.probabilities()
