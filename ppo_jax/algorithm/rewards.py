@@ -32,7 +32,7 @@ def token_rewards(
 
     At the level of the sequence, the last step pays for all. The gradient's mean is the same, since
     what earlier tokens paid is a baseline of the later ones. Its noise is not: the best policy,
-    π_ref exp(score / β) / Z, makes score - Σ β klₜ = β log Z the same for all responses to a prompt.
+    π_ref exp(score / β) / Z, makes score - Σ β klₜ = β log Z for all responses to a prompt.
 
     π is the policy that tokens are drawn from: tempered and, under top-k or top-p, normalised over
     the ids that those left. π_ref is tempered alike, but never truncated: what top-k and top-p take
