@@ -54,6 +54,16 @@ class Setting:
 
 FOUR_MINIBATCHES = {"num_minibatches": 4}
 FOUR_ANSWERS = {"completions_per_prompt": 4}
+PROPORTIONAL = {
+    "ppo": {"num_epochs": 2, "gae_lambda": 1.0, "critic": "stopped", "advantage_whitening": "none"},
+    "optimizer": {
+        "adam_eps": 1e-2,
+        "learning_rate": 2e-2,
+        "critic_learning_rate": 1.5e-2,
+        "max_grad_norm": 0.3,
+    },
+}
+"""Steps in proportion to gradients, which vanish at the optimum: docs/learning.md, "Closer"."""
 
 SETTINGS = (
     Setting(BASELINE, "preset"),
@@ -85,6 +95,19 @@ SETTINGS = (
         against="4 completions a prompt",
     ),
     Setting("REINFORCE++", "advantage", {"advantage": "reinforce_plus_plus"}),
+    # towards the best policy of a KL coefficient
+    Setting("β 0.19", "optimum", {"kl_coef": 0.19}, length=2, against=LONG),
+    *(
+        Setting(
+            f"β {kl_coef}, proportional steps",
+            "optimum",
+            PROPORTIONAL["ppo"] | {"kl_coef": kl_coef},
+            PROPORTIONAL["optimizer"],
+            length=2,
+            against="β 0.19",
+        )
+        for kl_coef in (0.486, 0.19, 0.03)
+    ),
     # the policy's loss
     Setting("clip 0.1", "policy loss", {"clip_range": 0.1}),
     Setting("clip 0.4", "policy loss", {"clip_range": 0.4}),
