@@ -40,9 +40,9 @@ class Writing(NamedTuple):
     which saves time where responses are ragged, and takes longer to compile. With `num_slots` below
     the number of rows, no more are written at a time, and caches have room for no more; there is
     one turn then. With `bounds_reads` the loop is cut where a quarter, a half and three quarters of
-    the caches' room for responses are in use, and reads no more of them until then, if that saves a
-    tenth of what a step reads. With `keeps_masks`, what each token was drawn from is recorded, for
-    learning.
+    the caches' room for responses are in use, and reads no more of them until then, if that saves
+    an eighth of what a step reads. With `keeps_masks`, what each token was drawn from is recorded,
+    for learning.
     """
 
     rules: mdp.Rules
@@ -190,7 +190,7 @@ class Writer(NamedTuple):
         read = num_weights + of_a_token * num_rows * rules.max_length
         # Of the room for responses, a half is not in use on average, and with four cuts an eighth.
         saved = of_a_token * num_rows * rules.max_new_tokens * 3 // 8
-        is_worth_it = self.writing.bounds_reads and 10 * saved >= read
+        is_worth_it = self.writing.bounds_reads and 8 * saved >= read
         # Where rows take each other's slots, all are soon in use.
         if not is_worth_it or self.writing.num_slots is not None:
             return [rules.max_length]

@@ -181,3 +181,19 @@ def test_logits_of_a_decode_step_never_reach_the_memory_of_a_tpu() -> None:
     )
     program = CompiledProgram(jax.jit(draw).lower(*arguments).compile().as_text())
     assert program.cost().bytes < 1.01 * 2 * vocab_size * hidden_size
+
+
+@of_tpu
+def test_a_tpu_reads_no_slot_of_a_cache_that_is_not_in_use() -> None:
+    """A decode step of 256 rows, which reads 320 of 704 slots: no copy is made of them either."""
+    device = replicated(mesh_of(v5e_topology(1), 1, 1))
+    rows, in_use = 256, 320
+    cache = jax.ShapeDtypeStruct((rows, 2, 704, 64), jnp.bfloat16, sharding=device)
+    query = jax.ShapeDtypeStruct((rows, 14, 1, 64), jnp.bfloat16, sharding=device)
+    seen = jax.ShapeDtypeStruct((rows, 1, in_use), jnp.bool_, sharding=device)
+
+    def step(query: Any, key: Any, value: Any, seen: Any) -> Any:
+        return attend(query, KeyValue(key, value), seen)
+
+    program = CompiledProgram(jax.jit(step).lower(query, cache, cache, seen).compile().as_text())
+    assert program.cost().bytes < 1.1 * (2 * 2 * rows * 2 * in_use * 64 + seen.size)

@@ -13,7 +13,7 @@ from qwen_env import mdp
 
 P, T = 8, 24
 RAGGED = {"max_prompt_length": P, "max_new_tokens": T, "eos_token_ids": (0, *range(300, 360))}
-MANY = {"completions_per_prompt": 40}
+MANY = {"completions_per_prompt": 60}
 """So that keys and values are many beside the tiny network's weights."""
 
 
@@ -61,12 +61,10 @@ def test_what_is_not_read_changes_no_token(make_network, make_test_task, reads, 
         )
         np.testing.assert_allclose(result.logprobs, expected.logprobs, rtol=0, atol=1e-5)
         steps = int(mdp.response_length(expected.state).max()) - 1  # the first is the prefill's
-        assert len(reads) == steps == T - 1
-        for i, (rows, slots) in enumerate(reads):
-            in_use = P + i + 1
-            least = next(n for n in (P + 6, P + 12, P + 18, P + 24) if n >= in_use)
-            assert slots == least or (slots == P + T and rows < 200)
-        assert {slots for rows, slots in reads if rows == 200} >= {P + 6, P + 12}
+        limits = [P + 6, P + 12, P + 18, P + 24]
+        least = [min(n for n in limits if n > P + i) for i in range(steps)]
+        assert sorted(slots for _, slots in reads) == least
+        assert len({rows for rows, _ in reads}) > 1 or not shrinks
         reads.clear()
 
 
