@@ -90,7 +90,8 @@ class Arguments:
     """Rows that are written at a time on each device, --rollout-slots of the training script; None
     writes all."""
     programs: tuple[str, ...] = PROGRAMS
-    """Which of an iteration's programs: rollout, prepare, update."""
+    """Which of an iteration's programs: rollout, prepare, update; or learn, which is what a run
+    compiles: prepare and update together."""
     dump: Path | None = None
     """Folder for the compiled programs, as text."""
 
@@ -157,7 +158,7 @@ def figures(iteration: "Iteration", name: str, compiled: Any) -> list[str]:
         beyond = f"{beyond_caches.bytes / iteration.least_moved():.2f}"
     else:
         cost = max(map(program.cost, program.loops(of_unknown_length=False)), key=lambda x: x.bytes)
-    if name == "update":
+    if name in ("update", "learn"):
         least_held = f"{held / (arguments + iteration.least_kept()):.2f}"
     return [
         str(cost.kernels),
@@ -293,6 +294,11 @@ class Iteration:
         if "update" in names:
             update = self._jit(learner.update, donate_argnums=0)
             yield "update", update.lower(state, batch, key, self.frozen).compile()
+        if "learn" in names:
+            learn = self._jit(learner.learn, donate_argnums=0)
+            initial = self.params["backbone"]
+            arguments = state, initial, responses, score, None, key, self.frozen
+            yield "learn", learn.lower(*arguments).compile()
 
     def decode_step(self, program: CompiledProgram) -> Cost:
         """Of a rollout, with all rows: the mean of its loops, each of which reads other slots."""

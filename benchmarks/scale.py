@@ -80,6 +80,8 @@ class Arguments:
     """Which to compile."""
     num_devices: tuple[int, ...] = (8, 64, 256)
     """For how many devices to compile."""
+    programs: tuple[str, ...] = ("rollout", "update")
+    """Which programs to compile."""
 
 
 def main() -> None:
@@ -105,20 +107,22 @@ def show_arithmetic(device: Device) -> None:
 def show_compiled(arguments: Arguments) -> None:
     jax.config.update("jax_platforms", "cpu")  # no device is looked for
     table = Table(
-        "model", "devices", "shards", "parts", "arguments, GiB", "update, GiB", "rollout, GiB",
+        "model", "devices", "shards", "parts", "rollout, GiB", "arguments, GiB", "update, GiB",
         "collectives of an update", "GB on links",
     )  # fmt: skip
     for model in arguments.models:
         for num_devices, num_shards in PLACES[model]:
             if num_devices in arguments.num_devices and num_shards > 1:
-                cells = compiled_row(model, num_devices, num_shards)
+                cells = compiled_row(model, num_devices, num_shards, arguments.programs)
                 print(model, num_devices, num_shards, *cells, sep="  ", file=sys.stderr)
                 places = str(num_devices), str(num_shards)
                 table.add_row(model.removeprefix("random:"), *places, *cells)
     Console(width=130).print(table)
 
 
-def compiled_row(model: str, num_devices: int, num_shards: int) -> list[str]:
+def compiled_row(
+    model: str, num_devices: int, num_shards: int, names: tuple[str, ...]
+) -> list[str]:
     """Of a micro-batch of 4 rows a chip; all of a chip's responses are written at once."""
     config = SHAPES[model]
     rows = max(256, 4 * num_devices)
@@ -133,17 +137,17 @@ def compiled_row(model: str, num_devices: int, num_shards: int) -> list[str]:
         remat=num_parameters(config) > 2e9,
     )
     mesh = mesh_of(v5e_topology(num_devices), num_devices, num_shards)
-    programs = dict(Iteration(work, mesh).programs(("rollout", "update")))
-    held = {name: x.memory_analysis() for name, x in programs.items()}
-    cost = CompiledProgram(programs["update"].as_text()).cost()
-    return [
-        str(work.microbatches),
-        f"{held['update'].argument_size_in_bytes / GIB:.1f}",
-        f"{held['update'].peak_memory_in_bytes / GIB:.1f}",
-        f"{held['rollout'].peak_memory_in_bytes / GIB:.1f}",
-        ", ".join(f"{count} {kind}" for kind, count in cost.collectives.items()),
-        f"{cost.linked / 1e9:.1f}",
-    ]
+    cells = dict.fromkeys(("rollout", "arguments", "update", "collectives", "links"), "")
+    for name, compiled in Iteration(work, mesh).programs(names):
+        memory = compiled.memory_analysis()
+        cells[name] = f"{memory.peak_memory_in_bytes / GIB:.1f}"
+        if name == "update":
+            cost = CompiledProgram(compiled.as_text()).cost()
+            counts = cost.collectives.items()
+            cells["arguments"] = f"{memory.argument_size_in_bytes / GIB:.1f}"
+            cells["collectives"] = ", ".join(f"{count} {kind}" for kind, count in counts)
+            cells["links"] = f"{cost.linked / 1e9:.1f}"
+    return [str(work.microbatches), *cells.values()]
 
 
 def row(config: DecoderConfig, device: Device, num_devices: int, num_shards: int) -> list[str]:
