@@ -151,7 +151,7 @@ class CompiledProgram:
             moved = 3 * operands[-1]
         elif opcode in _SLICES:
             moved = self._of_slice(x, here)
-        elif x.opcode.endswith("-start"):  # its type names the operands too
+        elif x.opcode.endswith("-start") and opcode != "all-reduce":  # its type names operands too
             moved = x.bytes if x.opcode == "copy-start" else self._of_slice(x, here)
         return Cost(moved, 1, collectives, linked)
 

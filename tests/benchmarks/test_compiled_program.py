@@ -109,6 +109,18 @@ ENTRY %main (shard: bf16[1,8]) -> bf16[8,8] {
     assert (cost.collectives, cost.linked) == ({"all-gather": 1}, 2 * 64)
 
 
+def test_a_sum_over_devices_that_goes_on_while_others_compute() -> None:
+    """A GPU's, whose type is the result's alone."""
+    text = """
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %begun = f32[8]{0} all-reduce-start(%x), channel_id=1, to_apply=%add
+  ROOT %sum = f32[8]{0} all-reduce-done(%begun)
+}
+"""
+    assert CompiledProgram(text).cost() == Cost(2 * 32, 1, {"all-reduce": 1}, 32)
+
+
 def test_bytes_of_what_xla_compiles() -> None:
     def product(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.sin(x @ y).sum(1)
