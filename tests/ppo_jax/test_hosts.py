@@ -261,7 +261,7 @@ def test_adapters_on_two_processes_are_those_of_one(
 ) -> None:
     """A shard of the frozen backbone on the device of each; the first writes the adapters whole."""
     flags = [*flags, "--lora-rank", "2", "--learning-rate", "1e-3", "--num-minibatches", "1"]
-    flags += ["--num-iterations", "1"]
+    flags += ["--num-iterations", "1", "--reward", "qwen_env.rewards.sentiment:pocket_sentiment"]
     alone, run = tmp_path / "run_of_one", tmp_path / "run_of_two"
     main([*flags, "--output-dir", str(alone)])
     flags += ["--num-devices", "2", "--num-shards", "2", "--output-dir", str(run)]
