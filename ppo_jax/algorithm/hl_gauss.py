@@ -34,7 +34,7 @@ class Bins(NamedTuple):
         return (self.high - self.low) / self.number
 
     @property
-    def centers(self) -> Float[Array, "K"]:
+    def centers(self) -> Float[Array, "bins"]:
         """The middle of each bin."""
         return self.low + self.width * (jnp.arange(self.number, dtype=jnp.float32) + 0.5)
 

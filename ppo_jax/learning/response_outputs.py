@@ -25,7 +25,7 @@ class ResponseOutputs(NamedTuple):
     entropy: Float[Array, "B T"]  # of the sampling distribution
     values: Float[Array, "B T"] | None  # of the state before each token
     last_value: Float[Array, "B"] | None  # of the state after the last token
-    value_logits: Float[Array, "B T K"] | None = None  # of the bins that a value is the mean of
+    value_logits: Float[Array, "B T bins"] | None = None  # of the bins that a value is the mean of
 
 
 def response_outputs(
@@ -101,7 +101,7 @@ class ResponseValues(NamedTuple):
 
     values: Float[Array, "B T"]
     last_value: Float[Array, "B"]
-    value_logits: Float[Array, "B T K"] | None
+    value_logits: Float[Array, "B T bins"] | None
 
 
 def _values(
