@@ -106,7 +106,7 @@ SETTINGS = (
             length=2,
             against="β 0.19",
         )
-        for kl_coef in (0.486, 0.19, 0.03)
+        for kl_coef in (0.486, 0.19, 0.05)
     ),
     # the policy's loss
     Setting("clip 0.1", "policy loss", {"clip_range": 0.1}),
