@@ -257,7 +257,7 @@ class RewardModelTrainer(_SupervisedTrainer[RewardModelConfig, Pair]):
             ) from error
         graphdef, state = nnx.split(model)
         other: RewardModel = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
-        other.score.weight[...] = jnp.asarray(weight)[None]
+        other.score.weight = nnx.Param(jnp.asarray(weight)[None])
         return other
 
 
