@@ -40,6 +40,7 @@ def make_state(gigabytes: float) -> TrainState:
         params=tree(0),
         opt_state=(tree(1), tree(2)),
         controls=Controls(jnp.float32(0.05), no_moments()),
+        warmup=None,
         reference=None,
         root_key=jax.random.key_data(jax.random.key(0)),
         iteration=jnp.int32(1),

@@ -26,6 +26,7 @@ def state(iteration: int, width: int = 3) -> TrainState:
         params=params,
         opt_state=(jnp.asarray(iteration, jnp.int32), jax.tree.map(jnp.sqrt, params)),
         controls=Controls(jnp.float32(0.05 + iteration), no_moments()),
+        warmup=None,
         reference=None,
         root_key=jax.random.key_data(jax.random.key(7)),
         iteration=jnp.asarray(iteration, jnp.int32),

@@ -72,6 +72,7 @@ class ScriptedAgent:
             params=jax.tree.map(jnp.copy, params),
             opt_state=jax.tree.map(jnp.zeros_like, params),
             controls=Controls(jnp.float32(0.05), no_moments()),
+            warmup=None,
             reference=None,
             root_key=jax.random.key_data(jax.random.key(0)),
             iteration=jnp.int32(0),
