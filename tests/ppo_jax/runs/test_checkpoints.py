@@ -124,8 +124,8 @@ def test_all_damaged(saved: Checkpoints) -> None:
 
 
 def test_another_format_is_refused(saved: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ppo_jax.runs.checkpoints._FORMAT", 5)
-    with pytest.raises(UsageError, match=r"has format 4, but .* reads format 5"):
+    monkeypatch.setattr("ppo_jax.runs.checkpoints._FORMAT", 6)
+    with pytest.raises(UsageError, match=r"has format 5, but .* reads format 6"):
         saved.restore(state(0))
 
 
