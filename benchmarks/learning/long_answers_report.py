@@ -15,10 +15,9 @@ from learning.plots import BLUE, GREEN, GREY, ORANGE, describe, save
 from learning.report import (
     Column,
     Finals,
-    difference_text,
-    differences_between,
     interval_text,
     markdown,
+    table_of_differences,
 )
 from ppo_jax.runs.seeds import interval
 
@@ -66,7 +65,8 @@ def write(records: Sequence[Record], folder: Path) -> None:
             measures[VARIANCE] = mean_of(late, VARIANCE)
         values.setdefault(name, {})[record["seed"]] = measures
     starts = [runs[0]["accuracy"] for runs in curves[records[0]["name"]].values()]
-    tables = [_ends(values, float(np.mean(starts))), _changes(values)]
+    pairs = [(s.name, s.against) for s in SETTINGS if s.against and s.name in values]
+    tables = [_ends(values, float(np.mean(starts))), table_of_differences(pairs, values, COMPARED)]
     for table in tables:
         Console().print(table)
     (folder / "tables.md").write_text("\n".join(map(markdown, tables)))
@@ -94,24 +94,6 @@ def _ends(values: Finals, before: float) -> Table:
                 for c in COLUMNS
             ]
             table.add_row(setting.name, *texts)
-    return table
-
-
-def _changes(values: Finals) -> Table:
-    table = Table(
-        title="Difference by seed: mean [95 % interval]; ** stands after Holm's correction for the "
-        "number of comparisons, * does not; what has no mark is unresolved"
-    )
-    table.add_column("")
-    table.add_column("against")
-    for column in COMPARED:
-        table.add_column(column.title, justify="right")
-    pairs = [(s.name, s.against) for s in SETTINGS if s.against and s.name in values]
-    differences = {c.metric: differences_between(pairs, values, c.metric) for c in COMPARED}
-    for name, against in pairs:
-        if name in differences[COMPARED[0].metric]:
-            texts = [difference_text(differences[c.metric][name], c.digits) for c in COMPARED]
-            table.add_row(name, against, *texts)
     return table
 
 

@@ -159,6 +159,26 @@ def differences_between(
     }
 
 
+def table_of_differences(
+    pairs: Sequence[tuple[str, str]], values: Finals, columns: Sequence[Column]
+) -> Table:
+    """Of each name from what it is paired with, by seed."""
+    table = Table(
+        title="Difference by seed: mean [95 % interval]; ** stands after Holm's correction for the "
+        "number of comparisons, * does not; what has no mark is unresolved"
+    )
+    table.add_column("")
+    table.add_column("against")
+    for column in columns:
+        table.add_column(column.title, justify="right")
+    differences = {c.metric: differences_between(pairs, values, c.metric) for c in columns}
+    for name, against in pairs:
+        if name in differences[columns[0].metric]:
+            texts = [difference_text(differences[c.metric][name], c.digits) for c in columns]
+            table.add_row(name, against, *texts)
+    return table
+
+
 def brief(record: Record) -> str:
     """A run in a line."""
     if "frontier" in record:

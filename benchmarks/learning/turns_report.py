@@ -14,10 +14,9 @@ from learning.plots import BLUE, GREEN, GREY, ORANGE, describe, save
 from learning.report import (
     Column,
     Finals,
-    difference_text,
-    differences_between,
     interval_text,
     markdown,
+    table_of_differences,
 )
 from learning.turns_settings import (
     BOOTSTRAP,
@@ -63,7 +62,8 @@ def write(records: Sequence[Record], folder: Path) -> None:
         values.setdefault(record["name"], {})[record["seed"]] = end
         values.setdefault(f"before {record['name']}", {})[record["seed"]] = start
         curves.setdefault(record["name"], []).append(record["curve"])
-    tables = [_ends(values), _changes(values)]
+    pairs = [(s.name, s.against) for s in SETTINGS if s.against and s.name in values]
+    tables = [_ends(values), table_of_differences(pairs, values, COMPARED)]
     for table in tables:
         Console().print(table)
     (folder / "tables.md").write_text("\n".join(map(markdown, tables)))
@@ -95,24 +95,6 @@ def _ends(values: Finals) -> Table:
             is_here = (setting.name == CALCULATOR) == (name == CALCULATOR)
             if setting.name in values and is_here:
                 row(setting.name, setting.name)
-    return table
-
-
-def _changes(values: Finals) -> Table:
-    table = Table(
-        title="Difference by seed: mean [95 % interval]; ** stands after Holm's correction for the "
-        "number of comparisons, * does not; what has no mark is unresolved"
-    )
-    table.add_column("")
-    table.add_column("against")
-    for column in COMPARED:
-        table.add_column(column.title, justify="right")
-    pairs = [(s.name, s.against) for s in SETTINGS if s.against and s.name in values]
-    differences = {c.metric: differences_between(pairs, values, c.metric) for c in COMPARED}
-    for name, against in pairs:
-        if name in differences[COMPARED[0].metric]:
-            texts = [difference_text(differences[c.metric][name], c.digits) for c in COMPARED]
-            table.add_row(name, against, *texts)
     return table
 
 
